@@ -1,0 +1,121 @@
+# Tidegate's targets. Each works in a fresh clone with make, bash and Python 3.11+; `make help` lists them.
+# A stamp file in each environment makes second runs quick; a changed pyproject.toml or constraints file reinstalls.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+DEMO := .venv/.demo-installed
+DEV := .venv/.dev-installed
+CLIENTS := .venv-clients/.installed
+SOURCES := server router monitor tests loadtests scripts
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+# --- environments ---
+
+# An environment whose interpreter is gone (a system upgrade) is made again.
+ifeq ($(wildcard $(PY)),)
+$(DEMO) $(DEV): gone
+endif
+ifeq ($(wildcard .venv-clients/bin/python),)
+$(CLIENTS): gone
+endif
+.PHONY: gone
+gone:
+
+$(DEMO): pyproject.toml constraints.txt
+	@echo "== set-up: .venv with what the demo needs (the first time: a minute or more, downloads about 350 MB)"
+	@bash scripts/venv.sh .venv -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	@echo "== set-up: .venv with what development and tests need (the first time: a minute or more, downloads about 350 MB)"
+	@bash scripts/venv.sh .venv -c constraints.txt -e '.[dev]'
+	@touch $@ $(DEMO)
+
+$(CLIENTS): requirements-clients.txt constraints-clients.txt
+	@echo "== set-up: .venv-clients with the public Triton client, kept apart from ours"
+	@bash scripts/venv.sh .venv-clients -c constraints-clients.txt -r requirements-clients.txt
+	@touch $@
+
+# --- the main job ---
+
+.PHONY: demo
+demo: $(DEMO) $(CLIENTS) ## serve real models on real data, call them, show the result
+	@echo "== demo"
+	@.venv/bin/tidegate demo
+
+# --- tests ---
+
+.PHONY: test
+test: $(DEV) $(CLIENTS) ## all tests but the slow and the GPU ones
+	@echo "== tests (without slow and gpu)"
+	@$(PYTEST) -m "not slow and not gpu"
+
+.PHONY: test-slow
+test-slow: $(DEV) $(CLIENTS) ## the slow tests
+	@echo "== slow tests"
+	@$(PYTEST) -m "slow and not gpu"
+
+.PHONY: test-gpu
+test-gpu: $(DEV) $(CLIENTS) ## the tests that need a CUDA device
+	@echo "== GPU tests"
+	@$(PYTEST) -m gpu
+
+# --- checks ---
+
+.PHONY: check format lint types imports proto-fresh
+check: format lint types imports proto-fresh ## format, lint, types, import contracts, freshness of generated code
+	@echo "== all checks passed"
+
+format: $(DEV)
+	@echo "== format"
+	@$(PY) -m ruff format --check $(SOURCES)
+
+lint: $(DEV)
+	@echo "== lint"
+	@$(PY) -m ruff check $(SOURCES)
+
+types: $(DEV)
+	@echo "== types"
+	@$(PY) -m mypy
+
+imports: $(DEV)
+	@echo "== import contracts"
+	@.venv/bin/lint-imports
+
+proto-fresh: $(DEV)
+	@echo "== generated code is fresh"
+	@$(PY) scripts/proto.py --check
+
+# --- tools ---
+
+.PHONY: fmt proto bench constraints clean
+fmt: $(DEV) ## format and mend what can be mended by itself
+	@echo "== formatting"
+	@$(PY) -m ruff format $(SOURCES)
+	@$(PY) -m ruff check --fix $(SOURCES)
+
+proto: $(DEV) ## generate the protobuf code again
+	@echo "== generating protobuf code"
+	@$(PY) scripts/proto.py
+
+bench: $(DEV) ## cost per request against in-process ONNX Runtime (under 3 minutes)
+	@echo "== bench"
+	@$(PY) -m loadtests.bench
+
+constraints: ## resolve all versions anew and write the constraints files
+	@echo "== resolving"
+	@bash scripts/constraints.sh
+
+clean: ## remove environments, caches and what the demo and the benchmarks left
+	@echo "== clean"
+	@rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf tidegate-state demo-state loadtests/results
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,474 @@
+"""The shell around the planner: it reads the clock, runs batches, and answers members. One per loaded version.
+
+Owns the hand-off to the engine and the exactly-once answer of every ``Work``. Leaves to the planner *who* runs when,
+to ``assemble`` how tensors are joined, and to the transports what an answer looks like.
+
+**Gathering.** ``submit`` only queues and asks for a flush at the end of the loop's turn, so all requests that were
+read in one turn meet in one batch. Batches of a short model run on the loop itself (``inline``): one per turn, so
+that the loop reads what has arrived in between. Longer ones run on one thread per engine instance; the loop is woken
+once per finished batch, gives the instance its next batch first, and then answers. A moving estimate of the run time
+moves a model from one to the other.
+
+**Threads.** Everything but ``_work``, ``_execute`` and ``close`` happens on the loop's thread. Between the hand-off of
+a batch and the wake its thread reads the members' inputs and sets their outputs; the loop touches neither meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+
+import structlog
+
+from server.batching.assemble import Layout
+from server.batching.planner import GONE, NEW, TAKEN, WAITING, Action, Full, Planner, Reason, Run, WakeAt, limits_for
+from server.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Draining,
+    OutOfMemory,
+    QueueFull,
+    QueueTimeout,
+    RuntimeFailure,
+    TidegateError,
+)
+from server.runtime.base import BatchingOptions, Engine
+from server.types import Clock, Tensor
+
+#: A batch this short (ns) costs less on the loop than the hand-off to a thread and back.
+INLINE_NS: Final = 300_000
+#: A batch this long (ns) holds up the loop's other connections; between the two the model stays where it is.
+THREAD_NS: Final = 1_000_000
+
+#: What a refused caller is told to wait.
+_RETRY_AFTER_S: Final = 1.0
+
+T = TypeVar("T")
+
+_log: Any = structlog.get_logger(__name__)
+
+
+class TimerHandle(Protocol):
+    def cancel(self) -> object: ...
+
+
+CallSoon: TypeAlias = Callable[..., object]
+CallLater: TypeAlias = Callable[[float, Callable[[], None]], TimerHandle]
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One request for one version, and later its answer. Compared by identity.
+
+    ``inputs`` stand in spec order and fit the spec; None is an absent optional input. Times are monotonic ns; a time
+    that never came is 0. Before ``done`` is called exactly one of ``outputs`` and ``error`` is set.
+    """
+
+    inputs: list[Tensor | None]
+    rows: int  # 0 for a model that does not batch
+    done: Callable[[Work], None]  # called exactly once, on the loop, unless cancelled
+    deadline_ns: int = 0  # 0: none
+    priority: int = 0  # 0: the model's default
+    timeout_us: int = 0  # the request's own queue timeout, where the policy allows one
+    outputs: list[Tensor] | None = None  # this request's own rows, in spec order
+    error: TidegateError | None = None
+    enqueued_ns: int = 0
+    started_ns: int = 0  # its first batch was handed to the engine; a failed batch may be run again in parts
+    assembled_ns: int = 0
+    computed_ns: int = 0
+    finished_ns: int = 0
+    batch_rows: int = 0
+    batch_members: int = 0
+    batch_id: int = 0
+    # The planner's notes.
+    plan: Hashable = field(default=(), repr=False)
+    state: int = field(default=NEW, repr=False)
+    ticket: int = field(default=0, repr=False)
+    lane: int = field(default=0, repr=False)
+    timeout_ns: int = field(default=0, repr=False)
+    ripe: bool = field(default=False, repr=False)
+
+
+@dataclass(slots=True)
+class BatchRecord:
+    """One run of the engine, for statistics; a batch that fails and is run again in parts gives one record per run.
+
+    ``queue_ns`` is the sum over the members of their wait, counted in the first run only (0 in further runs), as
+    requests are counted. ``error`` is the code of the error that the run ended with, None when it was right.
+    """
+
+    id: int
+    instance: int
+    rows: int
+    members: int
+    started_ns: int
+    queue_ns: int
+    assemble_ns: int
+    compute_ns: int
+    split_ns: int
+    error: str | None
+
+
+@dataclass(slots=True)
+class _Execution:
+    """A batch on its way through the engine. Phase ends are 0 when the phase was not reached."""
+
+    id: int
+    slot: int
+    members: list[Work]
+    started_ns: int
+    queue_ns: int
+    rows: int = 0
+    assembled_ns: int = 0
+    computed_ns: int = 0
+    finished_ns: int = 0
+    error: TidegateError | None = None
+
+    def record(self) -> BatchRecord:
+        assembled_ns = self.assembled_ns or self.finished_ns  # a phase that failed ends where the run ended
+        computed_ns = self.computed_ns or self.finished_ns
+        return BatchRecord(
+            id=self.id,
+            instance=self.slot,
+            rows=self.rows,
+            members=len(self.members),
+            started_ns=self.started_ns,
+            queue_ns=self.queue_ns,
+            assemble_ns=assembled_ns - self.started_ns,
+            compute_ns=computed_ns - assembled_ns,
+            split_ns=self.finished_ns - computed_ns,
+            error=self.error.code if self.error is not None else None,
+        )
+
+
+class Batcher:
+    """Gathers the requests of one loaded version into batches and runs them. Use it from the loop's thread only.
+
+    ``clock`` is monotonic ns. ``call_soon``, ``call_soon_threadsafe`` and ``call_later`` are the loop's. ``on_batch``
+    is called once per run, before the members are answered. ``on_idle`` (also an attribute, to be set later) is called
+    when nothing waits, runs or is unanswered any more, perhaps more than once. Both are called on the loop.
+    Raises ConfigError when the options do not fit the engine's spec.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: BatchingOptions,
+        *,
+        clock: Clock,
+        call_soon: CallSoon,
+        call_soon_threadsafe: CallSoon,
+        call_later: CallLater,
+        on_batch: Callable[[BatchRecord], None] | None = None,
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        _check_levels(engine.spec.name, options)
+        self._engine = engine
+        self._clock = clock
+        self._call_soon = call_soon
+        self._call_soon_threadsafe = call_soon_threadsafe
+        self._call_later = call_later
+        self._on_batch = on_batch
+        self.on_idle = on_idle
+        self._layout = Layout(engine.spec, options)
+        self._planner: Planner[Work] = Planner(limits_for(engine.spec, options, engine.instances))
+        self._run_ns = engine.run_ns
+        self._inline = engine.instances == 1 and engine.run_ns < INLINE_NS
+        self._workers: list[tuple[Thread, SimpleQueue[_Execution | None]]] = []
+        #: All unanswered members in order of submission, where the order of answers is to be kept.
+        self._order: deque[Work] | None = deque() if options.preserve_ordering else None
+        self._unanswered = 0
+        self._batches = 0
+        self._flush_due = False
+        self._acting = False
+        self._timer: TimerHandle | None = None
+        self._closed = False
+        if not self._inline:
+            self._start_workers()
+
+    # --- for the gateway -------------------------------------------------------------------------------------
+
+    def submit(self, work: Work) -> None:
+        """Queue a request; ``work.done`` is called on a later turn of the loop, never from here for this work.
+
+        Raises QueueFull when a bound is reached, InvalidArgument when an input is over its largest bucket, Draining
+        after ``close``; then ``done`` is never called.
+        """
+        if self._closed:
+            raise Draining(f"{self._name()} is being unloaded")
+        work.plan = self._layout.plan(work.inputs)
+        work.enqueued_ns = self._clock()
+        full = self._planner.add(work)
+        if full is not None and self._make_room():
+            full = self._planner.add(work)
+        if full is not None:
+            raise self._queue_full(full)
+        self._unanswered += 1
+        if self._order is not None:
+            self._order.append(work)
+        self._flush_soon()
+
+    def cancel(self, work: Work) -> None:
+        """Forget a request: queued, it is dropped at once; running, its result is. Neighbours notice nothing."""
+        if work.state not in (WAITING, TAKEN):
+            return
+        self._planner.cancel(work)
+        self._unanswered -= 1
+        if self._order:
+            self._call_soon(self._answer_in_order)
+        self._flush_soon()  # without it the others may make up a preferred size
+        self._tell_idle()
+
+    def pending(self) -> int:
+        """Requests that wait and have not been started."""
+        return self._planner.waiting()
+
+    def in_flight(self) -> int:
+        """Members of batches that are being run (or are to be run again in parts)."""
+        return self._planner.in_flight()
+
+    def inline(self) -> bool:
+        """Whether batches are run on the loop at present."""
+        return self._inline
+
+    def is_idle(self) -> bool:
+        """Nothing waits, nothing runs, nothing is unanswered."""
+        return not self._unanswered and self._planner.idle()
+
+    def close(self) -> None:
+        """End the worker threads, after the batches they are running. Blocks that long, so call it off the loop.
+
+        Allowed once no request is left to answer; runs whose members were all cancelled may still be going on.
+        """
+        if self._planner.waiting():
+            raise RuntimeError(f"{self._planner.waiting()} requests still wait: drain before closing")
+        self._closed = True
+        for _, executions in self._workers:
+            executions.put(None)
+        for thread, _ in self._workers:
+            thread.join()
+        with suppress(RuntimeError):  # the loop may be closed already, and its timers with it
+            self._call_soon_threadsafe(self._drop_timer)
+
+    # --- acting on the plan ----------------------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        """Flush at the end of this turn of the loop, if there will be anything to do."""
+        if not self._flush_due and self._planner.wants_tick():
+            self._flush_due = True
+            self._call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        self._act(self._planner.tick(self._clock()))
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._act(self._planner.wake(self._clock()))
+
+    def _make_room(self) -> bool:
+        """Start or expire what can be when a bound is hit: those count as waiting who wait for a busy engine."""
+        if self._acting or not self._planner.wants_tick():
+            return False
+        self._act(self._planner.tick(self._clock()))
+        return True
+
+    def _act(self, actions: list[Action[Work]]) -> None:
+        self._acting = True
+        for action in actions:
+            if isinstance(action, Run):
+                self._run(action)
+            elif isinstance(action, WakeAt):
+                self._set_timer(action.at_ns)
+            else:
+                self._expire(action.member, action.reason)
+        self._acting = False
+        self._tell_idle()
+
+    def _set_timer(self, at_ns: int) -> None:
+        self._drop_timer()
+        self._timer = self._call_later(max(0, at_ns - self._clock()) / 1e9, self._wake)
+
+    def _drop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tell_idle(self) -> None:
+        if self.on_idle is not None and self.is_idle():
+            self.on_idle()
+
+    # --- running ---------------------------------------------------------------------------------------------
+
+    def _run(self, run: Run[Work]) -> None:
+        execution = self._begin(run)
+        if self._inline:
+            self._execute(execution)
+            self._answer_all(execution, self._release(execution))
+            self._flush_soon()
+        else:
+            self._workers[run.slot][1].put(execution)
+
+    def _begin(self, run: Run[Work]) -> _Execution:
+        now = self._clock()
+        self._batches += 1
+        waited_ns = 0
+        for work in run.members:
+            if not work.started_ns:
+                work.started_ns = now
+                waited_ns += now - work.enqueued_ns
+        return _Execution(self._batches, run.slot, run.members, now, waited_ns)
+
+    def _start_workers(self) -> None:
+        """One thread per engine instance, each with a queue of its own (never longer than one batch). Idempotent."""
+        for slot in range(len(self._workers), self._engine.instances):
+            executions: SimpleQueue[_Execution | None] = SimpleQueue()
+            name = f"tidegate-{self._engine.spec.name}-{slot}"
+            thread = Thread(target=self._work, args=(executions,), name=name, daemon=True)
+            thread.start()
+            self._workers.append((thread, executions))
+
+    def _work(self, executions: SimpleQueue[_Execution | None]) -> None:
+        """A worker thread: one batch after the other, one wake of the loop for each."""
+        while (execution := executions.get()) is not None:
+            self._execute(execution)
+            try:
+                self._call_soon_threadsafe(self._finished, execution)
+            except RuntimeError:
+                return  # the loop is closed: nobody is left to be answered
+            del execution  # an idle worker keeps no tensors
+
+    def _execute(self, execution: _Execution) -> None:
+        """Assemble, compute, split. Never raises: the outcome is in the execution, the outputs in its members."""
+        members, clock = execution.members, self._clock
+        try:
+            batch = self._layout.join(members)
+            execution.rows = batch.rows
+            execution.assembled_ns = clock()
+            outputs = self._engine.run(execution.slot, batch)
+            execution.computed_ns = clock()
+            for work, share in zip(members, self._layout.split(members, outputs), strict=True):
+                work.outputs = share
+        except TidegateError as error:
+            execution.error = error.with_traceback(None)  # its frames would keep the batch alive
+        except MemoryError:
+            execution.error = OutOfMemory(
+                f"there was no memory for a batch of {len(members)} requests for {self._name()}"
+            )
+        except Exception as error:  # noqa: BLE001 - the engine's boundary: whatever it raises must not end the worker
+            _log.error("engine_raised", **self._log_fields(), members=len(members), exc_info=error)
+            execution.error = RuntimeFailure(f"the runtime of {self._name()} failed")
+        execution.finished_ns = clock()
+
+    def _finished(self, execution: _Execution) -> None:
+        """A worker's batch is back on the loop: its instance goes on with the next while the members are answered."""
+        members = self._release(execution)
+        self._act(self._planner.tick(self._clock()))
+        self._answer_all(execution, members)
+
+    def _release(self, execution: _Execution) -> list[Work]:
+        """Give the slot back, learn from the run and report it. The members to be answered."""
+        if execution.error is None:
+            members = self._planner.finish(execution.slot)
+        else:
+            members = self._planner.fail(execution.slot)
+        record = execution.record()
+        self._learn(record.compute_ns)
+        if self._on_batch is not None:
+            self._call_back(self._on_batch, record)
+        return members
+
+    def _learn(self, compute_ns: int) -> None:
+        """Move between loop and thread as the moving estimate of the run time says (weight of the newest: 1/8)."""
+        self._run_ns += (compute_ns - self._run_ns) // 8
+        if self._inline and self._run_ns > THREAD_NS:
+            try:
+                self._start_workers()
+            except RuntimeError:
+                return  # the system has no thread to spare: stay on the loop
+            self._inline = False
+        elif not self._inline and self._run_ns < INLINE_NS:
+            self._inline = self._engine.instances == 1
+
+    # --- answering -------------------------------------------------------------------------------------------
+
+    def _answer_all(self, execution: _Execution, members: list[Work]) -> None:
+        for work in members:
+            if execution.error is not None:
+                work.error, work.outputs = execution.error, None
+            work.assembled_ns = execution.assembled_ns
+            work.computed_ns = execution.computed_ns
+            work.finished_ns = execution.finished_ns
+            work.batch_rows = execution.rows
+            work.batch_members = len(execution.members)
+            work.batch_id = execution.id
+            self._answer(work)
+        self._tell_idle()
+
+    def _expire(self, work: Work, reason: Reason) -> None:
+        work.finished_ns = self._clock()
+        waited_us = (work.finished_ns - work.enqueued_ns) // 1000
+        if reason is Reason.TIMEOUT:
+            limit_us = (work.timeout_ns - work.enqueued_ns) // 1000
+            work.error = QueueTimeout(
+                f"Request timeout expired: waited {waited_us} us in the queue of {self._name()}, "
+                f"the limit is {limit_us} us"
+            )
+        else:
+            work.error = DeadlineExceeded(
+                f"the deadline passed after {waited_us} us in the queue of {self._name()}; the request was not run"
+            )
+        self._answer(work)
+
+    def _answer(self, work: Work) -> None:
+        if self._order is None:
+            self._reply(work)
+        else:
+            self._answer_in_order()
+
+    def _answer_in_order(self) -> None:
+        order = self._order
+        while order and (order[0].finished_ns or order[0].state == GONE):
+            self._reply(order.popleft())
+
+    def _reply(self, work: Work) -> None:
+        if work.state == TAKEN:  # else it was cancelled, perhaps by a neighbour's ``done``
+            work.state = GONE
+            self._unanswered -= 1
+            self._call_back(work.done, work)
+
+    def _call_back(self, callback: Callable[[T], None], argument: T) -> None:
+        """A callback that raises is a defect of its owner: logged, and kept from the neighbours."""
+        try:
+            callback(argument)
+        except Exception as error:  # noqa: BLE001 - the request's boundary
+            _log.error("callback_raised", **self._log_fields(), exc_info=error)
+
+    # --- words -----------------------------------------------------------------------------------------------
+
+    def _name(self) -> str:
+        return f"model '{self._engine.spec.name}' version '{self._engine.spec.version}'"
+
+    def _log_fields(self) -> dict[str, str]:
+        return {"model": self._engine.spec.name, "version": self._engine.spec.version}
+
+    def _queue_full(self, full: Full) -> QueueFull:
+        at = "" if full.level is None else f" at priority {full.level}"
+        return QueueFull(
+            f"Exceeds maximum queue size: {full.waiting} requests wait for {self._name()}{at}, "
+            f"the limit is {full.limit}",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+
+def _check_levels(model: str, options: BatchingOptions) -> None:
+    if options.priority_levels and not 1 <= options.default_priority_level <= options.priority_levels:
+        raise ConfigError(
+            f"model '{model}': default_priority_level must be between 1 and priority_levels "
+            f"({options.priority_levels}), got {options.default_priority_level}"
+        )

@@ -1,0 +1,494 @@
+"""When and with whom a waiting member runs. Pure: no clock, no thread, no I/O; ``now`` comes in, actions go out.
+
+A *member* is one request's rows. It waits in the *group* of its row plan (members of one group may share a batch;
+members of different groups never do), inside the group in the *lane* of its priority level. Every level has two
+lanes: the members within their queue timeout, and behind them those that a DELAY policy has put back. Lanes are
+first in, first out and are taken in order of priority.
+
+An engine instance is a *slot*. Whenever a slot is free, ``tick`` fills it from the group whose foremost member
+stands in the most urgent lane, the oldest first, so that no row plan starves another. A group is *ready* at once,
+unless a queue delay is set: then it is ready when it fills a batch, reaches a preferred size, or holds a *ripe*
+member, one that has waited for the whole delay.
+
+A member's life::
+
+    WAITING --tick--> TAKEN (running, expired, or failed: its owner has to settle it) --owner--> GONE
+       \\-----------------------------------cancel----------------------------------------------/
+
+A batch that fails with several members is run again by halves, until those that fail alone are found: at most
+``2n - 1`` runs for n members, ``O(k log n)`` for k culprits.
+
+Cost: add, cancel and leaving are O(1) amortised; a member with a timer or a group with a new head costs O(log n).
+Timers and ready entries are removed lazily; they hold tickets, not members, so that nothing keeps tensors alive.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
+
+from server.runtime.base import BatchingOptions, QueuePolicy
+from server.types import ModelSpec
+
+NEW: Final = 0
+WAITING: Final = 1
+TAKEN: Final = 2
+GONE: Final = 3
+
+#: Lazily removed entries are swept when they outnumber the live ones by this many.
+_SLACK: Final = 64
+
+
+class Member(Protocol):
+    """What the planner reads of a request (first block) and notes on it (second block)."""
+
+    rows: int  # 0 counts as 1
+    priority: int
+    timeout_us: int
+    deadline_ns: int
+    enqueued_ns: int
+    plan: Hashable
+
+    state: int
+    ticket: int
+    lane: int
+    timeout_ns: int
+    ripe: bool
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Reason(Enum):
+    """Why a member left the queue without having run."""
+
+    DEADLINE = "deadline"
+    TIMEOUT = "timeout"
+
+
+@dataclass(slots=True)
+class Run(Generic[M]):
+    """Run these members in this slot, then call ``finish(slot)`` or ``fail(slot)``."""
+
+    slot: int
+    members: list[M]
+
+
+@dataclass(slots=True)
+class Expire(Generic[M]):
+    """This member has left the queue; its owner answers it."""
+
+    member: M
+    reason: Reason
+
+
+@dataclass(slots=True)
+class WakeAt:
+    """Call ``wake`` at this time (ns). Replaces every earlier WakeAt."""
+
+    at_ns: int
+
+
+Action: TypeAlias = Run[M] | Expire[M] | WakeAt
+
+
+@dataclass(slots=True, frozen=True)
+class Full:
+    """The bound that refused a member: ``waiting`` of at most ``limit``; ``level`` None is the bound of all levels."""
+
+    waiting: int
+    limit: int
+    level: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """Everything the planner obeys. A ``max_rows`` of 1 means: never combine members."""
+
+    slots: int = 1
+    max_rows: int = 1
+    preferred: frozenset[int] = frozenset()
+    max_delay_ns: int = 0
+    max_waiting: int = 1024
+    priority_levels: int = 0
+    default_level: int = 0
+    default_policy: QueuePolicy = field(default_factory=QueuePolicy)
+    policies: Mapping[int, QueuePolicy] = field(default_factory=dict)
+
+
+def limits_for(spec: ModelSpec, options: BatchingOptions, slots: int) -> Limits:
+    """The limits of one loaded version. Members are combined only where the version was found to allow it."""
+    max_rows = 1
+    if options.enabled and spec.max_batch_size and spec.learned_batch_size > 1:
+        max_rows = min(options.max_rows or spec.learned_batch_size, spec.max_batch_size)
+    return Limits(
+        slots=slots,
+        max_rows=max_rows,
+        preferred=frozenset(size for size in options.preferred_batch_sizes if size <= max_rows),
+        max_delay_ns=options.max_queue_delay_us * 1000,
+        max_waiting=options.max_queue_size,
+        priority_levels=options.priority_levels,
+        default_level=options.default_priority_level,
+        default_policy=options.default_queue_policy,
+        policies=options.priority_queue_policy,
+    )
+
+
+class _Level:
+    """One priority level: its queue policy, its first lane, and how many members wait in it."""
+
+    __slots__ = ("lane", "policy", "waiting")
+
+    def __init__(self, number: int, policy: QueuePolicy) -> None:
+        self.policy = policy
+        self.lane = 2 * number
+        self.waiting = 0
+
+
+class _Group(Generic[M]):
+    """The waiting members of one row plan, lane by lane, each lane in order of tickets."""
+
+    __slots__ = ("lanes", "listed", "ripe", "rows")
+
+    def __init__(self) -> None:
+        self.lanes: dict[int, OrderedDict[int, M]] = {}
+        self.listed: set[int] = set()  # lanes with an entry in the planner's ready heap
+        self.rows = 0
+        self.ripe = 0
+
+    def members(self) -> Iterator[M]:
+        """Every member in the order in which they are to run."""
+        return chain.from_iterable([self.lanes[lane].values() for lane in sorted(self.lanes)])
+
+    def put(self, member: M) -> None:
+        queue = self.lanes.get(member.lane)
+        if queue is None:
+            queue = self.lanes[member.lane] = OrderedDict()
+        queue[member.ticket] = member
+        self.rows += member.rows or 1
+        self.ripe += member.ripe
+
+    def drop(self, member: M) -> None:
+        del self.lanes[member.lane][member.ticket]
+        self.rows -= member.rows or 1
+        self.ripe -= member.ripe
+
+    def head(self, lane: int) -> int:
+        """The foremost ticket of a lane; 0 when the lane is empty."""
+        return next(iter(self.lanes[lane]), 0)
+
+
+class Planner(Generic[M]):
+    """The queue of one loaded version. See the module's text for the rules."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._fill = max(limits.preferred, default=limits.max_rows)
+        self._levels: dict[int, _Level] = {}
+        self._groups: dict[Hashable, _Group[M]] = {}
+        self._waiting = 0
+        self._tickets = 0
+        #: (lane, ticket of its head when listed, group): at most one live entry per lane of a group. A lane's head
+        #: ticket only grows, so an entry is never later than the truth and is corrected when it comes up.
+        self._ready: list[tuple[int, int, _Group[M]]] = []
+        #: Members with something to happen to them while they wait, by ticket, and when (ns, ticket).
+        self._timed: dict[int, M] = {}
+        self._timers: list[tuple[int, int]] = []
+        self._wake_ns = 0  # the WakeAt that is out; 0 = none
+        self._free = list(range(limits.slots))[::-1]
+        self._running: dict[int, list[M]] = {}
+        self._pieces: deque[list[M]] = deque()  # parts of failed batches, to run before anything else
+
+    # --- what is so ------------------------------------------------------------------------------------------
+
+    def waiting(self) -> int:
+        """Members that have not been taken."""
+        return self._waiting
+
+    def in_flight(self) -> int:
+        """Members in batches that run or are to be run again, cancelled ones among them."""
+        return sum(map(len, self._running.values())) + sum(map(len, self._pieces))
+
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not (self._waiting or self._running or self._pieces)
+
+    def wants_tick(self) -> bool:
+        """A tick could do something: fill a free slot, or ask for an earlier wake."""
+        if self._free and (self._waiting or self._pieces):
+            return True
+        return bool(self._timers) and (not self._wake_ns or self._timers[0][0] < self._wake_ns)
+
+    # --- events ----------------------------------------------------------------------------------------------
+
+    def add(self, member: M) -> Full | None:
+        """Let a member wait, or say which bound refuses it. ``enqueued_ns`` and ``plan`` are set. Then tick."""
+        level = self._level(member.priority)
+        if full := self._full(level):
+            return full
+        member.lane = level.lane
+        member.timeout_ns = _timeout_ns(member, level.policy)
+        member.ripe = not self._limits.max_delay_ns
+        member.state = WAITING
+        self._enqueue(member)
+        return None
+
+    def cancel(self, member: M) -> None:
+        """Forget a member: a waiting one leaves the queue, a taken one is no longer among those to settle."""
+        if member.state == WAITING:
+            group = self._leave(member)
+            if group.rows:
+                self._offer(group)  # without it the others may add up to a preferred size
+        member.state = GONE
+
+    def wake(self, now: int) -> list[Action[M]]:
+        """The time of the last WakeAt has come (or nearly: a new one follows)."""
+        self._wake_ns = 0
+        return self.tick(now)
+
+    def tick(self, now: int) -> list[Action[M]]:
+        """Expire what is due, then fill every free slot. Runs come first among the actions."""
+        expired = self._fire(now)
+        actions: list[Action[M]] = []
+        while self._free and (members := self._next_piece() or self._compose()):
+            slot = self._free.pop()
+            self._running[slot] = members
+            actions.append(Run(slot, members))
+        actions += expired
+        next_ns = self._next_timer()
+        if next_ns and (not self._wake_ns or next_ns < self._wake_ns):
+            self._wake_ns = next_ns
+            actions.append(WakeAt(next_ns))
+        return actions
+
+    def finish(self, slot: int) -> list[M]:
+        """The slot's batch is done: the members to answer. Then tick."""
+        return [member for member in self._release(slot) if member.state == TAKEN]
+
+    def fail(self, slot: int) -> list[M]:
+        """The slot's batch failed: the members to answer with its error; none while culprits are sought. Then tick."""
+        members = self._release(slot)
+        left = [member for member in members if member.state == TAKEN]
+        if len(members) == 1:
+            return left
+        half = (len(left) + 1) // 2 if len(left) == len(members) else len(left)
+        self._pieces.extendleft(piece for piece in (left[half:], left[:half]) if piece)
+        return []
+
+    # --- waiting ---------------------------------------------------------------------------------------------
+
+    def _level(self, priority: int) -> _Level:
+        limits = self._limits
+        number = priority if 0 < priority <= limits.priority_levels else limits.default_level
+        level = self._levels.get(number)
+        if level is None:
+            level = self._levels[number] = _Level(number, limits.policies.get(number, limits.default_policy))
+        return level
+
+    def _full(self, level: _Level) -> Full | None:
+        if 0 < self._limits.max_waiting <= self._waiting:
+            return Full(self._waiting, self._limits.max_waiting)
+        if 0 < level.policy.max_queue_size <= level.waiting:
+            return Full(level.waiting, level.policy.max_queue_size, level.lane // 2)
+        return None
+
+    def _enqueue(self, member: M) -> None:
+        self._tickets += 1
+        member.ticket = self._tickets
+        group = self._groups.get(member.plan)
+        if group is None:
+            group = self._groups[member.plan] = _Group()
+        group.put(member)
+        self._waiting += 1
+        self._levels[member.lane // 2].waiting += 1
+        self._set_timer(member)
+        if len(group.listed) < len(group.lanes):
+            self._offer(group)
+
+    def _leave(self, member: M) -> _Group[M]:
+        group = self._groups[member.plan]
+        group.drop(member)
+        if not group.rows:
+            del self._groups[member.plan]
+        self._waiting -= 1
+        self._levels[member.lane // 2].waiting -= 1
+        self._timed.pop(member.ticket, None)
+        return group
+
+    # --- readiness and choice --------------------------------------------------------------------------------
+
+    def _is_ready(self, group: _Group[M]) -> bool:
+        if group.ripe or group.rows >= self._fill:
+            return True
+        return bool(self._limits.preferred) and self._preferred_count(group) > 0
+
+    def _preferred_count(self, group: _Group[M]) -> int:
+        """How many of the foremost members make up the largest preferred size that can be had; 0 when none can."""
+        rows = count = 0
+        for number, member in enumerate(group.members(), 1):
+            rows += member.rows or 1
+            if rows in self._limits.preferred:
+                count = number
+            if rows >= self._fill:
+                break
+        return count
+
+    def _offer(self, group: _Group[M]) -> None:
+        """List every lane of a ready group that is not listed yet."""
+        if not self._is_ready(group):
+            return
+        for lane in group.lanes.keys() - group.listed:
+            if ticket := group.head(lane):
+                group.listed.add(lane)
+                heappush(self._ready, (lane, ticket, group))
+        if len(self._ready) > 2 * self._waiting + _SLACK:
+            self._sweep_ready()
+
+    def _sweep_ready(self) -> None:
+        live = [entry for entry in self._ready if entry[2].head(entry[0])]
+        for lane, _, group in self._ready:
+            if not group.head(lane):
+                group.listed.discard(lane)
+        self._ready = live
+        heapify(live)
+
+    def _first_ready(self) -> _Group[M] | None:
+        """The group whose foremost member is the oldest of the most urgent lane; its entry stays listed."""
+        while self._ready:
+            lane, ticket, group = self._ready[0]
+            head = group.head(lane)
+            if not head or not self._is_ready(group):
+                heappop(self._ready)
+                group.listed.discard(lane)
+            elif head != ticket:
+                heapreplace(self._ready, (lane, head, group))
+            else:
+                return group
+        return None
+
+    def _compose(self) -> list[M]:
+        """Take the members of the next batch out of the queue; empty when no group is ready."""
+        group = self._first_ready()
+        if group is None:
+            return []
+        members = self._choose(group)
+        for member in members:
+            self._leave(member)
+            member.state = TAKEN
+        return members
+
+    def _choose(self, group: _Group[M]) -> list[M]:
+        """The foremost members that fit; a first member over the limit goes alone.
+
+        While the queue delay has not passed (or none is set), a preferred size is kept where one can be had, and the
+        largest preferred size is not exceeded.
+        """
+        patient = bool(self._limits.preferred) and not (self._limits.max_delay_ns and group.ripe)
+        if patient and (count := self._preferred_count(group)):
+            return [member for member, _ in zip(group.members(), range(count), strict=False)]
+        limit = self._fill if patient else self._limits.max_rows
+        members: list[M] = []
+        rows = 0
+        for member in group.members():
+            rows += member.rows or 1
+            if members and rows > limit:
+                break
+            members.append(member)
+        return members
+
+    # --- running ---------------------------------------------------------------------------------------------
+
+    def _release(self, slot: int) -> list[M]:
+        members = self._running.pop(slot)
+        self._free.append(slot)
+        return members
+
+    def _next_piece(self) -> list[M]:
+        while self._pieces:
+            if members := [member for member in self._pieces.popleft() if member.state == TAKEN]:
+                return members
+        return []
+
+    # --- time ------------------------------------------------------------------------------------------------
+
+    def _set_timer(self, member: M) -> None:
+        """Note when something is next due for a waiting member, if ever."""
+        due = member.deadline_ns
+        if member.timeout_ns and (not due or member.timeout_ns < due):
+            due = member.timeout_ns
+        if not member.ripe:
+            ripe_ns = member.enqueued_ns + self._limits.max_delay_ns
+            due = min(due, ripe_ns) if due else ripe_ns
+        if not due:
+            return
+        self._timed[member.ticket] = member
+        heappush(self._timers, (due, member.ticket))
+        if len(self._timers) > 2 * len(self._timed) + _SLACK:
+            self._timers = [timer for timer in self._timers if timer[1] in self._timed]
+            heapify(self._timers)
+
+    def _next_timer(self) -> int:
+        """When the first live timer is due; 0 when there is none."""
+        timers = self._timers
+        while timers:
+            due, ticket = timers[0]
+            if ticket in self._timed:
+                return due
+            heappop(timers)
+        return 0
+
+    def _fire(self, now: int) -> list[Expire[M]]:
+        """Everything that is due by now happens."""
+        expired: list[Expire[M]] = []
+        while 0 < self._next_timer() <= now:
+            _, ticket = heappop(self._timers)
+            member = self._timed[ticket]
+            if reason := self._due(member, now):
+                expired.append(Expire(member, reason))
+        return expired
+
+    def _due(self, member: M, now: int) -> Reason | None:
+        """Apply what has come due to a waiting member; the reason when it must leave."""
+        if 0 < member.deadline_ns <= now:
+            return self._expire(member, Reason.DEADLINE)
+        if 0 < member.timeout_ns <= now:
+            if self._levels[member.lane // 2].policy.timeout_action != "DELAY":
+                return self._expire(member, Reason.TIMEOUT)
+            self._put_back(member)
+            return None
+        group = self._groups[member.plan]
+        member.ripe = True
+        group.ripe += 1
+        self._set_timer(member)
+        self._offer(group)
+        return None
+
+    def _expire(self, member: M, reason: Reason) -> Reason:
+        group = self._leave(member)
+        member.state = TAKEN
+        if group.rows:
+            self._offer(group)
+        return reason
+
+    def _put_back(self, member: M) -> None:
+        """DELAY: go to the lane behind, with a new ticket. It waits for no batch to fill any more."""
+        group = self._leave(member)
+        if group.rows:
+            self._offer(group)
+        member.lane += 1
+        member.timeout_ns = 0
+        member.ripe = True
+        self._enqueue(member)
+
+
+def _timeout_ns(member: Member, policy: QueuePolicy) -> int:
+    """When the member's queue timeout ends (0: never). A request may shorten its level's timeout, never lengthen it."""
+    timeout_us = policy.default_timeout_us
+    if policy.allow_timeout_override and member.timeout_us > 0 and not 0 < timeout_us <= member.timeout_us:
+        timeout_us = member.timeout_us
+    return member.enqueued_ns + timeout_us * 1000 if timeout_us else 0

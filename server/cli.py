@@ -1,0 +1,133 @@
+"""The ``tidegate`` command. Exit codes: 0 ok, 2 wrong usage or configuration, 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from server import __version__
+from server.errors import ConfigError, TidegateError
+
+USAGE = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tidegate")
+def cli() -> None:
+    """A model serving gateway: ONNX models over HTTP and gRPC (Open Inference Protocol V2)."""
+
+
+def main() -> None:
+    """Entry point of the console script: domain errors end with one line on standard error, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except click.Abort:
+        sys.exit(1)
+    except ConfigError as error:
+        click.echo(error.message, err=True)
+        sys.exit(USAGE)
+    except TidegateError as error:
+        click.echo(f"error: {error.message}", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Folder in Triton/KServe layout, or one .onnx.")
+@click.option("--http", metavar="HOST:PORT", help="HTTP inference address.  [default: 127.0.0.1:8000]")
+@click.option("--grpc", metavar="HOST:PORT", help="gRPC inference address.  [default: 127.0.0.1:8001]")
+@click.option("--metrics", metavar="HOST:PORT", help="Metrics address.  [default: 127.0.0.1:8002]")
+@click.option("--admin", metavar="HOST:PORT", help="Admin address.  [default: 127.0.0.1:8003]")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Where state is kept.  [default: ./tidegate-state]")
+@click.option("--workers", type=int, help="Serving processes; this version serves from one.")
+@click.option("--in-process", is_flag=True, default=None, help="Serve without a supervisor (always so in this version).")
+@click.option("--transport", type=click.Choice(["native", "reference"]), help="Protocol stack.  [default: reference]")
+@click.option("--model-control", type=click.Choice(["none", "poll", "explicit"]), help="Who loads and unloads models.")
+@click.option("--load-model", multiple=True, metavar="NAME", help="Load at start in explicit mode; may be repeated.")
+@click.option("--server-name", help="Name in the server metadata.  [default: tidegate]")
+@click.option("--drain-seconds", type=float, help="How long SIGTERM waits for requests in flight.  [default: 30]")
+@click.option("--log-format", type=click.Choice(["json", "text"]), help="[default: json]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+def serve(target: Path | None, **flags: Any) -> None:
+    """Serve models until SIGTERM.
+
+    TARGET is a configuration file (.yaml), a model file (.onnx) or a folder of models; flags override the file.
+    """
+    from server import process
+    from server.config.compile import settings_from_flags
+    from server.config.load import load_config
+
+    config = None
+    if target is not None and target.suffix in (".yaml", ".yml"):
+        config = load_config(target, repository_given=flags["model_repository"] is not None)
+    elif target is not None:
+        if flags["model_repository"] is not None:
+            raise click.UsageError("give a model file or folder either as TARGET or as --model-repository, not both")
+        flags["model_repository"] = target
+    flags["load_model"] = flags["load_model"] or None
+    sys.exit(process.serve(config, settings_from_flags(config, **flags)))
+
+
+@cli.command("check-config")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of the configuration file.")
+@click.option("--json", "as_json", is_flag=True, help="Problems as JSON.")
+def check_config(file: Path | None, schema: bool, as_json: bool) -> None:
+    """Check a configuration file: every mistake at once, with line and column."""
+    from server.config.load import load_config
+    from server.config.problems import InvalidConfig, render_problems
+    from server.config.schema import config_schema
+
+    if schema:
+        click.echo(json.dumps(config_schema(), indent=2))
+        return
+    if file is None:
+        raise click.UsageError("name the configuration file, or ask for --schema")
+    try:
+        config = load_config(file)
+    except InvalidConfig as error:
+        click.echo(render_problems(error.problems, as_json=as_json), err=not as_json)
+        sys.exit(USAGE)
+    click.echo("[]" if as_json else f"{file}: ok, {len(config.models)} models")
+
+
+@cli.command()
+@click.option("--state-dir", type=click.Path(path_type=Path), default=Path("tidegate-state"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
+def doctor(state_dir: Path, as_json: bool) -> None:
+    """Say what is installed, which execution providers really work, and what would get in the way."""
+    from server.doctor import examine
+    from server.runtime.onnx import OnnxRuntime
+
+    findings = examine(state_dir, OnnxRuntime().describe)
+    ok = all(finding.level != "error" for finding in findings)
+    if as_json:
+        rows = [{"check": f.check, "level": f.level, "detail": f.detail} for f in findings]
+        click.echo(json.dumps({"ok": ok, "findings": rows}, indent=2))
+    else:
+        width = max(len(finding.check) for finding in findings)
+        for finding in findings:
+            click.echo(f"{finding.level:<8} {finding.check:<{width}}  {finding.detail}")
+    sys.exit(0 if ok else 1)
+
+
+@cli.command()
+@click.option("--keep", is_flag=True, help="Leave the server running at the end, until Ctrl-C.")
+@click.option("--seconds", type=float, default=12.0, show_default=True, help="Length of the load.")
+@click.option("--state-dir", type=click.Path(path_type=Path), default=Path("demo-state"), show_default=True)
+@click.option("--offline", is_flag=True, help="Skip the models that are taken from published packages.")
+@click.option("--plain", is_flag=True, help="Plain lines instead of a live display.")
+def demo(**options: Any) -> None:
+    """Serve real models on real data, call them over HTTP and gRPC at once, and check every answer."""
+    from server.demo.run import DemoOptions, run_demo
+
+    sys.exit(run_demo(DemoOptions(**options)))

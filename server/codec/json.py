@@ -1,0 +1,402 @@
+"""The JSON form of inference requests and answers, with the binary tensor extension.
+
+orjson parses and writes. Where it cannot say what is meant, the standard library's parser takes the text instead
+(``_parse_exactly``): NaN and Infinity literals, and integers beyond 64 bits in integer tensors, which orjson would turn
+into doubles. orjson writes non-finite numbers as null; their literals are put in place of those.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import lru_cache
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from server.codec.binary import input_tensor, raw_contents
+from server.codec.checks import (
+    check_datatype,
+    check_element_count,
+    check_id,
+    check_limit,
+    check_shape,
+    check_unique,
+    dims,
+    refuse_shared_memory,
+    requested_output,
+    shown,
+    whole_number,
+)
+from server.codec.dtypes import bfloat16_values
+from server.codec.elements import InexactIntegerError, contents
+from server.errors import InvalidArgument
+from server.types import (
+    DATATYPES,
+    Buffer,
+    InferenceRequest,
+    InferenceResponse,
+    ParameterValue,
+    RequestedOutput,
+    RequestLimits,
+    Tensor,
+)
+
+_PARAMETER_TYPES: Final[frozenset[type]] = frozenset({bool, int, float, str})
+
+
+# --- Requests: bytes -> document -----------------------------------------------------------------------------------
+
+
+def decode_infer(
+    body: Buffer, *, model: str, version: str, limits: RequestLimits, json_size: int | None
+) -> InferenceRequest:
+    """The request in ``body``: JSON, then, when ``json_size`` says where the JSON ends, binary tensor contents.
+
+    ``json_size`` comes from :func:`server.codec.binary.parse_header_length`; for 0 see
+    :func:`server.codec.binary.decode_raw`. Tensors with binary contents are views on ``body``. Anything wrong raises
+    InvalidArgument; shared memory raises Unimplemented.
+    """
+    size = len(body) if json_size is None else json_size
+    if size > len(body):
+        raise InvalidArgument(f"the JSON part is said to have {size} bytes, the body has {len(body)}")
+    text = bytes(body) if size == len(body) else bytes(body[:size])
+    _check_depth(text, limits.max_json_depth)
+    decoder = _Decoder(memoryview(body)[size:], limits)
+    try:
+        document, exact = _parse(text)
+        return decoder.request(document, model, version, exact=exact)
+    except InexactIntegerError:
+        return decoder.request(_parse_exactly(text), model, version, exact=True)
+
+
+def _parse(text: bytes) -> tuple[Any, bool]:
+    """The document, and whether its integers are exact at any size."""
+    try:
+        return orjson.loads(text), False
+    except orjson.JSONDecodeError as error:
+        if b"NaN" in text or b"Infinity" in text:
+            return _parse_exactly(text), True
+        raise InvalidArgument(f"the request is not valid JSON: {error}") from None
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if math.isinf(number):
+        raise InvalidArgument(f"the request is not valid JSON: {shown(literal)} is beyond the range of a double")
+    return number
+
+
+_EXACT: Final = json.JSONDecoder(parse_float=_finite)
+
+
+def _parse_exactly(text: bytes) -> Any:
+    """The document with exact integers, NaN and infinities; otherwise as strict as orjson."""
+    try:
+        document = _EXACT.decode(text.decode())
+        if b"\\u" in text:
+            json.dumps(document, ensure_ascii=False).encode()  # refuses lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"the request is not valid JSON: {error}") from None
+    return document
+
+
+_ESCAPE: Final = re.compile(rb"\\.", re.DOTALL)
+_STRING: Final = re.compile(rb'"[^"]*"?')
+_NOT_STRUCTURE: Final = bytes(set(range(256)) - set(b'[]{}"'))
+
+
+def _check_depth(text: bytes, limit: int) -> None:
+    """Refuse deep nesting before any parser sees it. Few brackets cannot be deep; only many are looked at."""
+    if text.count(b"[") + text.count(b"{") > limit and (depth := _depth(text)) > limit:
+        raise InvalidArgument(f"the JSON is nested too deeply: at most {limit} levels are accepted, got {depth}")
+
+
+def _depth(text: bytes) -> int:
+    """The deepest nesting of brackets outside strings. Exact up to the first error of grammar, if there is one."""
+    if b"\\" in text:
+        text = _ESCAPE.sub(b"", text)
+    marks = text.translate(None, _NOT_STRUCTURE)
+    if b'"' in marks:
+        marks = _STRING.sub(b"", marks)
+    # Bit 1 is set in the codes of [ and {, and clear in those of ] and }.
+    steps = (np.frombuffer(marks, dtype=np.uint8) & 2).astype(np.int8) - 1
+    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
+
+
+# --- Requests: document -> types -----------------------------------------------------------------------------------
+
+
+class _Decoder:
+    """One request's walk from its document to types; ``binary`` is what follows the JSON part."""
+
+    __slots__ = ("_binary", "_exact", "_limits", "_taken")
+
+    def __init__(self, binary: memoryview, limits: RequestLimits) -> None:
+        self._binary = binary
+        self._limits = limits
+
+    def request(self, document: Any, model: str, version: str, *, exact: bool) -> InferenceRequest:
+        self._exact = exact
+        self._taken = 0
+        if type(document) is not dict:
+            raise InvalidArgument(f"the request must be a JSON object, got {_kind(document)}")
+        parameters = self._parameters("request", document.get("parameters"))
+        request = InferenceRequest(
+            model,
+            version,
+            self._id(document.get("id")),
+            self._inputs(document.get("inputs")),
+            self._outputs(document.get("outputs")),
+        )
+        if parameters:
+            request.binary_output = _flag(parameters.pop("binary_data_output", False))
+            request.parameters = parameters
+        if self._taken != len(self._binary):
+            raise InvalidArgument(
+                f"{len(self._binary) - self._taken} bytes of the body belong to no input: its JSON part and the "
+                f"'binary_data_size' of its inputs leave them over"
+            )
+        return request
+
+    def _id(self, value: Any) -> str:
+        if value is None:
+            return ""
+        if type(value) is not str:
+            raise InvalidArgument(f"'id' must be a string, got {_kind(value)}")
+        check_id(value, self._limits.max_id_bytes)
+        return value
+
+    def _parameters(self, owner: str, value: Any) -> dict[str, ParameterValue]:
+        if value is None:
+            return {}
+        if type(value) is not dict:
+            raise InvalidArgument(f"{owner}: 'parameters' must be a JSON object, got {_kind(value)}")
+        check_limit(f"parameters of {owner}", len(value), self._limits.max_parameters)
+        for key, item in value.items():
+            if type(item) not in _PARAMETER_TYPES:
+                raise InvalidArgument(
+                    f"{owner}: parameter {shown(key)} must be a boolean, a number or a string, got {_kind(item)}"
+                )
+        return value
+
+    def _inputs(self, items: Any) -> list[Tensor]:
+        if type(items) is not list or not items:
+            raise InvalidArgument(f"'inputs' must be a list of at least one tensor, got {_kind(items)}")
+        check_limit("inputs", len(items), self._limits.max_inputs)
+        tensors = [self._input(item) for item in items]
+        check_unique("input", [tensor.name for tensor in tensors])
+        return tensors
+
+    def _input(self, item: Any) -> Tensor:
+        name = _name("inputs", item)
+        datatype = item.get("datatype")
+        if type(datatype) is not str:
+            raise InvalidArgument(f"input {shown(name)}: 'datatype' must be a string, got {_kind(datatype)}")
+        check_datatype(name, datatype)
+        shape = _shape(name, item.get("shape"))
+        check_shape(name, shape, self._limits.max_dims)
+        parameters = item.get("parameters")
+        if parameters is not None:
+            parameters = self._parameters(f"input {shown(name)}", parameters)
+            refuse_shared_memory("input", name, parameters)
+            if "binary_data_size" in parameters:
+                return self._binary_input(name, datatype, shape, item, parameters["binary_data_size"])
+        values = _values(name, shape, item.get("data"))
+        return Tensor(name, datatype, shape, contents(name, datatype, values, exact=self._exact))
+
+    def _binary_input(
+        self, name: str, datatype: str, shape: tuple[int, ...], item: dict[str, Any], declared: ParameterValue
+    ) -> Tensor:
+        if item.get("data") is not None:
+            raise InvalidArgument(f"input {shown(name)} has both 'data' and 'binary_data_size'; wanted one of them")
+        size = whole_number(declared)
+        left = len(self._binary) - self._taken
+        if size is None or not 0 <= size <= left:
+            raise InvalidArgument(
+                f"input {shown(name)}: 'binary_data_size' must be a whole number in 0..{left}, the bytes left in the "
+                f"body behind the JSON part; got {shown(declared)}"
+            )
+        start = self._taken
+        self._taken = start + size
+        return input_tensor(name, datatype, shape, self._binary[start : self._taken])
+
+    def _outputs(self, items: Any) -> list[RequestedOutput]:
+        if items is None:
+            return []
+        if type(items) is not list:
+            raise InvalidArgument(f"'outputs' must be a list, got {_kind(items)}")
+        check_limit("outputs", len(items), self._limits.max_outputs)
+        outputs = [self._output(item) for item in items]
+        check_unique("output", [output.name for output in outputs])
+        return outputs
+
+    def _output(self, item: Any) -> RequestedOutput:
+        name = _name("outputs", item)
+        parameters = item.get("parameters")
+        if parameters is None:
+            return RequestedOutput(name)
+        return requested_output(name, self._parameters(f"output {shown(name)}", parameters))
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for error messages."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object" if isinstance(value, dict) else shown(value)
+
+
+def _flag(value: ParameterValue) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"parameter 'binary_data_output' must be true or false, got {_kind(value)}")
+    return value
+
+
+def _name(where: str, item: Any) -> str:
+    if type(item) is not dict:
+        raise InvalidArgument(f"every entry of {where!r} must be a JSON object, got {_kind(item)}")
+    name = item.get("name")
+    if type(name) is not str or not name:
+        raise InvalidArgument(f"every entry of {where!r} needs a 'name' that is a non-empty string, got {_kind(name)}")
+    return name
+
+
+def _shape(name: str, items: Any) -> tuple[int, ...]:
+    if type(items) is not list:
+        raise InvalidArgument(f"input {shown(name)}: 'shape' must be a list of integers, got {_kind(items)}")
+    shape = []
+    for item in items:
+        dim = item if type(item) is int else whole_number(item)
+        if dim is None:
+            raise InvalidArgument(f"input {shown(name)}: a dimension must be an integer, got {_kind(item)}")
+        shape.append(dim)
+    return tuple(shape)
+
+
+def _values(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
+    """The flat list of elements of ``data``, which is flat or nested as ``shape`` says."""
+    if type(data) is not list:
+        raise InvalidArgument(
+            f"input {shown(name)}: 'data' must be a list, or binary data must follow the JSON part; got {_kind(data)}"
+        )
+    values: list[Any] = _flattened(name, shape, data) if data and type(data[0]) is list else data
+    check_element_count(name, shape, len(values))
+    return values
+
+
+def _flattened(name: str, shape: tuple[int, ...], data: list[Any]) -> list[Any]:
+    """The elements in row-major order. Lists that are nested deeper than ``shape`` remain as elements."""
+    if shape and len(data) != shape[0]:
+        raise InvalidArgument(f"input {shown(name)}: shape {dims(shape)} wants {shape[0]} lists, got {len(data)}")
+    for axis, dim in enumerate(shape[1:], start=1):
+        if not {list}.issuperset(map(type, data)) or not {dim}.issuperset(map(len, data)):
+            raise InvalidArgument(
+                f"input {shown(name)}: nested data do not match shape {dims(shape)}: every list on level {axis} "
+                f"must have {dim} entries"
+            )
+        data = list(chain.from_iterable(data))
+    return data
+
+
+# --- Answers -------------------------------------------------------------------------------------------------------
+
+
+def encode_infer(
+    response: InferenceResponse,
+    *,
+    outputs: list[RequestedOutput],
+    binary_default: bool,
+    strict_json: bool = False,
+) -> tuple[list[Buffer], int | None]:
+    """The body in chunks, and the size of its JSON part when binary contents follow it (else None: all is JSON).
+
+    ``outputs`` are the request's; an output that it does not name, or names without preference, goes by
+    ``binary_default``. Numbers in JSON are flat and row-major. NaN and infinities are written as ``NaN``, ``Infinity``
+    and ``-Infinity``, which common clients read and strict JSON parsers refuse; with ``strict_json`` they raise
+    InvalidArgument naming the output. So do BYTES in JSON that are not UTF-8.
+    """
+    chosen = {output.name: output.binary for output in outputs if output.binary is not None}
+    tail: list[Buffer] = []
+    entries: list[bytes] = []
+    for tensor in response.outputs:
+        head = _output_head(tensor.name, tensor.datatype, tensor.shape)
+        if chosen.get(tensor.name, binary_default):
+            raw = raw_contents(tensor)
+            tail.append(raw)
+            entries.append(b'%b,"parameters":{"binary_data_size":%d}}' % (head, len(raw)))
+        else:
+            entries.append(b'%b,"data":%b}' % (head, _data(tensor, strict_json)))
+    document = b'%b,"outputs":[%b]}' % (_response_head(response), b",".join(entries))
+    return ([document, *tail], len(document)) if tail else ([document], None)
+
+
+def _response_head(response: InferenceResponse) -> bytes:
+    head = _model_head(response.model, response.version)
+    if response.id:
+        head = b'%b,"id":%b' % (head, orjson.dumps(response.id))
+    if response.parameters:
+        head = b'%b,"parameters":%b' % (head, orjson.dumps(response.parameters))
+    return head
+
+
+@lru_cache(maxsize=1024)
+def _model_head(model: str, version: str) -> bytes:
+    return b'{"model_name":%b,"model_version":%b' % (orjson.dumps(model), orjson.dumps(version))
+
+
+@lru_cache(maxsize=4096)
+def _output_head(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    document = {"name": name, "datatype": datatype, "shape": list(shape)}
+    return orjson.dumps(document)[:-1]
+
+
+def _data(tensor: Tensor, strict: bool) -> bytes:
+    if isinstance(tensor.data, list):
+        return _strings(tensor.name, tensor.data)
+    array = _printable(tensor)
+    text = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+    # Only "null" has an n in the text of numbers; of booleans none is ever null.
+    if b"n" not in text or array.dtype.kind != "f":
+        return text
+    if strict:
+        raise InvalidArgument(
+            f"output {shown(tensor.name)} has NaN or infinite values, which strict JSON cannot carry; "
+            f"ask for it as binary data"
+        )
+    return _with_literals(text, array)
+
+
+def _printable(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """A flat, aligned array of a type that orjson writes: 16-bit floats become float32, which holds them exactly."""
+    flat = np.frombuffer(tensor.data, dtype=DATATYPES[tensor.datatype][0])  # type: ignore[arg-type]
+    if tensor.datatype == "BF16":
+        return bfloat16_values(flat)
+    if tensor.datatype == "FP16":
+        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+            return flat.astype(np.float32)
+    return flat if flat.flags.aligned else flat.copy()
+
+
+def _with_literals(text: bytes, array: np.ndarray[Any, np.dtype[Any]]) -> bytes:
+    """``text`` with each null replaced by the literal of the non-finite number that orjson wrote it for."""
+    pieces = text.split(b"null")
+    parts = [pieces[0]]
+    for value, piece in zip(array[~np.isfinite(array)].tolist(), pieces[1:], strict=True):
+        parts += (b"NaN" if math.isnan(value) else b"Infinity" if value > 0 else b"-Infinity", piece)
+    return b"".join(parts)
+
+
+def _strings(name: str, elements: list[bytes]) -> bytes:
+    try:
+        return orjson.dumps([element.decode() for element in elements])
+    except UnicodeDecodeError:
+        raise InvalidArgument(
+            f"output {shown(name)} has BYTES that are not UTF-8, which JSON cannot carry; ask for it as binary data"
+        ) from None

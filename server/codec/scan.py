@@ -1,0 +1,149 @@
+"""A scan over the wire form of ordinary ``inference.ModelInferRequest`` messages.
+
+It takes requests with raw contents and without parameters, and reads only the top-level fields. The bytes of an
+``inputs`` or ``outputs`` entry repeat from request to request: they are the key of what protobuf once made of them.
+Everything else, and everything wrong, is left to protobuf (:mod:`server.codec.protobuf`): what the scan returns is what
+protobuf would have given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from server._pb import inference_pb2 as pb
+from server.codec.binary import input_tensor
+from server.codec.checks import check_id, check_name, check_shape, check_unique
+from server.errors import TidegateError
+from server.types import ALL_DATATYPES, InferenceRequest, RequestedOutput, RequestLimits
+
+# Tags of length-delimited fields: (number << 3) | 2.
+_MODEL_NAME: Final = 0x0A
+_MODEL_VERSION: Final = 0x12
+_ID: Final = 0x1A
+_INPUT: Final = 0x2A
+_OUTPUT: Final = 0x32
+_RAW_CONTENTS: Final = 0x3A
+
+#: Longer entries are not kept, so the caches are bounded in bytes too.
+_MAX_ENTRY_BYTES: Final = 1024
+_MAX_ENTRIES: Final = 4096
+
+
+class _UnusualError(Exception):
+    """Not for the scan."""
+
+
+@dataclass(slots=True)
+class _Fields:
+    """The top-level fields of one message, still as bytes."""
+
+    model: bytes = b""
+    version: bytes = b""
+    id: bytes = b""
+    inputs: list[bytes] = field(default_factory=list)
+    outputs: list[bytes] = field(default_factory=list)
+    contents: list[memoryview] = field(default_factory=list)
+
+
+def scan(raw: bytes, limits: RequestLimits) -> InferenceRequest | None:
+    """The request, its tensors views on ``raw``; None when protobuf must judge. Never raises."""
+    try:
+        return _request(_fields(raw), limits)
+    except (_UnusualError, IndexError, UnicodeDecodeError, DecodeError, TidegateError):
+        return None
+
+
+def _fields(raw: bytes) -> _Fields:
+    fields = _Fields()
+    view = memoryview(raw)
+    position, size = 0, len(raw)
+    while position < size:
+        tag, length, start = raw[position], raw[position + 1], position + 2
+        if length & 0x80:
+            length, start = _long_length(raw, position + 1)
+        position = start + length
+        if position > size:
+            raise _UnusualError
+        if tag == _RAW_CONTENTS:
+            fields.contents.append(view[start:position])
+        else:
+            _take(fields, tag, raw[start:position])
+    return fields
+
+
+def _take(fields: _Fields, tag: int, value: bytes) -> None:
+    # A singular field that comes again would have to be merged, and the first value still be checked.
+    if tag == _INPUT:
+        fields.inputs.append(value)
+    elif tag == _OUTPUT:
+        fields.outputs.append(value)
+    elif tag == _MODEL_NAME and not fields.model:
+        fields.model = value
+    elif tag == _ID and not fields.id:
+        fields.id = value
+    elif tag == _MODEL_VERSION and not fields.version:
+        fields.version = value
+    else:
+        raise _UnusualError
+
+
+def _long_length(raw: bytes, position: int) -> tuple[int, int]:
+    """A length of two to four bytes, and where it ends. Five bytes would be 256 MiB or more."""
+    length = 0
+    for shift in (0, 7, 14, 21):
+        byte = raw[position]
+        position += 1
+        length |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return length, position
+    raise _UnusualError
+
+
+def _request(fields: _Fields, limits: RequestLimits) -> InferenceRequest:
+    count = len(fields.inputs)
+    if not 0 < count <= limits.max_inputs or count != len(fields.contents) or len(fields.outputs) > limits.max_outputs:
+        raise _UnusualError
+    tensors = [
+        input_tensor(*_input_entry(_key(entry), limits.max_dims), contents)
+        for entry, contents in zip(fields.inputs, fields.contents, strict=True)
+    ]
+    outputs = [RequestedOutput(_output_entry(_key(entry))) for entry in fields.outputs]
+    if count > 1:
+        check_unique("input", [tensor.name for tensor in tensors])
+    if len(outputs) > 1:
+        check_unique("output", [output.name for output in outputs])
+    identifier = fields.id.decode()
+    check_id(identifier, limits.max_id_bytes)
+    return InferenceRequest(fields.model.decode(), fields.version.decode(), identifier, tensors, outputs)
+
+
+def _key(entry: bytes) -> bytes:
+    if len(entry) > _MAX_ENTRY_BYTES:
+        raise _UnusualError
+    return entry
+
+
+@lru_cache(maxsize=_MAX_ENTRIES)
+def _input_entry(entry: bytes, max_dims: int) -> tuple[str, str, tuple[int, ...]]:
+    """Name, datatype and checked shape; raises (and keeps nothing) for what is no ordinary raw input."""
+    message = pb.ModelInferRequest.InferInputTensor.FromString(entry)
+    if message.parameters or message.HasField("contents") or message.datatype not in ALL_DATATYPES:
+        raise _UnusualError
+    check_name("input", message.name)
+    shape = tuple(message.shape)
+    check_shape(message.name, shape, max_dims)
+    return message.name, message.datatype, shape
+
+
+@lru_cache(maxsize=_MAX_ENTRIES)
+def _output_entry(entry: bytes) -> str:
+    """The name; raises (and keeps nothing) for an output with parameters."""
+    message = pb.ModelInferRequest.InferRequestedOutputTensor.FromString(entry)
+    if message.parameters:
+        raise _UnusualError
+    check_name("output", message.name)
+    return message.name

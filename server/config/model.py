@@ -1,0 +1,467 @@
+"""The configuration file as pydantic models: strict, frozen, every unknown key an error. Nothing else sees these types.
+
+Durations are held in nanoseconds, sizes in bytes, shares as fractions, addresses as (host, port), file paths resolved
+against the file's folder, secrets already looked up. Rules that span several keys live in ``consistency``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from router.registry.directory import MODEL_NAME_PATTERN, is_model_name, is_version
+from server.config import units
+from server.config.settings import Address
+from server.types import ALL_DATATYPES
+
+API_VERSION: Final = "tidegate/v1"
+MAX_SECRET_BYTES: Final = 64 * 1024
+MAX_PRIORITY_LEVELS: Final = 1024
+
+_VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
+_REGISTRY_PREFIX: Final = "registry:"
+_NAME_WANTED: Final = "letters, digits, '.', '_' or '-', at most 255, with no leading dot"
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, frozen=True)
+class Context:
+    """What values are looked up in while a file is read: the folder of relative paths, and the environment."""
+
+    folder: Path
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+
+
+def _context(info: ValidationInfo) -> Context:
+    return info.context if isinstance(info.context, Context) else Context(Path())
+
+
+# --- kinds of values ----------------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"wanted text, got {units.show(value)}; put it in quotes if text is meant")
+    if "${" in value:
+        raise ValueError("${...} is only replaced in keys that hold secrets; this one does not")
+    return value
+
+
+@dataclass(slots=True, frozen=True)
+class Source:
+    """Where a model lies: a path, or (``path`` None) an entry of the model repository."""
+
+    path: Path | None = None
+    entry: str = ""
+
+
+def _source(value: object, info: ValidationInfo) -> Source:
+    text = _text(value)
+    if not text.startswith(_REGISTRY_PREFIX):
+        return Source(_path(text, info))
+    return Source(entry=_model_name(text.removeprefix(_REGISTRY_PREFIX)))
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    text = _text(value)
+    if not text or "\0" in text:
+        raise ValueError(f"wanted a path, got {units.show(value)}")
+    return _context(info).folder / text
+
+
+def _secret(value: object, info: ValidationInfo) -> str:
+    """The secret behind ``${VAR}`` or ``file:/path``. No text of an error ever shows the value."""
+    if isinstance(value, str) and (found := _VARIABLE.fullmatch(value)):
+        secret = _context(info).environ.get(found[1])
+        if not secret:
+            raise ValueError(f"environment variable {found[1]} is {'empty' if secret == '' else 'not set'}")
+        return secret
+    if isinstance(value, str) and value.startswith("file:"):
+        return _secret_file(_context(info).folder / value.removeprefix("file:"))
+    raise ValueError("a secret is given as ${VARIABLE} or file:/path, never as the value itself (not shown here)")
+
+
+def _secret_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            secret = file.read(MAX_SECRET_BYTES + 1).decode()
+    except OSError as error:
+        raise ValueError(f"secret file {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"secret file {path} is not UTF-8 text") from None
+    secret = secret.rstrip("\r\n")
+    if not 0 < len(secret) <= MAX_SECRET_BYTES:
+        raise ValueError(f"secret file {path} is {'too long' if secret else 'empty'}")
+    return secret
+
+
+def _model_name(value: object) -> str:
+    if not isinstance(value, str) or not is_model_name(value):
+        raise ValueError(f"wanted a model name ({_NAME_WANTED}), got {units.show(value)}")
+    return value
+
+
+def _load_name(value: object) -> str:
+    return "*" if value == "*" else _model_name(value)
+
+
+def _version(value: object) -> str:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not is_version(text):
+        raise ValueError(f"wanted a version (a positive integer), got {units.show(value)}")
+    return text
+
+
+def _option(value: object) -> str:
+    """Options are passed on as text; true and false become the "1" and "0" that ONNX Runtime reads."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value) if isinstance(value, int | float) else _text(value)
+
+
+def _provider(value: object) -> object:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"name": value}
+    raise ValueError(f"wanted a provider's name or {{name: ..., options: ...}}, got {units.show(value)}")
+
+
+def _datatype(value: object) -> str:
+    if not isinstance(value, str) or value not in ALL_DATATYPES:
+        raise ValueError(f"wanted one of {', '.join(sorted(ALL_DATATYPES))}, got {units.show(value)}")
+    return value
+
+
+def _version_policy(value: object) -> object:
+    if value == "all":
+        return {"all": True}
+    if not isinstance(value, dict) or "all" in value or not value:
+        raise ValueError(f"wanted all, {{latest: N}} or {{specific: [VERSION, ...]}}, got {units.show(value)}")
+    if len(value) > 1:
+        raise ValueError(f"wanted one of latest and specific, got {' and '.join(map(str, value))}")
+    return value
+
+
+def _bounded(parse: Callable[[object], int], low: str, high: str) -> BeforeValidator:
+    """A validator that parses a value with a unit and holds it to a range given in the same notation."""
+    lowest, highest = parse(low), parse(high)
+
+    def check(value: object) -> int:
+        amount = parse(value)
+        if not lowest <= amount <= highest:
+            raise ValueError(f"wanted {low} to {high}, got {value}")
+        return amount
+
+    return BeforeValidator(check)
+
+
+def _pattern(pattern: str, **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, **more})
+
+
+def _default(text: str, parse: Callable[[object], Any]) -> Any:
+    """A field whose default is written, and published in the schema, with its unit."""
+    return Field(default=parse(text), json_schema_extra={"default": text})
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+FilePath = Annotated[Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
+ModelSource = Annotated[Source, PlainValidator(_source), WithJsonSchema({"type": "string", "minLength": 1})]
+Secret = Annotated[str, BeforeValidator(_secret), _pattern(r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\}|file:.+)$")]
+ModelName = Annotated[str, BeforeValidator(_model_name), _pattern(f"^{MODEL_NAME_PATTERN}$")]
+LoadName = Annotated[str, BeforeValidator(_load_name), _pattern(rf"^(\*|{MODEL_NAME_PATTERN})$")]
+_VERSION_SCHEMA: Final = {
+    "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}]
+}
+Version = Annotated[str, BeforeValidator(_version), WithJsonSchema(_VERSION_SCHEMA)]
+_OPTION_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
+Option = Annotated[str, BeforeValidator(_option), WithJsonSchema(_OPTION_SCHEMA)]
+Datatype = Annotated[str, BeforeValidator(_datatype), WithJsonSchema({"enum": sorted(ALL_DATATYPES)})]
+ListenAddress = Annotated[Address, BeforeValidator(units.parse_address), _pattern(units.ADDRESS_PATTERN)]
+Percent = Annotated[float, BeforeValidator(units.parse_percent), _pattern(units.PERCENT_PATTERN)]
+#: A list in the file, a tuple here.
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+_DURATION_SCHEMA: Final = _pattern(units.DURATION_PATTERN)
+_SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
+Delay = Annotated[int, _bounded(units.parse_duration, "0s", "60s"), _DURATION_SCHEMA]
+Timeout = Annotated[int, _bounded(units.parse_duration, "0s", "1h"), _DURATION_SCHEMA]
+Interval = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATION_SCHEMA]
+BodySize = Annotated[int, _bounded(units.parse_size, "1KiB", "2GiB"), _SIZE_SCHEMA]
+HeaderSize = Annotated[int, _bounded(units.parse_size, "1KiB", "1MiB"), _SIZE_SCHEMA]
+IdSize = Annotated[int, _bounded(units.parse_size, "1B", "64KiB"), _SIZE_SCHEMA]
+
+
+class Section(BaseModel):
+    """Base of every mapping in the file."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- server -------------------------------------------------------------------------------------------------------
+
+
+class Listeners(Section):
+    """Where the server listens. Port 0 picks a free one."""
+
+    http: ListenAddress = _default("127.0.0.1:8000", units.parse_address)
+    grpc: ListenAddress = _default("127.0.0.1:8001", units.parse_address)
+    metrics: ListenAddress = _default("127.0.0.1:8002", units.parse_address)
+    admin: ListenAddress = _default("127.0.0.1:8003", units.parse_address)
+
+
+class Tls(Section):
+    """PEM files of the inference listeners. With ``client_ca`` clients must show a certificate it signed."""
+
+    certificate: FilePath
+    private_key: FilePath
+    client_ca: FilePath | None = None
+
+
+class Auth(Section):
+    """Who may use the admin address: the bearer token it asks for."""
+
+    admin_token: Secret = Field(repr=False)
+
+
+class Limits(Section):
+    """Bounds on requests and on what is in flight."""
+
+    max_body: BodySize = _default("64MiB", units.parse_size)
+    max_headers: HeaderSize = _default("64KiB", units.parse_size)
+    max_id: IdSize = _default("4KiB", units.parse_size)
+    max_json_depth: Annotated[int, Field(ge=4, le=500)] = 100
+    max_inputs: PositiveInt = 256
+    max_outputs: PositiveInt = 256
+    max_dims: Annotated[int, Field(ge=1, le=64)] = 32
+    max_parameters: Count = 256
+    max_chunks: PositiveInt = 65_536
+    max_pending: PositiveInt = 4096
+    max_connections: PositiveInt = 1024
+    max_concurrent_streams: PositiveInt = 100
+
+
+class Server(Section):
+    """The process: addresses, limits, and which models it loads when."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
+    listeners: Listeners = Field(default_factory=Listeners)
+    transport: Literal["native", "reference"] = "reference"
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    in_process: bool = False
+    tls: Tls | None = None
+    auth: Auth | None = Field(default=None, repr=False)
+    limits: Limits = Field(default_factory=Limits)
+    drain: Timeout = _default("30s", units.parse_duration)
+    model_control: Literal["none", "poll", "explicit"] = "none"
+    load_models: Many[LoadName] = ()
+    poll_interval: Interval = _default("15s", units.parse_duration)
+
+
+# --- telemetry, state, registry -----------------------------------------------------------------------------------
+
+
+class Logs(Section):
+    """What is logged, and how."""
+
+    format: Literal["json", "text"] = "json"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Traces(Section):
+    """OpenTelemetry spans over OTLP/HTTP. ``headers`` carry secrets, such as a collector's token."""
+
+    enabled: bool = False
+    sampling: Percent = _default("100%", units.parse_percent)
+    endpoint: Annotated[Text, Field(pattern=r"^https?://[^\s/?#]+[^\s]*$")] | None = None
+    service_name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
+    headers: dict[str, Secret] = Field(default_factory=dict, repr=False)
+
+
+class Telemetry(Section):
+    """Logs and traces; metrics are always on at their own address."""
+
+    logs: Logs = Field(default_factory=Logs)
+    traces: Traces = Field(default_factory=Traces)
+
+
+class State(Section):
+    """Where the server keeps what must outlive it."""
+
+    dir: FilePath | None = None
+
+
+class Registry(Section):
+    """Where models without a source of their own come from: a directory in Triton/KServe layout."""
+
+    directory: FilePath | None = None
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+class ProviderChoice(Section):
+    """An execution provider; its options are passed through."""
+
+    name: Literal["cpu", "cuda", "tensorrt"]
+    options: dict[str, Option] = Field(default_factory=dict)
+
+
+class Threads(Section):
+    """Threads of one session; 0 means one per core."""
+
+    intra_op: Count = 1
+    inter_op: Count = 1
+    parallel: bool = False
+    spinning: bool = False
+
+
+_PROVIDER_NAMES: Final = ["cpu", "cuda", "tensorrt"]
+Provider = Annotated[
+    ProviderChoice,
+    BeforeValidator(_provider),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": _PROVIDER_NAMES},
+                {
+                    "type": "object",
+                    "properties": {
+                        "name": {"enum": _PROVIDER_NAMES},
+                        "options": {"type": "object", "additionalProperties": _OPTION_SCHEMA},
+                    },
+                    "required": ["name"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
+class RuntimeChoice(Section):
+    """How sessions are made."""
+
+    providers: Annotated[Many[Provider], Field(min_length=1, json_schema_extra={"default": ["cpu"]})] = (
+        ProviderChoice(name="cpu"),
+    )
+    allow_fallback: bool = False
+    device_ids: Many[Annotated[int, Field(ge=0, le=1023)]] = ()
+    instances: Annotated[int, Field(ge=1, le=1024)] = 1
+    graph_optimization: Literal["disable", "basic", "extended", "all"] = "all"
+    threads: Threads = Field(default_factory=Threads)
+    session_config: dict[str, Option] = Field(default_factory=dict)
+
+
+class QueueRules(Section):
+    """What happens to requests that wait: how long, what then, and how many may."""
+
+    timeout: Timeout = _default("0s", units.parse_duration)
+    timeout_action: Literal["reject", "delay"] = "reject"
+    allow_timeout_override: bool = False
+    max_size: Count = 0
+
+
+class Priority(Section):
+    """Priority levels 1 (first) to ``levels``; ``default`` is for requests that name none."""
+
+    levels: Annotated[int, Field(ge=1, le=MAX_PRIORITY_LEVELS)]
+    default: Annotated[int, Field(ge=1, le=MAX_PRIORITY_LEVELS)]
+    queue_policies: dict[str, QueueRules] = Field(default_factory=dict)
+
+
+class Batching(Section):
+    """How requests are gathered. ``max_batch_size`` is what one request may carry, ``max_rows`` what is gathered."""
+
+    enabled: bool = True
+    max_batch_size: Count | None = None
+    max_rows: Count = 0
+    preferred_batch_sizes: Many[PositiveInt] = ()
+    max_queue_delay: Delay = _default("0s", units.parse_duration)
+    preserve_ordering: bool = False
+    max_queue_size: PositiveInt = 1024
+    queue_policy: QueueRules = Field(default_factory=QueueRules)
+    priority: Priority | None = None
+    buckets: dict[str, Annotated[Many[PositiveInt], Field(min_length=1)]] = Field(default_factory=dict)
+    pad_values: dict[str, float] = Field(default_factory=dict)
+
+
+class WarmupTensor(Section):
+    """One input of a warm-up sample; dims without the batch axis. ``file`` names raw data in the warmup folder."""
+
+    datatype: Datatype
+    dims: Many[PositiveInt]
+    source: Literal["zero", "random"] = "zero"
+    file: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None
+
+
+class Warmup(Section):
+    """A request sent to the model before it is ready, ``count`` times."""
+
+    name: Annotated[Text, Field(min_length=1)] = "warmup"
+    batch_size: Count = 0
+    count: Annotated[int, Field(ge=1, le=10_000)] = 1
+    inputs: Annotated[dict[str, WarmupTensor], Field(min_length=1)]
+
+
+class VersionPolicy(Section):
+    """Which versions of a directory are served; exactly one of the keys. In the file ``all`` is a plain word."""
+
+    latest: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    specific: Annotated[Many[Version], Field(min_length=1)] | None = None
+    all: Literal[True] | None = None
+
+
+_POLICY_SCHEMA: Final = {
+    "anyOf": [
+        {"const": "all"},
+        {
+            "type": "object",
+            "properties": {
+                "latest": {"type": "integer", "minimum": 1, "maximum": 1_000_000},
+                "specific": {"type": "array", "items": _VERSION_SCHEMA, "minItems": 1},
+            },
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+        },
+    ]
+}
+PolicyChoice = Annotated[VersionPolicy, BeforeValidator(_version_policy), WithJsonSchema(_POLICY_SCHEMA)]
+
+
+class Defaults(Section):
+    """What models start from; a model's config.pbtxt and its own section override it key by key."""
+
+    runtime: RuntimeChoice = Field(default_factory=RuntimeChoice)
+    batching: Batching = Field(default_factory=Batching)
+    version_policy: PolicyChoice = Field(default=VersionPolicy(latest=1), json_schema_extra={"default": {"latest": 1}})
+
+
+class Model(Defaults):
+    """One model. Without ``source`` it is the registry's entry of the same name; ``registry:NAME`` is another entry."""
+
+    source: ModelSource | None = None
+    warmup: Many[Warmup] = ()
+
+
+class Config(Section):
+    """The whole file."""
+
+    api_version: Annotated[Literal["tidegate/v1"], Field(alias="apiVersion")]
+    server: Server = Field(default_factory=Server)
+    telemetry: Telemetry = Field(default_factory=Telemetry)
+    state: State = Field(default_factory=State)
+    registry: Registry = Field(default_factory=Registry)
+    defaults: Defaults = Field(default_factory=Defaults)
+    models: dict[ModelName, Model] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})

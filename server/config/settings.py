@@ -1,0 +1,77 @@
+"""What the configuration compiles to for the server itself: plain frozen values, defaults included.
+
+Durations are seconds (floats) where asyncio takes them, sizes are bytes, addresses are (host, port).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.types import RequestLimits
+
+Address = tuple[str, int]
+
+
+@dataclass(slots=True, frozen=True)
+class TraceSettings:
+    """Spans exported over OTLP/HTTP. Off by default; ``endpoint`` is the full URL of the traces receiver."""
+
+    enabled: bool = False
+    sampling: float = 1.0
+    endpoint: str = ""
+    service_name: str = "tidegate"
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(slots=True, frozen=True)
+class TelemetrySettings:
+    """Logs and traces."""
+
+    log_format: str = "json"  # json | text
+    log_level: str = "info"  # debug | info | warning | error
+    traces: TraceSettings = field(default_factory=TraceSettings)
+
+
+@dataclass(slots=True, frozen=True)
+class TlsSettings:
+    """PEM files for the inference listeners; ``client_ca`` asks clients for a certificate."""
+
+    certificate: Path
+    private_key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class ServerSettings:
+    """Everything ``serve`` needs besides the models. Port 0 means: pick a free one."""
+
+    name: str = "tidegate"
+    http: Address = ("127.0.0.1", 8000)
+    grpc: Address = ("127.0.0.1", 8001)
+    metrics: Address = ("127.0.0.1", 8002)
+    admin: Address = ("127.0.0.1", 8003)
+    transport: str = "reference"  # native | reference
+    workers: int = 1
+    in_process: bool = False
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    #: Inference requests in flight, over all models and protocols; more are refused.
+    max_pending: int = 4096
+    max_connections: int = 1024
+    #: gRPC streams per connection.
+    max_concurrent_streams: int = 100
+    drain_seconds: float = 30.0
+    model_control: str = "none"  # none | poll | explicit
+    load_models: tuple[str, ...] = ()
+    poll_seconds: float = 15.0
+    #: A directory in Triton/KServe layout or one model file; None when every model has its own source.
+    model_repository: Path | None = None
+    state_dir: Path = Path("tidegate-state")
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    tls: TlsSettings | None = None
+    admin_token: str | None = field(default=None, repr=False)
+
+    def listeners(self) -> dict[str, Address]:
+        """The four addresses by their names."""
+        return {"http": self.http, "grpc": self.grpc, "metrics": self.metrics, "admin": self.admin}

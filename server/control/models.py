@@ -1,0 +1,370 @@
+"""Which versions are loaded: scan, load beside what serves, swap the table, retire what nobody holds any more.
+
+A new version is loaded and warm before the old one goes, and a failed load leaves the old one serving. Loading blocks, so
+it happens on one loader thread; everything else runs on the loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from router.types import ModelRoutes
+from server.control.sources import ModelPlan, ModelSource, VersionPlan
+from server.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ModelLoadError,
+    ModelNotFound,
+    TidegateError,
+    VersionNotFound,
+)
+from server.gateway import Gateway, Served
+from server.runtime.base import Engine, Runtime
+from server.types import ParameterValue
+
+log = structlog.get_logger("control")
+
+T = TypeVar("T")
+
+UNAVAILABLE, LOADING, READY, UNLOADING = "UNAVAILABLE", "LOADING", "READY", "UNLOADING"
+
+
+@dataclass(slots=True, frozen=True)
+class IndexEntry:
+    """One row of the repository index."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class _Version:
+    """One version of one model as the control knows it. ``tried`` is the fingerprint of the last load, good or bad."""
+
+    number: str
+    state: str
+    reason: str = ""
+    tried: object = None
+    engine: Engine | None = None
+    served: Served | None = None
+
+
+class ModelControl:
+    """Loads and unloads versions and keeps the gateway's table true. One instance per process."""
+
+    def __init__(
+        self,
+        *,
+        source: ModelSource,
+        runtime: Runtime,
+        gateway: Gateway,
+        serve: Callable[[Engine, ModelPlan], Served],
+        changed: Callable[[], None],
+        mode: str = "none",
+    ) -> None:
+        self._source = source
+        self._runtime = runtime
+        self._gateway = gateway
+        self._serve = serve
+        self._changed = changed
+        self._mode = mode
+        self._plans: dict[str, ModelPlan] = {}
+        self._versions: dict[str, dict[str, _Version]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.started = False
+
+    # -- what others ask ----------------------------------------------------------------------------------------
+
+    def plan(self, model: str) -> ModelPlan:
+        """The newest plan of a known model."""
+        plan = self._plans.get(model)
+        if plan is None:
+            raise ModelNotFound(f"Request for unknown model: '{model[:128]}' is not found")
+        return plan
+
+    def index(self, ready_only: bool) -> list[IndexEntry]:
+        """Every known version with its state, sorted by name and number; models with no version have one row."""
+        rows: list[IndexEntry] = []
+        for name in sorted(self._plans):
+            versions = self._versions.get(name, {})
+            rows += [IndexEntry(name, number, v.state, v.reason) for number, v in _by_number(versions)]
+            if not versions:
+                rows.append(IndexEntry(name, "", UNAVAILABLE, self._plans[name].error or "not loaded"))
+        return [row for row in rows if row.state == READY] if ready_only else rows
+
+    def ready(self, model: str, version: str) -> bool:
+        """Is this version (or, for "", the model) ready? Raises ModelNotFound or VersionNotFound for unknown ones."""
+        if model in self._gateway.table.models and not version:
+            return True
+        versions = self._versions.get(model, {})
+        if model not in self._plans and not versions:
+            self.plan(model)
+        if not version:
+            return False
+        if version not in versions:
+            raise VersionNotFound(f"Request for unknown model: '{model}' version {version[:32]} is not found")
+        return versions[version].state == READY
+
+    def failures(self) -> list[IndexEntry]:
+        """Versions that are wanted and could not be loaded."""
+        return [row for row in self.index(ready_only=False) if row.state == UNAVAILABLE and row.reason != "unloaded"]
+
+    # -- start, poll, load, unload ------------------------------------------------------------------------------
+
+    async def start(self, names: tuple[str, ...] = ()) -> None:
+        """Scan, and load what the mode says: everything, or in explicit mode ``names`` (``*`` for everything)."""
+        await self._scan()
+        wanted = set(names)
+        if self._mode == "explicit" and "*" not in wanted:
+            for name in sorted(wanted - set(self._plans)):
+                raise ModelNotFound(f"model '{name}' asked for at start-up is not in the repository")
+        else:
+            wanted = set(self._plans)
+        for name in sorted(wanted):
+            self._gateway.unready[name] = "loading"
+        for name in sorted(wanted):
+            await self._apply(name)
+        self.started = True
+
+    async def poll(self, interval_s: float) -> None:
+        """Follow the source until cancelled. A scan that fails is logged and tried again."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self.refresh()
+            except (TidegateError, OSError) as error:
+                log.warning("poll_failed", error=str(error))
+
+    async def refresh(self) -> None:
+        """One poll: load what is new or changed, unload what is gone."""
+        before = set(self._plans)
+        await self._scan()
+        for name in sorted(before | set(self._plans)):
+            await self._apply(name)
+
+    async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
+        """Load or reload one model by its name in the repository. Raises the first version's reason if none is ready."""
+        if parameters:
+            raise InvalidArgument(
+                f"load takes no parameters, got {', '.join(sorted(parameters))}: a client may not override "
+                f"a model's configuration or files"
+            )
+        await self._scan()
+        self.plan(model)
+        self._require_explicit("load", model)
+        await self._apply(model, retry_failed=True)
+        failed = [v for v in self._versions.get(model, {}).values() if v.state == UNAVAILABLE and v.reason]
+        if failed:
+            raise ModelLoadError(f"failed to load '{model}': {failed[0].reason}")
+        if not self._versions.get(model):
+            raise ModelLoadError(f"failed to load '{model}': {self._plans[model].error or 'it has no version to load'}")
+
+    async def unload(self, model: str, unload_dependents: bool = False) -> None:
+        """Stop serving one model. Requests that hold it finish; memory is given back after the last."""
+        if model not in self._versions:
+            self.plan(model)
+        self._require_explicit("unload", model)
+        async with self._lock(model):
+            gone = self._forget(model, "unloaded")
+            self._publish(model)
+            self._retire(gone)
+        log.info("model_unloaded", model=model)
+
+    def _require_explicit(self, what: str, model: str) -> None:
+        if self._mode != "explicit":
+            raise FailedPrecondition(
+                f"{what} of '{model}' is refused: model control mode is '{self._mode}', it must be 'explicit'"
+            )
+
+    async def close(self) -> None:
+        """Retire everything and wait until the engines are closed."""
+        gone = [version for name in self._versions for version in self._forget(name, "shut down")]
+        for name in self._versions:
+            self._publish(name)
+        self._retire(gone)
+        if self._retiring:
+            await asyncio.wait(self._retiring)
+        self._loader.shutdown(wait=False)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _lock(self, model: str) -> asyncio.Lock:
+        return self._locks.setdefault(model, asyncio.Lock())
+
+    async def _scan(self) -> None:
+        self._plans = await self._off_loop(self._source.scan)
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    async def _apply(self, model: str, *, retry_failed: bool = False) -> None:
+        """Make what is loaded equal the plan: new versions first, then the table, then the old ones go."""
+        async with self._lock(model):
+            plan = self._plans.get(model)
+            known = self._versions.setdefault(model, {})
+            if plan is not None and plan.error:
+                self._refuse_plan(plan)
+                return
+            wanted = {} if plan is None else {version.version: version for version in plan.versions}
+            if plan is not None:
+                for number in sorted(wanted, key=int):
+                    await self._ensure(plan, wanted[number], retry_failed)
+            refused = {} if plan is None else plan.refused
+            gone = [known.pop(number) for number in sorted(set(known) - set(wanted) - set(refused))]
+            for number, reason in refused.items():
+                known.setdefault(number, _Version(number, UNAVAILABLE)).reason = reason
+            if plan is None:
+                del self._versions[model]
+            self._publish(model)
+            self._retire([version for version in gone if version.served is not None])
+
+    def _refuse_plan(self, plan: ModelPlan) -> None:
+        """A model folder that makes no sense: what serves goes on, the reason is kept."""
+        log.error("model_refused", model=plan.name, error=plan.error, still_serving=bool(self._ready(plan.name)))
+        self._publish(plan.name)
+
+    async def _ensure(self, plan: ModelPlan, wanted: VersionPlan, retry_failed: bool) -> None:
+        """Have one version loaded as planned; on failure keep what was there and its reason."""
+        known = self._versions[plan.name]
+        current = known.get(wanted.version)
+        if (
+            current is not None
+            and current.tried == wanted.fingerprint
+            and not (retry_failed and current.served is None)
+        ):
+            return
+        if current is None or current.served is None:
+            current = known[wanted.version] = _Version(wanted.version, LOADING)
+        current.tried = wanted.fingerprint
+        log.info("model_loading", model=plan.name, version=wanted.version)
+        try:
+            engine = await self._off_loop(partial(self._runtime.load, plan.load_request(wanted)))
+        except TidegateError as error:
+            self._load_failed(plan.name, current, error.message)
+            return
+        except Exception:
+            log.exception("model_load_crashed", model=plan.name, version=wanted.version)
+            self._load_failed(plan.name, current, "internal error while loading, see the server's log")
+            return
+        known[wanted.version] = _Version(
+            wanted.version, READY, tried=wanted.fingerprint, engine=engine, served=self._serve(engine, plan)
+        )
+        self._publish(plan.name)
+        log.info("model_ready", model=plan.name, version=wanted.version, **_facts(engine))
+        if current.served is not None:
+            self._retire([current])
+
+    def _load_failed(self, model: str, version: _Version, reason: str) -> None:
+        version.reason = reason
+        if version.served is None:
+            version.state = UNAVAILABLE
+        log.error(
+            "model_load_failed",
+            model=model,
+            version=version.number,
+            error=reason,
+            still_serving=version.served is not None,
+        )
+
+    def _forget(self, model: str, reason: str) -> list[_Version]:
+        """Replace every loaded version of a model by a row that says why it is gone; gives what was loaded."""
+        known = self._versions.get(model, {})
+        loaded = [version for version in known.values() if version.served is not None]
+        for version in loaded:
+            known[version.number] = _Version(version.number, UNAVAILABLE, reason, version.tried)
+        return loaded
+
+    def _ready(self, model: str) -> dict[str, Served]:
+        return {n: v.served for n, v in self._versions.get(model, {}).items() if v.served is not None}
+
+    def _publish(self, model: str) -> None:
+        """Bring the gateway's table and its list of models that are not ready up to date for one model."""
+        ready = self._ready(model)
+        table = self._gateway.table
+        current = table.models.get(model)
+        if ready:
+            self._gateway.unready.pop(model, None)
+            routes = ModelRoutes(ready, max(ready, key=int))
+            if routes != current:
+                self._gateway.publish(table.with_model(model, routes))
+                self._changed()
+            return
+        if current is not None:
+            self._gateway.publish(table.with_model(model, None))
+            self._changed()
+        if model in self._plans:
+            self._gateway.unready[model] = self._why_not(model)
+        else:
+            self._gateway.unready.pop(model, None)
+
+    def _why_not(self, model: str) -> str:
+        reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]
+        return self._plans[model].error or (reasons[-1] if reasons else "it has no version to load")
+
+    def _retire(self, versions: list[_Version]) -> None:
+        """Close engines that no table names any more, each after its last request; nobody waits for that."""
+        for version in versions:
+            task = asyncio.get_running_loop().create_task(self._close(version))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _close(self, version: _Version) -> None:
+        assert version.served is not None
+        assert version.engine is not None
+        served, engine = version.served, version.engine
+        version.state, version.served, version.engine = UNLOADING, None, None
+        await _last_call(served)
+        await self._off_loop(partial(_shut, served, engine))
+
+
+async def _last_call(served: Served) -> None:
+    """Wait until no request holds this version. The table no longer names it, so none can come."""
+    if served.calls:
+        idle = asyncio.Event()
+        served.on_idle = idle.set
+        await idle.wait()
+
+
+def _shut(served: Served, engine: Engine) -> None:
+    served.batcher.close()
+    engine.close()
+    give_memory_back()
+
+
+def _by_number(versions: Mapping[str, _Version]) -> list[tuple[str, _Version]]:
+    return sorted(versions.items(), key=lambda item: int(item[0]))
+
+
+def give_memory_back() -> None:
+    """Collect cycles and hand freed heap pages to the system: an unloaded model's memory should show as free."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _facts(engine: Engine) -> dict[str, object]:
+    spec = engine.spec
+    facts: dict[str, object] = {
+        "max_batch_size": spec.max_batch_size,
+        "batch_rows": spec.learned_batch_size,
+        "run_us": round(engine.run_ns / 1000, 1),
+        "memory_mib": round(engine.memory_bytes / 2**20, 1),
+        "digest": spec.digest,
+    }
+    if spec.batching_note:
+        facts["note"] = spec.batching_note
+    return facts

@@ -1,0 +1,164 @@
+"""Where models come from: a directory in Triton/KServe layout, or models named in the configuration file.
+
+A source turns what is on disk now into plans. Scanning blocks and opens no model; one bad entry is that entry's reason
+and spoils nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from router.registry.directory import FoundModel, Scan, ScanProblem, is_model_name, scan, select_versions
+from server.config.pbtxt import default_filename, parse_pbtxt
+from server.errors import ConfigError, TidegateError
+from server.runtime.base import LoadRequest, ModelOptions
+
+log = structlog.get_logger("control")
+
+
+@dataclass(slots=True, frozen=True)
+class VersionPlan:
+    """One version to have loaded. ``fingerprint`` changes whenever anything that it is made of does."""
+
+    version: str
+    path: Path
+    fingerprint: object
+
+
+@dataclass(slots=True, frozen=True)
+class ModelPlan:
+    """What one model should be: its options and versions, or ``error`` when its folder makes no sense."""
+
+    name: str
+    options: ModelOptions = field(default_factory=ModelOptions)
+    versions: tuple[VersionPlan, ...] = ()
+    folder: Path | None = None
+    error: str = ""
+    #: Versions that are there and cannot be used: number -> why.
+    refused: Mapping[str, str] = field(default_factory=dict)
+    state_dir: Path | None = None
+
+    def load_request(self, version: VersionPlan) -> LoadRequest:
+        """What the runtime is asked for."""
+        return LoadRequest(self.name, version.version, version.path, self.options, self.folder, self.state_dir)
+
+
+class ModelSource(Protocol):
+    """Gives the plans of all models as they stand now. Blocking; raises OSError when the root cannot be read."""
+
+    def scan(self) -> dict[str, ModelPlan]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class NamedModel:
+    """One model of the configuration file: where it lies, what it starts from, and what its section puts on top."""
+
+    name: str
+    path: Path
+    base: ModelOptions = field(default_factory=ModelOptions)
+    over: Callable[[ModelOptions], ModelOptions] = field(default=lambda options: options)
+
+
+class DirectorySource:
+    """Every model below one root. ``base``: the options that a model's config.pbtxt goes on top of."""
+
+    def __init__(self, root: Path, state_dir: Path, base: ModelOptions | None = None) -> None:
+        self._root = root
+        self._state_dir = state_dir
+        self._base = NamedModel("", root, base or ModelOptions())
+
+    def scan(self) -> dict[str, ModelPlan]:
+        """Plans by name; entries that have no usable name are logged and left out."""
+        found = _scan(self._root)
+        plans = {name: _plan(model, self._base, found.problems, self._state_dir) for name, model in found.models.items()}
+        for problem in found.problems:
+            if problem.model in plans:
+                continue
+            if is_model_name(problem.model):
+                plans[problem.model] = ModelPlan(problem.model, error=problem.message)
+            else:
+                log.warning("entry_ignored", entry=problem.model[:128], reason=problem.message)
+        return plans
+
+
+class NamedSource:
+    """The models that a configuration file names, each with its own path."""
+
+    def __init__(self, models: tuple[NamedModel, ...], state_dir: Path) -> None:
+        self._models = models
+        self._state_dir = state_dir
+
+    def scan(self) -> dict[str, ModelPlan]:
+        """One plan per named model, whatever is found."""
+        return {model.name: self._one(model) for model in self._models}
+
+    def _one(self, model: NamedModel) -> ModelPlan:
+        try:
+            found = _scan(model.path)
+        except OSError as error:
+            return ModelPlan(model.name, error=f"its source cannot be read: {error.strerror or error}")
+        if len(found.models) != 1:
+            reasons = "; ".join(problem.message for problem in found.problems)
+            return ModelPlan(model.name, error=reasons or f"its source holds {len(found.models)} models, wanted one")
+        (only,) = found.models.values()
+        return replace(_plan(only, model, found.problems, self._state_dir), name=model.name)
+
+
+class JoinedSource:
+    """Several sources as one; a name that comes twice is taken from the first."""
+
+    def __init__(self, *sources: ModelSource) -> None:
+        self._sources = sources
+
+    def scan(self) -> dict[str, ModelPlan]:
+        """The union of all plans."""
+        plans: dict[str, ModelPlan] = {}
+        for source in self._sources:
+            plans = source.scan() | plans
+        return plans
+
+
+def _scan(root: Path) -> Scan:
+    return scan(root, filename_of=_filename)
+
+
+def _filename(config: Path) -> str:
+    """The model file's name that a config.pbtxt asks for."""
+    try:
+        return default_filename(_read(config), model=config.parent.name)
+    except TidegateError as error:
+        raise ValueError(error.message) from None
+
+
+def _read(config: Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config.name} cannot be read: {error}") from None
+
+
+def _plan(model: FoundModel, named: NamedModel, problems: list[ScanProblem], state_dir: Path) -> ModelPlan:
+    refused = {p.version: p.message for p in problems if p.model == model.name and p.version}
+    try:
+        options = named.over(_declared(model, named.base))
+        selected = select_versions(options.version_policy, [*model.versions, *refused])
+    except (TidegateError, ValueError) as error:
+        return ModelPlan(model.name, error=str(error), folder=model.folder)
+    versions = tuple(
+        VersionPlan(number, found.path, (model.fingerprint, found.fingerprint))
+        for number, found in model.versions.items()
+        if number in selected
+    )
+    wanted_but_refused = {number: reason for number, reason in refused.items() if number in selected}
+    return ModelPlan(model.name, options, versions, model.folder, "", wanted_but_refused, state_dir)
+
+
+def _declared(model: FoundModel, base: ModelOptions) -> ModelOptions:
+    if model.config is None:
+        return base
+    return parse_pbtxt(_read(model.config), model=model.name, base=base)

@@ -1,0 +1,43 @@
+"""One serving process: logs, event loop, object graph, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+from server.config.compile import compile_defaults, compile_models
+from server.config.model import Config
+from server.config.settings import ServerSettings
+from server.errors import ConfigError
+from server.telemetry import log
+from server.wiring import Models, build
+
+
+def serve(config: Config | None, settings: ServerSettings) -> int:
+    """Serve until a signal; the exit code."""
+    _check(settings)
+    log.configure(settings.telemetry.log_format, settings.telemetry.log_level)
+    named = {} if config is None else compile_models(config, repository=settings.model_repository)
+    models = Models(named, compile_defaults(config))
+
+    async def run() -> int:
+        return await build(settings, models).run()
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(run())
+
+
+def _check(settings: ServerSettings) -> None:
+    if settings.transport != "reference":
+        raise ConfigError("--transport native is not part of this version; use reference")
+    if settings.workers != 1:
+        raise ConfigError(f"--workers {settings.workers}: this version serves from one process, use 1")
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

@@ -1,0 +1,210 @@
+"""Tracing without a tracing library: W3C trace context, the sampling gate, and plain records of what was sampled.
+
+Nearly every request is not sampled, so the gate decides before anything else is made: ``TraceGate.start`` returns
+None, and that is all tracing costs. A sampled request carries a ``RequestTrace``, onto which the gateway and the
+batcher write times; when it is over, the record goes into the bounded ``SpanSink``, and an exporter (``otel``) makes
+spans of it later, elsewhere.
+
+An unsampled request makes no context of its own. Whoever calls an upstream for it forwards the caller's
+``traceparent`` and ``tracestate`` as they came.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+MAX_TRACESTATE: Final = 512
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}").match
+#: Characters of the four fields together; only a version after 00 may have more.
+_LENGTH: Final = 55
+#: Last digits of a flags field in which the sampled bit is set.
+_ODD: Final = "13579bdf"
+#: Sampling and ids need spread, not secrecy; the generator is seeded anew in a forked child.
+_draw: Final = random.random
+
+
+class TraceParent(NamedTuple):
+    """What a valid ``traceparent`` says: ids as integers, never 0."""
+
+    trace_id: int
+    span_id: int
+    sampled: bool
+
+
+def parse_traceparent(value: str) -> TraceParent | None:
+    """The header's content, or None when W3C Trace Context says that it must be ignored.
+
+    Lower-case hex only; version ff and all-zero ids are invalid; version 00 has exactly four fields; a later version
+    is read by its first four fields.
+    """
+    if not _valid(value):
+        return None
+    return TraceParent(int(value[3:35], 16), int(value[36:52], 16), value[54] in _ODD)
+
+
+def _valid(value: str) -> bool:
+    if _TRACEPARENT(value) is None:
+        return False
+    return len(value) == _LENGTH or (value[_LENGTH] == "-" and not value.startswith("00"))
+
+
+def format_traceparent(trace_id: int, span_id: int, *, sampled: bool = True) -> str:
+    return f"00-{trace_id:032x}-{span_id:016x}-{int(sampled):02x}"
+
+
+def bound_tracestate(value: str) -> str:
+    """The vendors' list, cut at an entry's end to at most 512 characters; empty when it is not printable ASCII."""
+    if not (value.isascii() and value.isprintable()):
+        return ""
+    if len(value) <= MAX_TRACESTATE:
+        return value
+    return value[: MAX_TRACESTATE + 1].rpartition(",")[0]
+
+
+@dataclass(slots=True)
+class TraceContext:
+    """The place of one sampled request in its trace. ``parent_id`` is the caller's span, 0 when it starts here."""
+
+    trace_id: int
+    span_id: int
+    parent_id: int = 0
+    tracestate: str = ""
+
+    def header(self) -> str:
+        """The value of ``traceresponse`` to the caller, and of ``traceparent`` to an upstream."""
+        return format_traceparent(self.trace_id, self.span_id)
+
+
+class TraceGate:
+    """Decides whether a request is traced.
+
+    ``ratio`` (0..1) is the share sampled by one random draw. With ``parent_based`` a caller that sent a valid
+    ``traceparent`` has decided already, either way; without it only the caller's trace id is taken over.
+    """
+
+    __slots__ = ("_parent_based", "_ratio")
+
+    def __init__(self, ratio: float, parent_based: bool = True) -> None:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"a sampling ratio is between 0 and 1, got {ratio}")
+        self._ratio = ratio
+        self._parent_based = parent_based
+
+    def start(self, traceparent: str | None, tracestate: str | None = None) -> TraceContext | None:
+        """A new context when the request is sampled, else None. The headers as they came; None when absent."""
+        if traceparent is None or not _valid(traceparent):
+            return _root() if _draw() < self._ratio else None
+        sampled = traceparent[54] in _ODD if self._parent_based else _draw() < self._ratio
+        if not sampled:
+            return None
+        state = bound_tracestate(tracestate) if tracestate else ""
+        return TraceContext(int(traceparent[3:35], 16), new_span_id(), int(traceparent[36:52], 16), state)
+
+
+def _root() -> TraceContext:
+    return TraceContext(_random_id(128), new_span_id())
+
+
+def new_span_id() -> int:
+    return _random_id(64)
+
+
+def _random_id(bits: int) -> int:
+    return random.getrandbits(bits) or 1  # 0 is not a valid id
+
+
+# --- Records -------------------------------------------------------------------------------------------------------
+
+
+def _wall_offset() -> int:
+    return time.time_ns() - time.monotonic_ns()
+
+
+@dataclass(slots=True)
+class BatchTrace:
+    """One run of an engine in which at least one member was sampled. Times are monotonic ns; 0: did not happen.
+
+    ``started``: taken from the queue. ``assembled``: inputs joined. ``computed``: the engine returned (or failed).
+    ``finished``: outputs split, or the failure known. All are written before any member is replied to.
+    """
+
+    model: str
+    version: str
+    rows: int
+    #: Every sampled member's request span, in order, at least one: the links of the batch span.
+    members: tuple[TraceContext, ...]
+    started_ns: int
+    assembled_ns: int = 0
+    computed_ns: int = 0
+    finished_ns: int = 0
+    #: The code of the error with which the run failed.
+    code: str = "ok"
+    span_id: int = field(default_factory=new_span_id)
+    #: The exporter's note that this batch's span is made: members share the batch, and each brings it along.
+    exported: bool = False
+
+
+@dataclass(slots=True)
+class RequestTrace:
+    """One sampled request. Times are monotonic ns; 0: did not happen.
+
+    ``received``: head read. ``decoded``: request parsed. ``queued``: handed to the batcher. ``finished``: the answer
+    or the error is there. ``encoded``: it is written to the transport.
+    """
+
+    context: TraceContext
+    protocol: str
+    received_ns: int
+    tidegate_id: str = ""
+    decoded_ns: int = 0
+    queued_ns: int = 0
+    finished_ns: int = 0
+    encoded_ns: int = 0
+    model: str = ""
+    version: str = ""
+    arm: str = ""
+    rows: int = 0
+    code: str = "ok"
+    #: Usually one; more when a failed batch's members were run again alone.
+    batches: list[BatchTrace] = field(default_factory=list)
+    #: What to add to a monotonic time to get Unix time.
+    wall_offset_ns: int = field(default_factory=_wall_offset)
+
+
+class SpanSink:
+    """Finished records on their way to an exporter. When full, the newest is dropped and counted. Any threads."""
+
+    __slots__ = ("_capacity", "_records", "dropped", "undelivered")
+
+    def __init__(self, capacity: int = 4096) -> None:
+        if capacity < 1:
+            raise ValueError(f"a sink holds at least 1 record, got {capacity}")
+        self._capacity = capacity
+        self._records: deque[RequestTrace] = deque()
+        #: Records refused because the sink was full.
+        self.dropped = 0
+        #: Records that the exporter took and could not hand over; the exporter's own count.
+        self.undelivered = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def offer(self, record: RequestTrace) -> None:
+        """Take a record that nobody writes to any more, or drop it."""
+        if len(self._records) >= self._capacity:
+            self.dropped += 1
+        else:
+            self._records.append(record)
+
+    def take(self, limit: int) -> list[RequestTrace]:
+        """Up to ``limit`` records, oldest first."""
+        records = self._records
+        taken: list[RequestTrace] = []
+        while records and len(taken) < limit:
+            taken.append(records.popleft())
+        return taken

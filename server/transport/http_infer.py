@@ -1,0 +1,232 @@
+"""``POST /v2/models/{m}[/versions/{v}]/infer`` as a bare ASGI callable, standing in front of every other route.
+
+The path is matched by string operations, since a router costs more than the rest of the transport. Admission comes
+before the body: what is refused there is never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeVar
+from urllib.parse import unquote_to_bytes
+
+import structlog
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.codec import binary, compression
+from server.codec import json as json_codec
+from server.errors import Cancelled, InvalidArgument, TidegateError
+from server.transport.answers import (
+    JSON,
+    Answer,
+    BodyReader,
+    HttpSettings,
+    decision_headers,
+    declared_length,
+    error_answer,
+    metadata_of,
+    too_large,
+)
+from server.transport.bridge import SingleReply
+from server.transport.faults import Internal, MethodNotAllowed, check_version, new_id
+from server.transport.port import Catalog
+from server.transport.status import StatusTable
+from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, Port, RequestHead
+
+TIMEOUT_HEADER: Final = "x-tidegate-timeout-ms"
+LENGTH_HEADER: Final = "inference-header-content-length"
+_LENGTH_HEADER_BYTES: Final = LENGTH_HEADER.encode()
+_OCTETS: Final = (b"content-type", b"application/octet-stream")
+_PREFIX: Final = b"/v2/models/"
+_SUFFIX: Final = b"/infer"
+_T = TypeVar("_T")
+
+
+def match_infer(raw_path: bytes) -> tuple[bytes, bytes] | None:
+    """(model, version) as they stand in the path, still percent-encoded, or None when it is another route."""
+    if not (raw_path.startswith(_PREFIX) and raw_path.endswith(_SUFFIX)):
+        return None
+    match raw_path[len(_PREFIX) : -len(_SUFFIX)].split(b"/"):
+        case [model] if model:
+            return model, b""
+        case [model, b"versions", version] if model and version:
+            return model, version
+    return None
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument("the model name or version in the path is not UTF-8") from None
+
+
+def deadline_of(metadata: dict[str, str], received_ns: int) -> int:
+    """Monotonic deadline from ``x-tidegate-timeout-ms``; 0 when the header is absent."""
+    text = metadata.get(TIMEOUT_HEADER)
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
+        raise InvalidArgument(f"header {TIMEOUT_HEADER} must be a positive number of milliseconds, got {text[:64]!r}")
+    return received_ns + int(text) * 1_000_000
+
+
+class _Call:
+    """What is known of one request so far, for its answer's headers."""
+
+    __slots__ = ("_own_id", "decision", "permit")
+
+    def __init__(self) -> None:
+        self._own_id = ""
+        self.permit: Permit | None = None
+        self.decision: Decision | None = None
+
+    @property
+    def id(self) -> str:
+        """The gateway's, or one of our own for what was refused before the gateway gave one."""
+        if self.permit is not None:
+            return self.permit.tidegate_id
+        self._own_id = self._own_id or new_id()
+        return self._own_id
+
+
+class InferApp:
+    """ASGI: takes inference calls to the port and hands every other request to ``fallback``."""
+
+    def __init__(
+        self, port: Port, catalog: Catalog, fallback: ASGIApp, *, statuses: StatusTable, settings: HttpSettings
+    ) -> None:
+        self._port = port
+        self._catalog = catalog
+        self._fallback = fallback
+        self._statuses = statuses
+        self._settings = settings
+        self._reader = BodyReader(settings)
+        self._offload = asyncio.Semaphore(settings.offload_threads)
+        self._log = structlog.get_logger("tidegate.http")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        target = match_infer(scope["raw_path"]) if scope["type"] == "http" else None
+        if target is None:
+            await self._fallback(scope, receive, send)
+            return
+        call = _Call()
+        try:
+            answer = await self._answer(call, target, scope, receive)
+            await self._finish(answer, call).send(send)
+        finally:
+            if call.permit is not None:
+                call.permit.release()
+
+    async def _answer(self, call: _Call, target: tuple[bytes, bytes], scope: Scope, receive: Receive) -> Answer:
+        try:
+            return await self._infer(call, target, scope, receive)
+        except TidegateError as error:
+            return self._refusal(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._log.error("request_failed", id=call.id, protocol="http", exc_info=error)
+            return self._refusal(Internal(call.id))
+
+    def _refusal(self, error: TidegateError) -> Answer:
+        return error_answer(error, self._statuses)
+
+    def _finish(self, answer: Answer, call: _Call) -> Answer:
+        answer.headers += decision_headers(call.id, call.decision, getattr(call.permit, "traceresponse", None))
+        return answer
+
+    async def _infer(self, call: _Call, target: tuple[bytes, bytes], scope: Scope, receive: Receive) -> Answer:
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(scope["method"], "POST")
+        head = self._head(target, scope)
+        limit = self._port.limits.max_body_bytes
+        if head.content_length is not None and head.content_length > limit:
+            raise too_large(head.content_length, limit)
+        permit = call.permit = self._port.admit(head)
+        body = await self._reader.read(receive, limit, head.deadline_ns)
+        request = await self._decode(head, body)
+        reply = SingleReply(asyncio.get_running_loop())
+        await self._run(permit, request, reply, receive)
+        call.decision = reply.decision
+        return await self._encode(head, request, reply.result(permit))
+
+    def _head(self, target: tuple[bytes, bytes], scope: Scope) -> RequestHead:
+        received_ns = time.monotonic_ns()
+        metadata = metadata_of(scope["headers"])
+        model, version = _decoded(target[0]), _decoded(target[1])
+        check_version(version)
+        client = scope.get("client")
+        return RequestHead(
+            "http",
+            model,
+            version,
+            metadata,
+            received_ns,
+            deadline_of(metadata, received_ns),
+            declared_length(metadata),
+            f"{client[0]}:{client[1]}" if client else "",
+        )
+
+    async def _run(self, permit: Permit, request: InferenceRequest, reply: SingleReply, receive: Receive) -> None:
+        """Until the port has replied or the client is gone."""
+        ticket = self._port.handle(permit, request, reply)
+        if reply.done.done():
+            return
+        watcher = asyncio.ensure_future(_until_gone(receive, reply))
+        try:
+            await reply.done
+        finally:
+            watcher.cancel()
+            ticket.cancel()
+
+    async def _decode(self, head: RequestHead, body: Buffer) -> InferenceRequest:
+        metadata, limits, offload = head.metadata, self._port.limits, self._settings.offload_bytes
+        encoding = metadata.get("content-encoding")
+        if encoding:
+            # A small body may inflate a thousandfold, so even those leave the loop.
+            packed = body
+            body = await self._off_loop(lambda: compression.decompress(packed, encoding, limits.max_body_bytes))
+        json_size = binary.parse_header_length(metadata.get(LENGTH_HEADER), len(body))
+        if json_size == 0:
+            spec, _ = self._catalog.metadata(head.model, head.version)
+            return binary.decode_raw(body, model=head.model, version=head.version, spec=spec)
+        decode = partial(
+            json_codec.decode_infer, body, model=head.model, version=head.version, limits=limits, json_size=json_size
+        )
+        large = (len(body) if json_size is None else json_size) > offload
+        return await self._off_loop(decode) if large else decode()
+
+    async def _encode(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> Answer:
+        encode = partial(self._encoded, request, response, head.metadata.get("accept-encoding"))
+        large = sum(len(tensor.data) for tensor in response.outputs) > self._settings.offload_bytes
+        return await self._off_loop(encode) if large else encode()
+
+    def _encoded(self, request: InferenceRequest, response: InferenceResponse, accept: str | None) -> Answer:
+        chunks, json_size = json_codec.encode_infer(
+            response,
+            outputs=request.outputs,
+            binary_default=request.binary_output,
+            strict_json=self._settings.strict_json,
+        )
+        answer = Answer(200, [JSON] if json_size is None else [_OCTETS], chunks)
+        if json_size is not None:
+            answer.headers.append((_LENGTH_HEADER_BYTES, b"%d" % json_size))
+        if accept and sum(map(len, chunks)) > self._settings.compress_over_bytes:
+            body, encoding = compression.compress(b"".join(chunks), accept)
+            if encoding is not None:
+                answer.chunks = [body]
+                answer.headers += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
+        return answer
+
+    async def _off_loop(self, work: Callable[[], _T]) -> _T:
+        async with self._offload:
+            return await asyncio.to_thread(work)
+
+
+async def _until_gone(receive: Receive, reply: SingleReply) -> None:
+    """The body is complete, so the next thing to be received is that the client left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    reply.abandon(Cancelled("the client closed the connection"))

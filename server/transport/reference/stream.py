@@ -1,0 +1,132 @@
+"""One ``ModelStreamInfer`` call: many requests under one permit, answered in the order they came.
+
+The reader hands each message to the port as soon as it comes, up to a bound in flight; the writer sends what is
+finished, first in first out. The error of one request is one message and does not end the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from server.codec import protobuf
+from server.errors import TidegateError
+from server.transport.faults import Internal, check_version
+from server.transport.status import safe_text
+from server.types import Decision, InferenceResponse, Permit, Port, Ticket
+
+_EMPTY_FINAL: Final = "triton_enable_empty_final_response"
+_FINAL: Final = "triton_final_response"
+
+
+class _Slot:
+    """Reply of one message: the answers still to be sent, and whether more may come."""
+
+    __slots__ = ("_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "ticket")
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self.id = self.model = ""
+        self.empty_final = False
+        self.answers: deque[InferenceResponse] = deque()
+        self.error: TidegateError | None = None
+        self.finished = self.final_sent = False
+        self.ticket: Ticket | None = None
+
+    def message(self, response: InferenceResponse, decision: Decision) -> None:
+        """The decision is dropped: a stream's one set of headers went out before anything was decided."""
+        self.answers.append(response)
+        self._wake()
+
+    def finish(self, error: TidegateError | None) -> None:
+        self.error = error
+        self.finished = True
+        self._wake()
+
+
+class StreamSession:
+    """Takes messages from ``read`` (None: no more) and gives answers to ``write`` until every one is out."""
+
+    def __init__(
+        self,
+        port: Port,
+        permit: Permit,
+        read: Callable[[], Awaitable[bytes | None]],
+        write: Callable[[bytes], Awaitable[None]],
+        *,
+        max_in_flight: int,
+    ) -> None:
+        self._port = port
+        self._permit = permit
+        self._read = read
+        self._write = write
+        self._max_in_flight = max_in_flight
+        self._slots: deque[_Slot] = deque()
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._log = structlog.get_logger("tidegate.grpc")
+
+    async def run(self) -> None:
+        """Cancelling this coroutine cancels every request in flight."""
+        reading = asyncio.create_task(self._read_all())
+        reading.add_done_callback(lambda _: self._changed.set())
+        try:
+            await self._write_all(reading)
+            await reading
+        finally:
+            reading.cancel()
+            for slot in self._slots:
+                if slot.ticket is not None:
+                    slot.ticket.cancel()
+
+    async def _read_all(self) -> None:
+        while (raw := await self._read()) is not None:
+            self._take(raw)
+            while len(self._slots) >= self._max_in_flight:
+                self._room.clear()
+                await self._room.wait()
+
+    def _take(self, raw: bytes) -> None:
+        slot = _Slot(self._changed.set)
+        self._slots.append(slot)
+        try:
+            request = protobuf.decode_infer(raw, self._port.limits)
+            slot.id, slot.model = request.id, request.model
+            check_version(request.version)
+            slot.empty_final = request.parameters.pop(_EMPTY_FINAL, False) is True
+            slot.ticket = self._port.handle(self._permit, request, slot)
+        except TidegateError as error:
+            slot.finish(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._log.error("request_failed", id=self._permit.tidegate_id, protocol="grpc", exc_info=error)
+            slot.finish(Internal(self._permit.tidegate_id))
+
+    async def _write_all(self, reading: asyncio.Task[None]) -> None:
+        while self._slots or not reading.done():
+            if self._slots and await self._write_slot(self._slots[0]):
+                self._slots.popleft()
+                self._room.set()
+            else:
+                await self._changed.wait()
+                self._changed.clear()
+
+    async def _write_slot(self, slot: _Slot) -> bool:
+        """Send what the slot has; True when nothing more can come of it."""
+        while slot.answers:
+            response = slot.answers.popleft()
+            slot.final_sent = slot.finished and slot.error is None and not slot.answers
+            marked = replace(response, parameters={**response.parameters, _FINAL: slot.final_sent})
+            await self._write(protobuf.encode_stream_infer(marked))
+        if not slot.finished:
+            return False
+        if slot.error is not None:
+            await self._write(protobuf.encode_stream_error(safe_text(slot.error.message), slot.id))
+        elif slot.empty_final and not slot.final_sent:
+            empty = InferenceResponse(slot.model, "", slot.id, [], {_FINAL: True})
+            await self._write(protobuf.encode_stream_infer(empty))
+        return True

@@ -1,0 +1,225 @@
+"""The gateway's own nouns: tensors, requests, answers, limits, and the synchronous port. stdlib + numpy only.
+
+Tensor contents stay what the wire carried: one contiguous little-endian row-major buffer for fixed-size datatypes,
+a flat list of ``bytes`` for BYTES. Nothing here knows JSON, protobuf, HTTP, gRPC or ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+
+from server.errors import TidegateError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+ParameterValue: TypeAlias = bool | int | float | str
+
+#: V2 datatype -> (numpy dtype used for views, bytes per element). BF16 has no numpy type: its view is uint16.
+DATATYPES: Final[dict[str, tuple[np.dtype[Any], int]]] = {
+    "BOOL": (np.dtype("?"), 1),
+    "UINT8": (np.dtype("u1"), 1),
+    "UINT16": (np.dtype("<u2"), 2),
+    "UINT32": (np.dtype("<u4"), 4),
+    "UINT64": (np.dtype("<u8"), 8),
+    "INT8": (np.dtype("i1"), 1),
+    "INT16": (np.dtype("<i2"), 2),
+    "INT32": (np.dtype("<i4"), 4),
+    "INT64": (np.dtype("<i8"), 8),
+    "FP16": (np.dtype("<f2"), 2),
+    "BF16": (np.dtype("<u2"), 2),
+    "FP32": (np.dtype("<f4"), 4),
+    "FP64": (np.dtype("<f8"), 8),
+}
+BYTES: Final = "BYTES"
+ALL_DATATYPES: Final = frozenset(DATATYPES) | {BYTES}
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Product of the dimensions as an unbounded integer (1 for a scalar)."""
+    count = 1
+    for dim in shape:
+        count *= dim
+    return count
+
+
+@dataclass(slots=True)
+class Tensor:
+    """One named tensor.
+
+    ``data`` is a little-endian row-major buffer of exactly ``element_count(shape) * itemsize`` bytes, or for BYTES a
+    flat list of exactly ``element_count(shape)`` ``bytes`` objects. Whoever builds a Tensor has checked that.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Buffer | list[bytes]
+
+    def array(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """A numpy view (BYTES: an object array of ``bytes``; BF16: uint16 bit patterns) with this shape."""
+        if isinstance(self.data, list):
+            out = np.empty(len(self.data), dtype=object)
+            out[:] = self.data
+            return out.reshape(self.shape)
+        return np.frombuffer(self.data, dtype=DATATYPES[self.datatype][0]).reshape(self.shape)
+
+
+@dataclass(slots=True, frozen=True)
+class TensorSpec:
+    """What a model declares of one input or output. ``-1`` is a free dimension; dim 0 is the batch when batched."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class ModelSpec:
+    """The signature of one loaded version, as metadata reports it and as requests are checked against.
+
+    ``max_batch_size`` 0: the model does not batch and shapes are taken as they are. Over 0: dim 0 of every input
+    and output is the batch, requests carry 1..max_batch_size rows and agree on that number.
+    ``max_batch_size`` is the *declared* limit a single request may carry; how many rows the batcher gathers is
+    ``learned_batch_size`` (<= max_batch_size), found by measurement at warm-up.
+    """
+
+    name: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    platform: str = "onnxruntime_onnx"
+    backend: str = "onnxruntime"
+    max_batch_size: int = 0
+    learned_batch_size: int = 0
+    digest: str = ""
+    #: Why batching is off or limited, for operators; empty when nothing is to be said.
+    batching_note: str = ""
+
+
+@dataclass(slots=True)
+class RequestedOutput:
+    """One entry of the request's ``outputs``. ``binary`` None means the request-level default."""
+
+    name: str
+    binary: bool | None = None
+    classification: int = 0
+
+
+@dataclass(slots=True)
+class InferenceRequest:
+    """A decoded request; tensors stay views on the received buffer, which is immutable until released."""
+
+    model: str
+    version: str
+    id: str
+    inputs: list[Tensor]
+    outputs: list[RequestedOutput] = field(default_factory=list)
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    #: Request-level ``binary_data_output`` (JSON protocol only).
+    binary_output: bool = False
+
+
+@dataclass(slots=True)
+class InferenceResponse:
+    """One answer. Outputs stand in the order asked for, or the model's own when none were named."""
+
+    model: str
+    version: str
+    id: str
+    outputs: list[Tensor]
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+
+
+@dataclass(slots=True, frozen=True)
+class RequestLimits:
+    """Bounds on one request, on by default. Over a bound: InvalidArgument or PayloadTooLarge naming the bound."""
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_json_depth: int = 100
+    max_inputs: int = 256
+    max_outputs: int = 256
+    max_dims: int = 32
+    max_parameters: int = 256
+    max_id_bytes: int = 4096
+    max_chunks: int = 65_536
+    max_header_bytes: int = 64 * 1024
+
+
+# --- The port between transports and gateway -------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """What a transport knows before it has read a body.
+
+    ``metadata`` has lower-case names (HTTP headers or gRPC metadata). ``deadline_ns`` and ``received_ns`` are on the
+    monotonic clock (``time.monotonic_ns``); 0 means no deadline.
+    """
+
+    protocol: str  # "http" | "grpc"
+    model: str
+    version: str  # "" when the caller named none
+    metadata: Mapping[str, str]
+    received_ns: int
+    deadline_ns: int = 0
+    content_length: int | None = None
+    peer: str = ""
+
+
+class Permit(Protocol):
+    """Leave to send one request (or one stream of them) in. Release it exactly once, after the last handle."""
+
+    head: RequestHead
+    #: Unique id made by the gateway; answered as ``x-tidegate-id`` whatever happens.
+    tidegate_id: str
+
+    def release(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Decision:
+    """Where a request went, for the answer's headers."""
+
+    model: str
+    version: str
+    arm: str
+    generation: int
+
+
+class Reply(Protocol):
+    """The transport's end of one handled request; called on the loop that called ``handle``.
+
+    Zero or more ``message``, then exactly one ``finish``; both may come before ``handle`` returns.
+    """
+
+    def message(self, response: InferenceResponse, decision: Decision) -> None: ...
+
+    def finish(self, error: TidegateError | None) -> None: ...
+
+
+class Ticket(Protocol):
+    """A request in flight. ``cancel`` after the end is harmless; after a cancel nothing more is replied."""
+
+    def cancel(self) -> None: ...
+
+
+class Port(Protocol):
+    """What a transport sees of the gateway. Synchronous: no coroutine, task or future behind it."""
+
+    limits: RequestLimits
+
+    def admit(self, head: RequestHead) -> Permit:
+        """Take or refuse from headers alone, before a body is read. Raises TidegateError naming the limit hit."""
+        ...
+
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Ticket:
+        """Validate, route, batch and run. Never raises: every outcome reaches ``reply``."""
+        ...
+
+
+Clock: TypeAlias = Callable[[], int]

@@ -1,0 +1,230 @@
+"""Builds the object graph of one serving process from plain settings. The only place that knows every part."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+
+from server import __version__
+from server.batching.batcher import Batcher, BatchRecord
+from server.catalog import ServedCatalog
+from server.config.compile import CompiledModel
+from server.config.settings import Address, ServerSettings, TlsSettings
+from server.control.models import ModelControl
+from server.control.sources import DirectorySource, JoinedSource, ModelPlan, NamedModel, NamedSource
+from server.errors import ConfigError, ModelLoadError, TidegateError
+from server.gateway import AdmissionLimits, Gateway, Served
+from server.lifecycle import Lifecycle, Listener, Readiness
+from server.runtime.base import Engine, ModelOptions, Runtime
+from server.runtime.onnx import OnnxRuntime
+from server.telemetry.instruments import ModelTelemetry, Telemetry
+from server.telemetry.otel import OtlpExport, OtlpOptions
+from server.telemetry.trace import SpanSink, TraceGate
+from server.transport.admin import admin_app, is_loopback
+from server.transport.answers import HttpSettings
+from server.transport.app import build_app
+from server.transport.metrics import metrics_app
+from server.transport.port import Services
+from server.transport.reference.asgi import HttpServer
+from server.transport.reference.grpcio import GrpcServer, GrpcSettings
+from server.transport.settings import MemorySettings
+
+log = structlog.get_logger("tidegate")
+
+
+@dataclass(slots=True, frozen=True)
+class Models:
+    """The models of the configuration file, and what every other model starts from."""
+
+    named: Mapping[str, CompiledModel] = field(default_factory=dict)
+    defaults: ModelOptions = field(default_factory=ModelOptions)
+
+
+
+def build(settings: ServerSettings, models: Models, runtime: Runtime | None = None) -> Lifecycle:
+    """One server, ready to run on the current event loop. Raises ConfigError for settings that cannot work."""
+    loop = asyncio.get_running_loop()
+    telemetry, export = _telemetry(settings)
+    readiness = Readiness()
+    gateway = Gateway(
+        limits=settings.limits,
+        admission=AdmissionLimits(max_requests=settings.max_pending),
+        telemetry=telemetry,
+        clock=time.monotonic_ns,
+        call_soon=loop.call_soon,
+        call_later=loop.call_later,
+    )
+    control = ModelControl(
+        source=_source(settings, models),
+        runtime=runtime or OnnxRuntime(),
+        gateway=gateway,
+        serve=_server_of_versions(loop, telemetry),
+        changed=readiness.changed,
+        mode=settings.model_control,
+    )
+    catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
+    services = Services(catalog, control, MemorySettings(), readiness.subscribe)
+    tls = None if settings.tls is None else _tls_context(settings.tls)
+    http = HttpSettings(max_connections=settings.max_connections)
+    grpc_settings = GrpcSettings(
+        max_streams_per_connection=settings.max_concurrent_streams, max_connections=settings.max_connections
+    )
+    credentials = None if settings.tls is None else _grpc_credentials(settings.tls)
+    grpc_server = GrpcServer(gateway, services, settings=grpc_settings, credentials=credentials)
+    listeners: list[Listener] = [
+        Bound("http", HttpServer(build_app(gateway, services, settings=http), limits=settings.limits, settings=http, tls=tls), settings.http),
+        Bound("grpc", grpc_server, settings.grpc),
+        Bound("metrics", HttpServer(metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics)), limits=settings.limits, settings=http), settings.metrics),
+        Bound("admin", HttpServer(_admin(settings, catalog), limits=settings.limits, settings=http), settings.admin),
+    ]
+
+    async def start_models() -> None:
+        await control.start(settings.load_models)
+        failures = control.failures()
+        if failures and not gateway.table.models:
+            raise ModelLoadError("no model could be loaded: " + "; ".join(f"{f.name}: {f.reason}" for f in failures))
+        # What start-up made lives for good: keep the collector from walking it on every request's account.
+        gc.collect()
+        gc.freeze()
+
+    async def reload() -> None:
+        try:
+            await control.refresh()
+        except (TidegateError, OSError) as error:
+            log.error("reload_failed", error=str(error))
+
+    async def close() -> None:
+        gateway.close()
+        if export is not None:
+            await asyncio.to_thread(export.close)
+
+    if export is not None:
+        export.start()
+    polling = settings.model_control == "poll"
+    return Lifecycle(
+        readiness=readiness,
+        listeners=listeners,
+        start_models=start_models,
+        close_models=control.close,
+        reload=reload,
+        background=[lambda: control.poll(settings.poll_seconds)] if polling else [],
+        close=close,
+        drain_seconds=settings.drain_seconds,
+    )
+
+
+@dataclass(slots=True)
+class Bound:
+    """A server of one of the transports with the address it is to listen on."""
+
+    name: str
+    server: HttpServer | GrpcServer
+    address: Address
+
+    async def start(self) -> str:
+        """Bind; the real HOST:PORT."""
+        try:
+            host, port = await self.server.start(*self.address)
+        except OSError as error:
+            wanted = _host_port(*self.address)
+            raise OSError(f"{self.name} cannot listen on {wanted}: {error.strerror or error}") from error
+        return _host_port(host, port)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop listening and finish what is in flight."""
+        if not await self.server.drain(timeout_s):
+            log.warning("drain_incomplete", listener=self.name, seconds=timeout_s)
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _source(settings: ServerSettings, models: Models) -> JoinedSource:
+    named = NamedSource(
+        tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over) for m in models.named.values()),
+        settings.state_dir,
+    )
+    if settings.model_repository is None:
+        if not models.named:
+            raise ConfigError("nothing to serve: give a model file, --model-repository or a configuration with models")
+        return JoinedSource(named)
+    if not settings.model_repository.exists():
+        raise ConfigError(f"model repository {settings.model_repository} does not exist")
+    return JoinedSource(named, DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
+
+
+def _server_of_versions(
+    loop: asyncio.AbstractEventLoop, telemetry: Telemetry
+) -> Callable[[Engine, ModelPlan], Served]:
+    """How a loaded engine becomes something that the gateway can send requests to."""
+
+    def serve(engine: Engine, plan: ModelPlan) -> Served:
+        spec = engine.spec
+        counted = telemetry.model(spec.name, spec.version)
+        batcher = Batcher(
+            engine,
+            plan.options.batching,
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+            on_batch=_counting(counted),
+        )
+        counted.stats.pending = batcher.pending
+        return Served(spec, batcher, counted, telemetry.instruments)
+
+    return serve
+
+
+def _counting(counted: ModelTelemetry) -> Callable[[BatchRecord], None]:
+    def count(record: BatchRecord) -> None:
+        if record.error is None:
+            counted.batch_done(record.rows or 1, record.assemble_ns, record.compute_ns, record.split_ns)
+
+    return count
+
+
+def _telemetry(settings: ServerSettings) -> tuple[Telemetry, OtlpExport | None]:
+    traces = settings.telemetry.traces
+    if not traces.enabled:
+        return Telemetry.create(__version__), None
+    sink = SpanSink()
+    telemetry = Telemetry.create(__version__, TraceGate(traces.sampling), sink)
+    options = OtlpOptions(
+        traces.endpoint, headers=traces.headers, service_name=traces.service_name, service_version=__version__
+    )
+    return telemetry, OtlpExport(options, sink=sink, registry=telemetry.metrics)
+
+
+def _admin(settings: ServerSettings, catalog: ServedCatalog) -> Callable[..., Awaitable[None]]:
+    return admin_app(catalog, token=settings.admin_token, loopback=is_loopback(settings.admin[0]))
+
+
+def _tls_context(tls: TlsSettings) -> ssl.SSLContext:
+    """A server context for the HTTP listener; clients must show a certificate when a CA for them is named."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.private_key)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"TLS files cannot be used: {error}") from None
+    return context
+
+
+def _grpc_credentials(tls: TlsSettings) -> grpc.ServerCredentials:
+    try:
+        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
+        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"TLS files cannot be used: {error}") from None
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)

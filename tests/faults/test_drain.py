@@ -1,0 +1,125 @@
+"""SIGTERM under load: every call that the server took is answered, on both protocols, and the process exits 0."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from server._pb import inference_pb2 as pb
+from tests.support import models
+from tests.support.server import Server, serving
+from tests.support.v2 import get
+
+CALLERS = 8
+BEFORE_SIGNAL = 40
+
+
+class HttpCaller(threading.Thread):
+    """Calls over one keep-alive connection until the server says no; counts what came of each call."""
+
+    def __init__(self, server: Server, tally: Counter[str], warm: threading.Semaphore) -> None:
+        super().__init__(daemon=True)
+        self.server, self.tally, self.warm = server, tally, warm
+
+    def run(self) -> None:
+        host, _, port = self.server.http.rpartition(":")
+        body = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [3]}]})
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        while True:
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                self.tally["refused"] += 1
+                return
+            try:
+                while True:
+                    connection.request("POST", "/v2/models/slow/infer", body)
+                    response = connection.getresponse()
+                    answer = json.loads(response.read())
+                    self.tally["ok" if response.status == 200 else f"{response.status} {answer}"] += 1
+                    self.warm.release()
+                    if response.will_close:
+                        break
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
+                self.tally[f"lost {type(error).__name__}"] += 1
+                return
+            finally:
+                connection.close()
+
+
+class GrpcCaller(threading.Thread):
+    """As HttpCaller, over one channel; a call that finds nobody listening is refused, not lost."""
+
+    def __init__(self, server: Server, tally: Counter[str], warm: threading.Semaphore) -> None:
+        super().__init__(daemon=True)
+        self.server, self.tally, self.warm = server, tally, warm
+
+    def run(self) -> None:
+        request = pb.ModelInferRequest(model_name="slow")
+        request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+        request.raw_input_contents.append(np.float32([3]).tobytes())
+        with grpc.insecure_channel(self.server.grpc) as channel:
+            call = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                request_serializer=pb.ModelInferRequest.SerializeToString,
+                response_deserializer=pb.ModelInferResponse.FromString,
+            )
+            while True:
+                try:
+                    call(request, timeout=30)
+                except grpc.RpcError as error:
+                    refused = error.code() is grpc.StatusCode.UNAVAILABLE and "refused" in str(error.details())
+                    self.tally["refused" if refused else f"lost {error.code()} {error.details()}"] += 1
+                    return
+                self.tally["ok"] += 1
+                self.warm.release()
+
+
+@pytest.mark.parametrize("caller", [HttpCaller, GrpcCaller])
+def test_no_call_is_lost(caller: type[HttpCaller] | type[GrpcCaller], tmp_path: Path) -> None:
+    models.slow_scalar(tmp_path / "models" / "slow" / "1" / "model.onnx", size=256, layers=8)
+    with serving("--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state")) as server:
+        tally: Counter[str] = Counter()
+        warm = threading.Semaphore(0)
+        callers = [caller(server, tally, warm) for _ in range(CALLERS)]
+        for thread in callers:
+            thread.start()
+        for _ in range(BEFORE_SIGNAL):
+            assert warm.acquire(timeout=30)
+        server.terminate()
+        assert server.wait() == 0
+        for thread in callers:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert tally["ok"] >= BEFORE_SIGNAL
+    assert set(tally) <= {"ok", "refused"}, tally
+
+
+def test_readiness_goes_off_first_and_in_flight_is_answered(tmp_path: Path) -> None:
+    models.slow_scalar(tmp_path / "models" / "slow" / "1" / "model.onnx", size=1024, layers=40)
+    with serving("--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state")) as server:
+        host, _, port = server.http.rpartition(":")
+        probe = http.client.HTTPConnection(host, int(port), timeout=30)
+        probe.request("GET", "/v2/health/ready")
+        assert probe.getresponse().read() == b'{"ready":true}'
+        call = http.client.HTTPConnection(host, int(port), timeout=60)
+        data = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [3]}]}
+        call.request("POST", "/v2/models/slow/infer", json.dumps(data))
+        while get(server.http, "/v2/models/slow/stats")[1]["model_stats"][0].get("pending", 0) > 0:
+            pass
+        server.terminate()
+        server.wait_for("draining")
+        probe.request("GET", "/v2/health/ready")
+        answer = probe.getresponse()
+        assert (answer.status, json.loads(answer.read())) == (503, {"ready": False})
+        answered = call.getresponse()
+        assert answered.status == 200
+        assert json.loads(answered.read())["outputs"][0]["data"] == [3.0]
+        assert server.wait() == 0
