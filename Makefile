@@ -88,7 +88,7 @@ types: $(DEV)
 
 imports: $(DEV)
 	@echo "== import contracts"
-	@.venv/bin/lint-imports
+	@.venv/bin/lint-imports --no-logo
 
 proto-fresh: $(DEV)
 	@echo "== generated code is fresh"

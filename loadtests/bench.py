@@ -147,7 +147,7 @@ async def http_call(address: str, head: dict[str, str], body: bytes, expect: Cal
     async def call() -> None:
         writer.write(request)
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
-        _, _, rest = answer.partition(b"content-length: ")
+        _, _, rest = answer.partition(b"\r\ncontent-length: ")
         content = await reader.readexactly(int(rest.partition(b"\r\n")[0]))
         if not answer.startswith(b"http/1.1 200") or not expect(content):
             raise RuntimeError(f"wrong answer: {answer!r} {content[:400]!r}")
@@ -256,10 +256,9 @@ def report(results: dict[str, list[Sample]], width: int) -> None:
     )
 
 
-def save(results: dict[str, list[Sample]], width: int) -> Path:
+def save(results: dict[str, list[Sample]], width: int, folder: Path) -> Path:
     """Raw samples with the facts of the machine, so that runs can be compared later."""
-    folder = ROOT / "loadtests" / "results"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -281,12 +280,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one way's turn in a round")
     parser.add_argument("--in-flight", type=int, default=16, help="connections, one request on each")
+    parser.add_argument("--output", type=Path, default=ROOT / "loadtests" / "results", help="folder for raw samples")
     options = parser.parse_args()
     if min(options.rounds, options.seconds, options.in_flight) <= 0:
         parser.error("rounds, seconds and in-flight must be positive")
     results = asyncio.run(run(options.rounds, options.seconds, options.in_flight))
     report(results, options.in_flight)
-    print(f"Raw samples: {save(results, options.in_flight).relative_to(ROOT)}")
+    print(f"Raw samples: {save(results, options.in_flight, options.output)}")
 
 
 if __name__ == "__main__":

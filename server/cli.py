@@ -42,14 +42,18 @@ def main() -> None:
 
 @cli.command()
 @click.argument("target", required=False, type=click.Path(path_type=Path))
-@click.option("--model-repository", type=click.Path(path_type=Path), help="Folder in Triton/KServe layout, or one .onnx.")
+@click.option(
+    "--model-repository", type=click.Path(path_type=Path), help="Folder in Triton/KServe layout, or one .onnx."
+)
 @click.option("--http", metavar="HOST:PORT", help="HTTP inference address.  [default: 127.0.0.1:8000]")
 @click.option("--grpc", metavar="HOST:PORT", help="gRPC inference address.  [default: 127.0.0.1:8001]")
 @click.option("--metrics", metavar="HOST:PORT", help="Metrics address.  [default: 127.0.0.1:8002]")
 @click.option("--admin", metavar="HOST:PORT", help="Admin address.  [default: 127.0.0.1:8003]")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where state is kept.  [default: ./tidegate-state]")
 @click.option("--workers", type=int, help="Serving processes; this version serves from one.")
-@click.option("--in-process", is_flag=True, default=None, help="Serve without a supervisor (always so in this version).")
+@click.option(
+    "--in-process", is_flag=True, default=None, help="Serve without a supervisor (always so in this version)."
+)
 @click.option("--transport", type=click.Choice(["native", "reference"]), help="Protocol stack.  [default: reference]")
 @click.option("--model-control", type=click.Choice(["none", "poll", "explicit"]), help="Who loads and unloads models.")
 @click.option("--load-model", multiple=True, metavar="NAME", help="Load at start in explicit mode; may be repeated.")

@@ -1,7 +1,7 @@
 """The one use case: take a request, decide who answers, batch it, answer. Synchronous and transport-free.
 
-Owns admission, the current routing table, and every call in flight. Everything here runs on the loop thread; engines run
-behind the batcher. Who takes a request settles it exactly once: a ``_Call`` ends by its batch's result, by its own
+Owns admission, the current routing table, and every call in flight. Everything here runs on the loop thread; engines
+run behind the batcher. Who takes a request settles it exactly once: a ``_Call`` ends by its batch's result, by its own
 error, by its deadline or by a cancel, whichever comes first.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import structlog
 
@@ -39,16 +40,20 @@ from server.types import (
     InferenceRequest,
     InferenceResponse,
     ModelSpec,
+    Permit,
     Reply,
     RequestedOutput,
     RequestHead,
     RequestLimits,
     Tensor,
+    Ticket,
 )
 
 log = structlog.get_logger("gateway")
 
 _UNKNOWN_SIZE_BYTES = 1024 * 1024
+#: Refusals of a version's own queue, counted beside those of admission.
+_SHED = frozenset({"queue_full", "queue_timeout"})
 _NO_PARAMETERS: Mapping[str, Any] = {}
 
 
@@ -204,9 +209,9 @@ class Gateway:
 
     # -- the use case -------------------------------------------------------------------------------------------
 
-    def handle(self, permit: GatewayPermit, request: InferenceRequest, reply: Reply) -> _Call:
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Ticket:
         """Route, check, batch and run one request. Never raises: every outcome reaches ``reply``."""
-        call = _Call(self, permit, request, reply)
+        call = _Call(self, cast("GatewayPermit", permit), request, reply)
         try:
             call.start()
         except TidegateError as error:
@@ -231,7 +236,8 @@ class Gateway:
     def _translate(self, error: RoutingError) -> TidegateError:
         if isinstance(error, BadVersion):
             return InvalidArgument(
-                f"version of model '{_shown(error.model)}' must be a positive whole number, got '{_shown(error.version)}'"
+                f"version of model '{_shown(error.model)}' must be a positive whole number, "
+                f"got '{_shown(error.version)}'"
             )
         if isinstance(error, UnknownVersion):
             served = ", ".join(error.served)
@@ -328,21 +334,19 @@ def _record(
 _PROBE_HEAD = RequestHead("", "", "", {}, 0)
 
 
+@dataclass(slots=True)
+class _Routed:
+    """Where a request went: the version that it holds, and which of its outputs are answered with (None: all)."""
+
+    served: Served
+    decision: Decision
+    picked: list[int] | None = None
+
+
 class _Call:
     """One request from ``handle`` to its single end."""
 
-    __slots__ = (
-        "_done",
-        "_gateway",
-        "_permit",
-        "_picked",
-        "_reply",
-        "_request",
-        "_served",
-        "_timer",
-        "_work",
-        "decision",
-    )
+    __slots__ = ("_done", "_gateway", "_permit", "_reply", "_request", "_routed", "_timer", "_work")
 
     def __init__(self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply) -> None:
         self._gateway = gateway
@@ -350,28 +354,28 @@ class _Call:
         self._request = request
         self._reply = reply
         self._done = False
-        self._served: Served | None = None
+        self._routed: _Routed | None = None
         self._work: Work | None = None
         self._timer: TimerHandle | None = None
-        self._picked: list[int] | None = None
-        self.decision: Decision | None = None
 
     def start(self) -> None:
+        """Route, check, submit. Raises TidegateError for what cannot be taken; the caller then calls ``fail``."""
         gateway, request, head = self._gateway, self._request, self._permit.head
         route = gateway.route(request, head)
-        served = self._served = route.target
+        served = route.target
         served.calls += 1
-        self.decision = Decision(route.model, route.version, route.arm, route.generation)
+        routed = self._routed = _Routed(served, Decision(route.model, route.version, route.arm, route.generation))
         served.routed(route.arm, route.reason)
-        inputs, rows, self._picked = check_request(request, served.spec)
+        inputs, rows, routed.picked = check_request(request, served.spec)
         priority, timeout_us = queue_terms(request.parameters)
-        work = self._work = Work(inputs, rows, self._finished, head.deadline_ns, priority, timeout_us)
+        work = Work(inputs, rows, partial(self._finished, routed), head.deadline_ns, priority, timeout_us)
         if head.deadline_ns:
             left_ns = head.deadline_ns - gateway.clock()
             if left_ns <= 0:
                 raise DeadlineExceeded("the deadline had passed when the request arrived")
             self._timer = gateway.call_later(left_ns / 1e9, self._expired)
         served.batcher.submit(work)
+        self._work = work
 
     def cancel(self) -> None:
         """The caller went away: queued work is dropped, running work's result is thrown away. No reply follows."""
@@ -391,34 +395,30 @@ class _Call:
             self.fail(DeadlineExceeded("the deadline passed before the model had answered"))
 
     def _withdraw(self) -> None:
-        if self._work is not None and self._served is not None:
-            self._served.batcher.cancel(self._work)
+        if self._work is not None and self._routed is not None:
+            self._routed.served.batcher.cancel(self._work)
 
-    def _finished(self, work: Work) -> None:
+    def _finished(self, routed: _Routed, work: Work) -> None:
+        """The batcher is done with this request's work."""
         if self._done:
             return
-        if work.error is not None:
-            self.fail(work.error)
+        if work.outputs is None:
+            self.fail(work.error or TidegateError("internal error"))
             return
         try:
-            response = self._respond(work)
+            response = self._respond(routed, work.outputs)
         except TidegateError as error:
             self.fail(error)
             return
         self._settle("ok")
-        assert self.decision is not None
-        self._reply.message(response, self.decision)
+        self._reply.message(response, routed.decision)
         self._reply.finish(None)
 
-    def _respond(self, work: Work) -> InferenceResponse:
-        assert work.outputs is not None
-        assert self._served is not None
-        spec, request = self._served.spec, self._request
-        outputs = work.outputs
-        if self._picked is not None:
-            outputs = [
-                _chosen(outputs[i], spec, i, want) for i, want in zip(self._picked, request.outputs, strict=True)
-            ]
+    def _respond(self, routed: _Routed, outputs: list[Tensor]) -> InferenceResponse:
+        spec, request = routed.served.spec, self._request
+        if routed.picked is not None:
+            pairs = zip(routed.picked, request.outputs, strict=True)
+            outputs = [_chosen(outputs[i], spec, i, want) for i, want in pairs]
         return InferenceResponse(spec.name, spec.version, request.id, outputs)
 
     def _settle(self, code: str) -> None:
@@ -426,27 +426,30 @@ class _Call:
         self._done = True
         if self._timer is not None:
             self._timer.cancel()
-        served = self._served
-        if served is None:
+        if self._routed is None:
             self._gateway.telemetry.rejected(code).inc()
-            return
-        assert self.decision is not None
+        else:
+            if code in _SHED:
+                self._gateway.telemetry.rejected(code).inc()
+            self._count(self._routed, code)
+            self._routed.served.release()
+
+    def _count(self, routed: _Routed, code: str) -> None:
         head, work, trace = self._permit.head, self._work, self._permit.trace
         now = self._gateway.clock()
         queue_ns = input_ns = infer_ns = output_ns = rows = 0
-        if work is not None and work.finished_ns:
+        if work is not None and work.computed_ns:
             queue_ns = work.started_ns - work.enqueued_ns
             input_ns = work.assembled_ns - work.started_ns
             infer_ns = work.computed_ns - work.assembled_ns
             output_ns = work.finished_ns - work.computed_ns
             rows = work.rows or 1
-        served.telemetry.request_done(
-            self.decision.arm, head.protocol, code, now - head.received_ns,
+        routed.served.telemetry.request_done(
+            routed.decision.arm, head.protocol, code, now - head.received_ns,
             queue_ns, input_ns, infer_ns, output_ns, rows, trace,
         )  # fmt: skip
         if trace is not None:
-            self._gateway.traced(_record(self._permit, trace, self.decision, work, code, now), work)
-        served.release()
+            self._gateway.traced(_record(self._permit, trace, routed.decision, work, code, now), work)
 
 
 def _chosen(tensor: Tensor, spec: ModelSpec, index: int, want: RequestedOutput) -> Tensor:

@@ -1,7 +1,7 @@
 """Start order, readiness, signals and drain. Signals are ours: no framework installs a handler.
 
-Order up: listeners (live, not ready), models, ready. Order down on SIGTERM or SIGINT: readiness off, both protocols drain
-at once, models close, telemetry is flushed, exit 0. A second signal ends the wait.
+Order up: listeners (live, not ready), models, ready. Order down on SIGTERM or SIGINT: readiness off, both protocols
+drain at once, models close, telemetry is flushed, exit 0. A second signal ends the wait.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Readiness:
 
     def __init__(self) -> None:
         self._ready = False
-        self._watchers: set[Callable[[], None]] = set()
+        self._watchers: set[Callable[[], object]] = set()
 
     def __bool__(self) -> bool:
         return self._ready
@@ -49,7 +49,7 @@ class Readiness:
         for watcher in tuple(self._watchers):
             watcher()
 
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Call ``callback`` after each change; returns the way out."""
         self._watchers.add(callback)
         return lambda: self._watchers.discard(callback)

@@ -35,6 +35,7 @@ from server.transport.port import Services
 from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.settings import MemorySettings
+from server.transport.status import INTERNAL, TABLE
 
 log = structlog.get_logger("tidegate")
 
@@ -45,7 +46,6 @@ class Models:
 
     named: Mapping[str, CompiledModel] = field(default_factory=dict)
     defaults: ModelOptions = field(default_factory=ModelOptions)
-
 
 
 def build(settings: ServerSettings, models: Models, runtime: Runtime | None = None) -> Lifecycle:
@@ -79,9 +79,21 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
     credentials = None if settings.tls is None else _grpc_credentials(settings.tls)
     grpc_server = GrpcServer(gateway, services, settings=grpc_settings, credentials=credentials)
     listeners: list[Listener] = [
-        Bound("http", HttpServer(build_app(gateway, services, settings=http), limits=settings.limits, settings=http, tls=tls), settings.http),
+        Bound(
+            "http",
+            HttpServer(build_app(gateway, services, settings=http), limits=settings.limits, settings=http, tls=tls),
+            settings.http,
+        ),
         Bound("grpc", grpc_server, settings.grpc),
-        Bound("metrics", HttpServer(metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics)), limits=settings.limits, settings=http), settings.metrics),
+        Bound(
+            "metrics",
+            HttpServer(
+                metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics)),
+                limits=settings.limits,
+                settings=http,
+            ),
+            settings.metrics,
+        ),
         Bound("admin", HttpServer(_admin(settings, catalog), limits=settings.limits, settings=http), settings.admin),
     ]
 
@@ -161,9 +173,7 @@ def _source(settings: ServerSettings, models: Models) -> JoinedSource:
     return JoinedSource(named, DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
 
 
-def _server_of_versions(
-    loop: asyncio.AbstractEventLoop, telemetry: Telemetry
-) -> Callable[[Engine, ModelPlan], Served]:
+def _server_of_versions(loop: asyncio.AbstractEventLoop, telemetry: Telemetry) -> Callable[[Engine, ModelPlan], Served]:
     """How a loaded engine becomes something that the gateway can send requests to."""
 
     def serve(engine: Engine, plan: ModelPlan) -> Served:
@@ -201,7 +211,15 @@ def _telemetry(settings: ServerSettings) -> tuple[Telemetry, OtlpExport | None]:
     options = OtlpOptions(
         traces.endpoint, headers=traces.headers, service_name=traces.service_name, service_version=__version__
     )
-    return telemetry, OtlpExport(options, sink=sink, registry=telemetry.metrics)
+    return telemetry, OtlpExport(options, sink=sink, registry=telemetry.metrics, status_of=_wire_status)
+
+
+def _wire_status(protocol: str, code: str) -> int:
+    """The number that a span carries for an outcome: HTTP's or gRPC's."""
+    if code == "ok":
+        return 200 if protocol == "http" else 0
+    row = TABLE.get(code, INTERNAL)
+    return row.http if protocol == "http" else row.grpc
 
 
 def _admin(settings: ServerSettings, catalog: ServedCatalog) -> Callable[..., Awaitable[None]]:

@@ -169,6 +169,8 @@ class _Scanner:
     def _scan_flat_file(self, path: Path) -> None:
         name = path.stem
         _require_name(name)
+        if not path.is_file():
+            raise _Refused(f"{path.name} is not a regular file")
         if name in self.found.models:
             raise _Refused(f"a folder named '{name}' holds this model too: '{path.name}' is left out")
         found = FoundVersion("1", path, (_fingerprint(path),))
@@ -251,9 +253,12 @@ class _Scanner:
         try:
             yield
         except _Refused as refusal:
-            self.found.problems.append(ScanProblem(model, version, str(refusal)))
+            reason = str(refusal)
         except OSError as error:
-            self.found.problems.append(ScanProblem(model, version, f"cannot be read: {error.strerror or error}"))
+            reason = f"cannot be read: {error.strerror or error}"
+        else:
+            return
+        self.found.problems.append(ScanProblem(_printable(model), version, reason))
 
     def _inside(self, path: Path) -> Path:
         """The real path behind ``path``, which must lie in the root."""
@@ -277,6 +282,11 @@ class _Scanner:
 def _visible(folder: Path) -> list[str]:
     """The names in a folder that are not hidden, sorted."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def _printable(name: str) -> str:
+    """A file name as text that any log takes: bytes that are no UTF-8 are shown by their value."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _numeric(name: str) -> bool:

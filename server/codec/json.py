@@ -65,12 +65,12 @@ def decode_infer(
         raise InvalidArgument(f"the JSON part is said to have {size} bytes, the body has {len(body)}")
     text = bytes(body) if size == len(body) else bytes(body[:size])
     _check_depth(text, limits.max_json_depth)
-    decoder = _Decoder(memoryview(body)[size:], limits)
+    binary = memoryview(body)[size:]
     try:
         document, exact = _parse(text)
-        return decoder.request(document, model, version, exact=exact)
+        return _Decoder(binary, limits, exact=exact).request(document, model, version)
     except InexactIntegerError:
-        return decoder.request(_parse_exactly(text), model, version, exact=True)
+        return _Decoder(binary, limits, exact=True).request(_parse_exactly(text), model, version)
 
 
 def _parse(text: bytes) -> tuple[Any, bool]:
@@ -106,6 +106,8 @@ def _parse_exactly(text: bytes) -> Any:
 
 _ESCAPE: Final = re.compile(rb"\\.", re.DOTALL)
 _STRING: Final = re.compile(rb'"[^"]*"?')
+#: Brackets looked at together: bounds the memory that counting takes.
+_DEPTH_SLICE: Final = 65_536
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(b'[]{}"'))
 
 
@@ -122,26 +124,34 @@ def _depth(text: bytes) -> int:
     marks = text.translate(None, _NOT_STRUCTURE)
     if b'"' in marks:
         marks = _STRING.sub(b"", marks)
-    # Bit 1 is set in the codes of [ and {, and clear in those of ] and }.
-    steps = (np.frombuffer(marks, dtype=np.uint8) & 2).astype(np.int8) - 1
-    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
+    deepest = level = 0
+    for start in range(0, len(marks), _DEPTH_SLICE):
+        # Bit 1 is set in the codes of [ and {, and clear in those of ] and }.
+        piece = np.frombuffer(marks[start : start + _DEPTH_SLICE], dtype=np.uint8)
+        levels = np.cumsum((piece & 2).astype(np.int8) - 1, dtype=np.int64)
+        deepest = max(deepest, level + int(levels.max()))
+        level += int(levels[-1])
+    return deepest
 
 
 # --- Requests: document -> types -----------------------------------------------------------------------------------
 
 
 class _Decoder:
-    """One request's walk from its document to types; ``binary`` is what follows the JSON part."""
+    """One request's walk from its document to types.
+
+    ``binary`` is what follows the JSON part; ``exact`` says that the document's integers are exact at any size.
+    """
 
     __slots__ = ("_binary", "_exact", "_limits", "_taken")
 
-    def __init__(self, binary: memoryview, limits: RequestLimits) -> None:
+    def __init__(self, binary: memoryview, limits: RequestLimits, *, exact: bool) -> None:
         self._binary = binary
         self._limits = limits
-
-    def request(self, document: Any, model: str, version: str, *, exact: bool) -> InferenceRequest:
         self._exact = exact
         self._taken = 0
+
+    def request(self, document: Any, model: str, version: str) -> InferenceRequest:
         if type(document) is not dict:
             raise InvalidArgument(f"the request must be a JSON object, got {_kind(document)}")
         parameters = self._parameters("request", document.get("parameters"))

@@ -40,10 +40,9 @@ _WANTED: Final = {
     "finite_number": "a finite number",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
-    "string_too_short": "text of at least {min_length} characters",
-    "string_too_long": "text of at most {max_length} characters",
     "string_pattern_mismatch": "text that matches {pattern}",
-    "too_short": "at least {min_length} entries",
+    "too_short": "a length of at least {min_length}",
+    "too_long": "a length of at most {max_length}",
     "literal_error": "{expected}",
 }
 
@@ -130,7 +129,7 @@ class _Check:
 
     def _shape(self, data: dict[str, Any]) -> Config | None:
         """Validate; report what the first round refuses, cut it out, and go on until the rest is a Config."""
-        spoiled = [complaint.path for complaint in self.complaints if complaint.spoils]
+        spoiled = {complaint.path for complaint in self.complaints if complaint.spoils}
         for number in range(_ROUNDS):
             try:
                 return Config.model_validate(data, context=self.context)
@@ -199,11 +198,8 @@ def _empty_values(root: Node) -> Iterator[Complaint]:
 def _worth_telling(invalid: ValidationError) -> Iterator[Mapping[str, Any]]:
     """The errors, without "too short" for a list that is short because its entries were refused."""
     errors = invalid.errors(include_url=False)
-    places = {error["loc"] for error in errors}
-    for error in errors:
-        inner = any(len(place) > len(error["loc"]) and place[: len(error["loc"])] == error["loc"] for place in places)
-        if not (error["type"] == "too_short" and inner):
-            yield error
+    parents = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return (error for error in errors if error["type"] != "too_short" or error["loc"] not in parents)
 
 
 def _key_path(location: tuple[Key, ...]) -> KeyPath:

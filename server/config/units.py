@@ -75,7 +75,7 @@ def _shorten(text: str) -> str:
 
 def _quantity(value: object, pattern: re.Pattern[str], units: dict[str, int], wanted: str) -> int:
     """``value`` in the base unit as a whole number."""
-    found = pattern.match(value) if isinstance(value, str) else None
+    found = pattern.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"wanted {wanted}, got {show(value)}")
     exact = Fraction(found[1]) * units[found[2]]
@@ -96,7 +96,7 @@ def parse_size(value: object) -> int:
 
 def parse_percent(value: object) -> float:
     """The fraction 0..1 of "5%" or "0.1%"."""
-    found = _PERCENT.match(value) if isinstance(value, str) else None
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"wanted a percentage, such as 5% or 0.1%, got {show(value)}")
     fraction = Fraction(found[1]) / 100

@@ -1,7 +1,7 @@
 """Which versions are loaded: scan, load beside what serves, swap the table, retire what nobody holds any more.
 
-A new version is loaded and warm before the old one goes, and a failed load leaves the old one serving. Loading blocks, so
-it happens on one loader thread; everything else runs on the loop thread.
+A new version is loaded and warm before the old one goes, and a failed load leaves the old one serving. Loading
+blocks, so it happens on one loader thread; everything else runs on the loop thread.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class ModelControl:
             await self._apply(name)
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
-        """Load or reload one model by its name in the repository. Raises the first version's reason if none is ready."""
+        """Load or reload one model of the repository. Raises ModelLoadError with the first version that failed."""
         if parameters:
             raise InvalidArgument(
                 f"load takes no parameters, got {', '.join(sorted(parameters))}: a client may not override "
@@ -323,12 +323,11 @@ class ModelControl:
             task.add_done_callback(self._retiring.discard)
 
     async def _close(self, version: _Version) -> None:
-        assert version.served is not None
-        assert version.engine is not None
         served, engine = version.served, version.engine
         version.state, version.served, version.engine = UNLOADING, None, None
-        await _last_call(served)
-        await self._off_loop(partial(_shut, served, engine))
+        if served is not None and engine is not None:
+            await _last_call(served)
+            await self._off_loop(partial(_shut, served, engine))
 
 
 async def _last_call(served: Served) -> None:

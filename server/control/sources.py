@@ -75,7 +75,9 @@ class DirectorySource:
     def scan(self) -> dict[str, ModelPlan]:
         """Plans by name; entries that have no usable name are logged and left out."""
         found = _scan(self._root)
-        plans = {name: _plan(model, self._base, found.problems, self._state_dir) for name, model in found.models.items()}
+        plans = {
+            name: _plan(model, self._base, found.problems, self._state_dir) for name, model in found.models.items()
+        }
         for problem in found.problems:
             if problem.model in plans:
                 continue

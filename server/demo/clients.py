@@ -109,7 +109,8 @@ def binary_request(inputs: Mapping[str, Array]) -> tuple[bytes, dict[str, str]]:
     return body, {"content-type": "application/octet-stream", wire.LENGTH_HEADER: str(header_length)}
 
 
-async def _http_caller(address: str, log: CallLog, caller: int, end: float) -> None:
+async def _http_caller(address: str, log: CallLog, caller: int, wait_s: float, end: float) -> None:
+    await asyncio.sleep(wait_s)
     async with HttpClient(address) as client:
         await _call_until(end, client, log, caller)
 
@@ -201,8 +202,8 @@ class Load:
             following.append(asyncio.create_task(self._follow(worker)))
         end = time.monotonic() + self.seconds
         callers = [
-            asyncio.create_task(_http_caller(self.http_address, log, caller, end))
-            for log in self.logs
+            asyncio.create_task(_http_caller(self.http_address, log, caller, self._wait_s(log.workload, number), end))
+            for number, log in enumerate(self.logs)
             for caller in range(log.workload.callers)
         ]
         try:
@@ -210,6 +211,10 @@ class Load:
         finally:
             for task in [*callers, *following]:
                 task.cancel()
+
+    def _wait_s(self, workload: Workload, number: int) -> float:
+        """The callers of one log start together, which makes batches; the logs start spread over their pace."""
+        return workload.pace_s * number / len(self.logs)
 
     async def _follow(self, worker: _Worker) -> None:
         """Take the worker's counts until it is done."""

@@ -26,6 +26,9 @@ from server.demo.workload import Reference, Stream, Workload, ragged_offsets
 
 MAX_BATCH: Final = 256
 
+#: How often one caller of a small model calls: as many as two cores answer, callers included, without falling behind.
+_PACE_S: Final = 0.1
+
 #: Seconds of audio per stream, and the pitches of the voices; one more stream is noise.
 _STREAM_SECONDS: Final = 2.0
 _PITCHES: Final = (110.0, 150.0, 210.0)
@@ -48,14 +51,14 @@ def add_digits(scenario: Scenario, versions: Mapping[str, bytes]) -> None:
     scenario.models.append(ServedModel("digits", versions, batched_config("digits", MAX_BATCH)))
     for version, onnx in versions.items():
         columns = {"pixels": scenario.digits.test_pixels}
-        scenario.workloads.append(_independent("digits", version, onnx, columns, (1, 1, 2), callers=3))
+        scenario.workloads.append(_independent("digits", version, onnx, columns, (1, 1, 2), callers=3, pace_s=_PACE_S))
 
 
 def add_flights(scenario: Scenario, onnx: bytes) -> None:
     """Departures of March, in groups of one to four."""
     scenario.models.append(ServedModel("flights", {"1": onnx}, batched_config("flights", MAX_BATCH)))
     columns = {"numbers": scenario.march.numbers[:600], "categories": scenario.march.categories[:600]}
-    scenario.workloads.append(_independent("flights", "1", onnx, columns, (1, 1, 2, 4), callers=8))
+    scenario.workloads.append(_independent("flights", "1", onnx, columns, (1, 1, 2, 4), callers=8, pace_s=_PACE_S))
 
 
 def add_magika(scenario: Scenario, onnx: bytes, config: MagikaConfig, files: Sequence[LabelledFile]) -> None:

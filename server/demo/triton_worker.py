@@ -83,8 +83,11 @@ def triton_inputs(grpc: Any, utils: Any, arrays: dict[str, np.ndarray[Any, Any]]
     return inputs
 
 
-async def one_caller(client: Any, modules: tuple[Any, Any], calls: Calls, caller: int, end: float) -> None:
+async def one_caller(
+    client: Any, modules: tuple[Any, Any], calls: Calls, caller: int, wait_s: float, end: float
+) -> None:
     """Call until ``end``; callers take turns at the workload's blocks (a stream, or a single request)."""
+    await asyncio.sleep(wait_s)
     plan, (grpc, utils) = calls.plan, modules
     outputs = [grpc.InferRequestedOutput(name) for name in [*plan["outputs"], *plan["carry"]]]
     length = plan["stream_length"]
@@ -138,8 +141,13 @@ async def run(plan: dict[str, Any], folder: Path) -> None:
             return
         end = time.monotonic() + plan["seconds"]
         reporter = asyncio.create_task(report_forever(all_calls))
-        callers = [(calls, caller) for calls in all_calls for caller in range(calls.plan["callers"])]
-        await asyncio.gather(*(one_caller(client, modules, calls, caller, end) for calls, caller in callers))
+        await asyncio.gather(
+            *(
+                one_caller(client, modules, calls, caller, calls.plan["pace_s"] * number / len(all_calls), end)
+                for number, calls in enumerate(all_calls)
+                for caller in range(calls.plan["callers"])
+            )
+        )
         reporter.cancel()
     for calls in all_calls:
         calls.save(folder)

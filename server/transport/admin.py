@@ -5,14 +5,13 @@ from __future__ import annotations
 import hmac
 import ipaddress
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.transport.answers import Answer, json_answer
+from server.transport.app import Boundary
 from server.transport.port import Catalog
+from server.transport.status import StatusTable
 
 
 def is_loopback(host: str) -> bool:
@@ -28,18 +27,13 @@ def is_loopback(host: str) -> bool:
 def admin_app(catalog: Catalog, *, token: str | None, loopback: bool) -> ASGIApp:
     """The routes under ``/admin/v1``. Without a token nothing can be changed, and off loopback nothing read."""
 
-    async def models(_: Request) -> Response:
+    async def models(_: Request) -> Answer:
         index = catalog.repository_index(ready_only=False)
         rows = [{"name": e.name, "version": e.version, "state": e.state, "reason": e.reason} for e in index]
-        return JSONResponse({"models": rows})
+        return json_answer({"models": rows})
 
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-
-    app = Starlette(
-        routes=[Route("/admin/v1/models", models, methods=["GET"])], exception_handlers={HTTPException: refused}
-    )
+    boundary = Boundary(StatusTable())
+    app = boundary.app([boundary.route("/admin/v1/models", models, "GET")])
     return BearerGuard(app, token=token, open_reading=loopback)
 
 
@@ -55,12 +49,9 @@ class BearerGuard:
         if scope["type"] != "http" or self._allowed(scope):
             await self._app(scope, receive, send)
             return
-        refusal = JSONResponse(
-            {"error": "this needs the admin token: Authorization: Bearer TOKEN"},
-            401,
-            headers={"www-authenticate": "Bearer"},
-        )
-        await refusal(scope, receive, send)
+        refusal = json_answer({"error": "this needs the admin token: Authorization: Bearer TOKEN"}, 401)
+        refusal.headers.append((b"www-authenticate", b"Bearer"))
+        await refusal.send(send)
 
     def _allowed(self, scope: Scope) -> bool:
         if self._open_reading and scope["method"] in ("GET", "HEAD"):

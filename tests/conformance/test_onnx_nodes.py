@@ -66,7 +66,9 @@ def session_options() -> ort.SessionOptions:
 def load_case(folder: Path) -> Case | None:
     """The case of one folder, or None when it cannot be served over V2 at all."""
     try:
-        session = ort.InferenceSession(str(folder / "model.onnx"), session_options(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            str(folder / "model.onnx"), session_options(), providers=["CPUExecutionProvider"]
+        )
     except Exception:  # whatever onnxruntime cannot load is not ours to serve
         return None
     wanted = session.get_inputs()
@@ -84,7 +86,9 @@ def load_case(folder: Path) -> Case | None:
         except Exception:  # a sequence or optional value where a tensor should be
             return None
         if ORT_TO_V2[spec.type] == "BYTES":
-            array = np.array([x if isinstance(x, str) else x.decode() for x in array.ravel()], object).reshape(array.shape)
+            array = np.array([x if isinstance(x, str) else x.decode() for x in array.ravel()], object).reshape(
+                array.shape
+            )
         inputs[spec.name] = (ORT_TO_V2[spec.type], array)
     names = [o.name for o in session.get_outputs()]
     feed = {name: array for name, (_, array) in inputs.items()}

@@ -1,7 +1,7 @@
 """What every ``server.runtime.base.Runtime`` owes the rest of the server, as tests to inherit.
 
-Subclass ``RuntimeContract`` in a test module and implement ``case``. The model behind the case has one input ``x`` FP32 [-1, 4]
-and one output ``y`` FP32 [-1, 4] with ``y = 2 * x + 1``, batches up to 64 rows, and refuses a row that starts with
+Subclass ``RuntimeContract`` in a test module and implement ``case``. The model of the case has one input ``x`` and one
+output ``y``, both FP32 [-1, 4], with ``y = 2 * x + 1``; it batches up to 64 rows, and refuses a row that starts with
 ``Case.refused``.
 """
 
@@ -128,7 +128,7 @@ class RuntimeContract:
             thread.join()
         assert wrong == []
 
-    def test_a_refused_row_names_the_input_and_leaves_the_engine_usable(self, subject: Case, engine: Engine) -> None:
+    def test_a_refused_row_fails_its_batch_and_leaves_the_engine_usable(self, subject: Case, engine: Engine) -> None:
         good, bad = some_rows(2), some_rows(1)
         bad[0, 0] = subject.refused
         with pytest.raises(InputRejected) as caught:

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from server.transport.answers import HttpSettings
+from server.transport.reference.asgi import HttpServer
 from server.transport.status import StatusTable
 from server.types import RequestLimits
 from tests.support.echo import MODELS, Running, floats, running
@@ -482,6 +484,10 @@ def status_of(answer: bytes) -> int:
     return int(answer[9:12])
 
 
+def statuses_of(answers: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d) ", answers)]
+
+
 def post(body: bytes = GOOD, *headers: str, path: str = "/v2/models/affine/infer", length: str | None = "") -> bytes:
     """A raw request; ``length`` None leaves Content-Length out."""
     lines = [f"POST {path} HTTP/1.1", "Host: a", *headers]
@@ -566,7 +572,7 @@ def test_good_requests_before_a_bad_one_are_answered(server: Running, bad: bytes
     with connect(server) as sock:
         sock.sendall(post(path="/v2/models/later/infer") * 2 + bad)
         answers = read_all(sock)
-    assert [int(part[:3]) for part in answers.split(b"HTTP/1.1 ")[1:]] == [200, 200, 400]
+    assert statuses_of(answers) == [200, 200, 400]
     assert answers.count(b"connection: close") == 1
 
 
@@ -608,14 +614,9 @@ def test_header_limits(server: Running, raw: bytes, status: int) -> None:
 def test_header_that_never_ends(server: Running) -> None:
     with connect(server) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nx: ")
-        try:
-            for _ in range(2000):
-                sock.sendall(b"y" * 1000)
-        except OSError:
-            pass
-        else:
-            pytest.fail("two megabytes of header were taken")
-        assert read_answer(sock)[:12] in (b"HTTP/1.1 431", b"")
+        for _ in range(20):
+            sock.sendall(b"y" * 1000)
+        assert status_of(read_answer(sock)) == 431
 
 
 def malformed() -> list[bytes]:
@@ -702,7 +703,7 @@ def test_hundreds_of_malformed_requests(server: Running) -> None:
             except OSError:
                 pass
             answers = read_all(sock)
-        statuses = [int(part[:3]) for part in answers.split(b"HTTP/1.1 ")[1:]]
+        statuses = statuses_of(answers)
         assert all(200 <= status < 500 for status in statuses), (raw, answers)
         for status in statuses or [0]:
             seen[status] = seen.get(status, 0) + 1
@@ -867,6 +868,7 @@ def test_drain_answers_what_is_in_flight_and_closes(factory: Any) -> None:
             idle.sendall(post())
             assert status_of(read_answer(idle)) == 200
             drained = asyncio.run_coroutine_threadsafe(server.http_server.drain(10), server.loop)
+            assert server.call(lambda: server.http_server.draining)
             idle.sendall(post())  # on its way when the drain began
             last = read_all(idle)
             assert status_of(last) == 200
@@ -892,5 +894,7 @@ def test_drain_cuts_what_does_not_end() -> None:
 
 
 def test_two_servers_cannot_share_an_address(server: Running) -> None:
-    with running() as other, pytest.raises(OSError, match="in use"):
-        other.run(other.http_server.start(*server.http))
+    second = HttpServer(server.http_server.overloaded)
+    with pytest.raises(OSError, match="in use"):
+        server.run(second.start(*server.http))
+    assert server.run(second.drain(0.1)) is True

@@ -284,7 +284,13 @@ def test_load_is_refused_when_model_control_is_off(server: Server) -> None:
 
 def run_cli(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "server", *args], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False, **options
+        [sys.executable, "-m", "server", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+        **options,
     )
 
 

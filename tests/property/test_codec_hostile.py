@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server._pb import inference_pb2 as pb
@@ -21,6 +21,7 @@ from server.errors import TidegateError
 from server.types import InferenceRequest, ModelSpec, RequestLimits, TensorSpec
 
 LIMITS = RequestLimits(max_json_depth=8)
+relaxed = settings(deadline=None)  # other tests may keep the machine busy
 
 
 def outcome(call: Callable[[], InferenceRequest]) -> tuple[Any, ...]:
@@ -95,10 +96,11 @@ WIRE = [message.SerializeToString() for message in MESSAGES]
 
 
 def test_the_originals_are_valid() -> None:
-    assert [outcome(lambda raw=raw: decode_message(raw, LIMITS))[0] for raw in WIRE] == ["m", "m", "m", ""]
+    assert [decode_message(raw, LIMITS).model for raw in WIRE] == ["m", "m", "m", ""]
     assert [scan(raw, LIMITS) is not None for raw in WIRE] == [True, True, False, True]
 
 
+@relaxed
 @given(mutated(WIRE) | st.binary(max_size=60))
 @example(WIRE[0] + b"\x0a\x01n")
 @example(WIRE[0] + b"\x0a\x00")
@@ -130,6 +132,7 @@ BINARY_HEAD = json.dumps(
 ).encode()
 
 
+@relaxed
 @given(mutated(JSON) | st.binary(max_size=60))
 def test_json_bodies(body: bytes) -> None:
     outcome(lambda: decode_infer(body, model="m", version="", limits=LIMITS, json_size=None))
@@ -165,12 +168,14 @@ documents = st.fixed_dictionaries(
 )
 
 
+@relaxed
 @given(documents | values)
 def test_json_of_any_structure(document: Any) -> None:
     body = json.dumps(document).encode()
     outcome(lambda: decode_infer(body, model="m", version="", limits=LIMITS, json_size=None))
 
 
+@relaxed
 @given(mutated([BINARY_HEAD + b"abcd"]), st.integers(-2, len(BINARY_HEAD) + 8) | st.text(max_size=4))
 def test_binary_bodies(body: bytes, header: object) -> None:
     def decode() -> InferenceRequest:
@@ -180,6 +185,7 @@ def test_binary_bodies(body: bytes, header: object) -> None:
     outcome(decode)
 
 
+@relaxed
 @given(
     st.binary(max_size=40),
     st.sampled_from(["FP32", "BYTES", "BOOL"]),
@@ -208,6 +214,7 @@ nests = st.recursive(
 )
 
 
+@relaxed
 @given(nests, st.booleans())
 def test_depth_is_that_of_the_document(document: Any, ascii_only: bool) -> None:
     assert _depth(json.dumps(document, ensure_ascii=ascii_only).encode()) == naive_depth(document)
@@ -216,6 +223,7 @@ def test_depth_is_that_of_the_document(document: Any, ascii_only: bool) -> None:
 CODED = [zlib.compress(b"tide" * 40), *(bytes(compress(b"gate" * 40, coding)[0]) for coding in ("gzip", "deflate"))]
 
 
+@relaxed
 @given(mutated(CODED) | st.binary(max_size=60), st.sampled_from(["gzip", "deflate", "identity", "br"]))
 def test_compressed_bodies(body: bytes, encoding: str) -> None:
     try:
@@ -225,6 +233,7 @@ def test_compressed_bodies(body: bytes, encoding: str) -> None:
     assert len(plain) <= 100
 
 
+@relaxed
 @given(st.text(st.sampled_from('gzipdeflatq=;,.* 0159\u0661"'), max_size=30))
 def test_any_accept_encoding(accept: str) -> None:
     body, coding = compress(b"tide", accept)

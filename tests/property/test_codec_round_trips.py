@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server._pb import inference_pb2 as pb
@@ -29,6 +29,7 @@ from server.types import (
 )
 
 LIMITS = RequestLimits()
+relaxed = settings(deadline=None)  # other tests may keep the machine busy
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -72,6 +73,7 @@ def as_inputs(document: dict[str, Any]) -> bytes:
     return json.dumps({"inputs": document["outputs"]}).encode()
 
 
+@relaxed
 @given(tensor_lists)
 def test_binary_extension(outputs: list[Tensor]) -> None:
     chunks, size = encode_infer(response(outputs), outputs=[], binary_default=True)
@@ -80,6 +82,7 @@ def test_binary_extension(outputs: list[Tensor]) -> None:
     same(json_request(head + body[size:], len(head)).inputs, outputs)
 
 
+@relaxed
 @given(tensor_lists)
 def test_protobuf_raw(outputs: list[Tensor]) -> None:
     answer = pb.ModelInferResponse.FromString(encode_protobuf(response(outputs)))
@@ -104,6 +107,7 @@ FIELDS = {
 }
 
 
+@relaxed
 @given(tensors().filter(lambda tensor: tensor.datatype in FIELDS))
 def test_protobuf_typed(tensor: Tensor) -> None:
     values = tensor.array().reshape(-1).tolist()
@@ -136,6 +140,7 @@ def nest(values: list[Any], shape: tuple[int, ...]) -> list[Any]:
     return values
 
 
+@relaxed
 @given(tensors().filter(is_text), st.booleans())
 def test_json_text(tensor: Tensor, nested: bool) -> None:
     """All but the payload of NaN is kept, and flat and nested data mean the same."""
@@ -155,6 +160,7 @@ def test_json_text(tensor: Tensor, nested: bool) -> None:
         same([got], [tensor])
 
 
+@relaxed
 @given(tensors().filter(is_text))
 def test_finite_answers_are_strict_json(tensor: Tensor) -> None:
     """orjson, which refuses the literals, reads every answer without NaN and infinities."""
@@ -167,6 +173,7 @@ def test_finite_answers_are_strict_json(tensor: Tensor) -> None:
         assert [math.isfinite(value) for value in data] == np.isfinite(as_numbers(tensor)).reshape(-1).tolist()
 
 
+@relaxed
 @given(tensor_lists.filter(lambda outputs: all(map(is_text, outputs))), st.data())
 def test_mixed_answers(outputs: list[Tensor], data: st.DataObject) -> None:
     """Each output goes where the request wanted it, and the binary part is exactly those that went there."""
@@ -180,6 +187,7 @@ def test_mixed_answers(outputs: list[Tensor], data: st.DataObject) -> None:
     assert ["data" not in entry for entry in entries] == [output in binary for output in outputs]
 
 
+@relaxed
 @given(st.lists(st.binary(max_size=300)))
 def test_bytes_elements(elements: list[bytes]) -> None:
     wire = encode_bytes(elements)

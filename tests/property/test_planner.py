@@ -233,7 +233,7 @@ class PlannerMachine(RuleBasedStateMachine):
         else:
             assert self.planner.fail(slot) == []
             half = -(-len(live) // 2) if len(live) == len(members) else len(live)
-            self.pieces = [live[:half], live[half:], *self.pieces]
+            self.pieces = [piece for piece in (live[:half], live[half:]) if piece] + self.pieces
 
     def settle(self, got: list[Item], wanted: list[Item], end: str) -> None:
         assert got == wanted

@@ -71,6 +71,7 @@ class EchoPermit:
     def release(self) -> None:
         self.released += 1
         self.port.released.append(self.tidegate_id)
+        self.port.notify()
 
 
 class EchoTicket:

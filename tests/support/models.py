@@ -70,7 +70,7 @@ def affine(path: Path, scale: float = 2.0, shift: float = 1.0, width: int = 4) -
         [helper.make_node("Mul", ["x", "a"], ["m"]), helper.make_node("Add", ["m", "b"], ["y"])],
         [("x", TensorProto.FLOAT, ["n", width])],
         [("y", TensorProto.FLOAT, ["n", width])],
-        {"a": np.float32([scale]), "b": np.float32([shift])},
+        {"a": np.array([scale], np.float32), "b": np.array([shift], np.float32)},
     )
 
 
@@ -138,8 +138,8 @@ def slow_scalar(path: Path, size: int = 1024, layers: int = 12) -> Path:
     nodes.append(helper.make_node("Unsqueeze", ["m", "axis1"], ["y"]))
     kind = TensorProto.FLOAT
     constants = {
-        "axis": np.int64([2]),
-        "axis1": np.int64([1]),
+        "axis": np.array([2]),
+        "axis1": np.array([1]),
         "ones": np.ones((1, size, size), np.float32),
         "w": weight,
     }

@@ -1,4 +1,4 @@
-"""A real ``tidegate serve`` process for tests: started on free ports, awaited by its ``ready`` line, ended by signal."""
+"""A real ``tidegate serve`` process for tests: on free ports, awaited by its ``ready`` line, ended by signal."""
 
 from __future__ import annotations
 

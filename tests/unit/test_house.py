@@ -24,6 +24,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import server
+from server.config.compile import compile_models
+from server.config.load import load_config
 from server.config.settings import ServerSettings
 from server.telemetry.instruments import Telemetry
 from server.transport.status import TABLE
@@ -442,6 +444,25 @@ def test_metrics_in_documents_are_served() -> None:
     for path in documents():
         for name in re.findall(r"\b((?:tidegate|nv_inference)_[a-z_]*[a-z])\b", code_in(path)):
             assert name in served, f"{path.relative_to(ROOT)} speaks of {name}"
+
+
+def test_configuration_in_the_readme_is_valid(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "digits.onnx").touch()
+    assert list(compile_models(load_config(tmp_path / "config.yaml"))) == ["digits"]
+
+
+def test_bench_measures_every_way(tmp_path: Path) -> None:
+    flags = ["--rounds", "2", "--seconds", "0.2", "--in-flight", "2", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "loadtests.bench", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert result.returncode == 0, result.stderr
+    (raw,) = tmp_path.glob("*.json")
+    samples = json.loads(raw.read_text())["samples"]
+    assert list(samples) == ["in-process ONNX Runtime", "HTTP JSON", "HTTP binary", "gRPC"]
+    assert all(sample["requests"] > 0 for taken in samples.values() for sample in taken)
+    assert all(len(taken) == 2 for taken in samples.values())
 
 
 def test_links_between_documents_lead_somewhere() -> None:

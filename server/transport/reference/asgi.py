@@ -58,6 +58,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, server: HttpServer, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config, state, {})
+        self.access_log = False
         self._server = server
         self._settings = server.settings
         self._max_header_bytes = server.limits.max_header_bytes

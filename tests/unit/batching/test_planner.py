@@ -88,7 +88,9 @@ def test_several_slots_share_the_work() -> None:
 
 def test_row_plans_never_mix_and_the_oldest_goes_first() -> None:
     planner: Planner[Item] = Planner(Limits(max_rows=2))
-    queue(planner, Item("a", plan="x"), Item("b", plan="y"), Item("c", plan="x"), Item("d", plan="x"), Item("e", plan="y"))
+    queue(
+        planner, Item("a", plan="x"), Item("b", plan="y"), Item("c", plan="x"), Item("d", plan="x"), Item("e", plan="y")
+    )
     assert drain(planner, 1) == ["ac", "be", "d"]
 
 
@@ -100,7 +102,9 @@ def test_a_model_that_does_not_combine_runs_members_one_by_one() -> None:
 
 def test_urgent_members_overtake() -> None:
     planner: Planner[Item] = Planner(Limits(max_rows=2, priority_levels=3, default_level=2))
-    queue(planner, Item("a", priority=3), Item("b"), Item("c", priority=1), Item("d", priority=7), Item("e", priority=-1))
+    queue(
+        planner, Item("a", priority=3), Item("b"), Item("c", priority=1), Item("d", priority=7), Item("e", priority=-1)
+    )
     assert drain(planner, 1) == ["cb", "de", "a"]
 
 

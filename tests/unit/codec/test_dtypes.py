@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.codec.dtypes import FLOAT_LIMITS, FLOATS, INTEGER_RANGES, INTEGERS, bfloat16_bits, bfloat16_values
@@ -32,6 +32,7 @@ def test_every_bit_pattern_returns() -> None:
     assert np.isnan(bfloat16_values(back[~numbers])).all()
 
 
+@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False))
 def test_singles_round_as_the_reference_library_does(value: float) -> None:
     with np.errstate(over="ignore"):
@@ -39,6 +40,7 @@ def test_singles_round_as_the_reference_library_does(value: float) -> None:
     assert bits(value) == expected.tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 0x7F7E), st.sampled_from([-1, 1]), st.floats(1e-12, 1e-6))
 def test_doubles_are_rounded_once(low: int, sign: int, nudge: float) -> None:
     """Just beside the middle of two neighbours a float32 in between would fall on the middle and go to even."""

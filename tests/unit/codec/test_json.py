@@ -241,6 +241,12 @@ def test_brackets_in_strings_are_no_depth(text: str) -> None:
     refused(document.replace("[" * 90 + "]" * 90, "[" * 99 + "]" * 99).encode(), "got 101")
 
 
+def test_depth_of_more_brackets_than_are_looked_at_together() -> None:
+    flat = json.dumps(request())[:-1] + ', "extra": [' + "[]," * 40_000 + "%s]}"
+    assert decode(flat % ("[" * 98 + "]" * 98)).inputs[0].shape == (2, 2)
+    refused((flat % ("[" * 99 + "]" * 99)).encode(), "got 101")
+
+
 def test_many_brackets_are_no_depth() -> None:
     data = [[float(i)] for i in range(1000)]
     assert tensor_of(datatype="FP32", shape=[1000, 1], data=data).shape == (1000, 1)
