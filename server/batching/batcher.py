@@ -384,8 +384,11 @@ class Batcher:
         return members
 
     def _learn(self, compute_ns: int) -> None:
-        """Move between loop and thread as the moving estimate of the run time says (weight of the newest: 1/8)."""
-        self._run_ns += (compute_ns - self._run_ns) // 8
+        """Move between loop and thread as the moving estimate of the run time says (weight of the newest: 1/8).
+
+        A run counts as at most 4 ms, so that one pause of the whole process does not move a short model.
+        """
+        self._run_ns += (min(compute_ns, 4 * THREAD_NS) - self._run_ns) // 8
         if self._inline and self._run_ns > THREAD_NS:
             try:
                 self._start_workers()

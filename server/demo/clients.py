@@ -167,6 +167,8 @@ class Load:
     #: Interpreter with tritonclient; None leaves gRPC out.
     clients_python: Path | None
     logs: list[CallLog] = field(default_factory=list)
+    #: From the first call to the last answer.
+    took_s: float = 0.0
     _grpc_counts: dict[str, Count] = field(default_factory=dict)
 
     def callers(self) -> int:
@@ -179,7 +181,7 @@ class Load:
         return counts | {(name, GRPC): count for name, count in self._grpc_counts.items()}
 
     async def run(self, tick: Callable[[], None]) -> None:
-        """Call for ``seconds``, with ``tick`` four times a second; afterwards ``logs`` is complete.
+        """Call for ``seconds``, with ``tick`` twice a second from the start of the calls; then ``logs`` is complete.
 
         Raises CallFailed when the worker process fails.
         """
@@ -200,7 +202,8 @@ class Load:
         if worker is not None:
             worker.go()
             following.append(asyncio.create_task(self._follow(worker)))
-        end = time.monotonic() + self.seconds
+        begun = time.monotonic()
+        end = begun + self.seconds
         callers = [
             asyncio.create_task(_http_caller(self.http_address, log, caller, self._wait_s(log.workload, number), end))
             for number, log in enumerate(self.logs)
@@ -208,6 +211,7 @@ class Load:
         ]
         try:
             await asyncio.gather(*callers, *following)
+            self.took_s = time.monotonic() - begun
         finally:
             for task in [*callers, *following]:
                 task.cancel()
@@ -280,7 +284,7 @@ def _count(log: CallLog) -> Count:
 async def _tick_forever(tick: Callable[[], None]) -> None:
     while True:
         tick()
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.5)
 
 
 # --- The worker process ---------------------------------------------------------------------------------------------

@@ -86,6 +86,10 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
 
+    def leave_up(self) -> None:
+        """Let it run on after this process; nothing can be asked of it any more."""
+        self._process.returncode = 0  # Popen warns of a child that is neither waited for nor known to have ended
+
     def _tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         return "".join(f"\n  {line}" for line in [f"log ({self.log}):", *lines])

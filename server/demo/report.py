@@ -81,13 +81,13 @@ class Reporter:
 
     @contextlib.contextmanager
     def load(self, counts: Callable[[], Counts], seconds: float) -> Iterator[Callable[[], None]]:
-        """Show the counts while the load runs; the caller calls what this yields a few times a second."""
-        begun = time.monotonic()
+        """Show the counts while the load runs; to be called from its start a few times a second."""
+        clock = _Clock()
         if self.plain:
-            yield _PlainTicker(self, counts, begun, seconds)
+            yield _PlainTicker(self, counts, clock, seconds)
             return
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
-            yield lambda: live.update(_live_table(counts(), time.monotonic() - begun, seconds), refresh=True)
+            yield lambda: live.update(_live_table(counts(), clock.elapsed_s(), seconds), refresh=True)
 
     def findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
@@ -171,17 +171,29 @@ def _live_table(counts: Counts, elapsed_s: float, seconds: float) -> Table:
 
 
 @dataclass(slots=True)
+class _Clock:
+    """Seconds since it was first asked."""
+
+    begun: float | None = None
+
+    def elapsed_s(self) -> float:
+        now = time.monotonic()
+        self.begun = now if self.begun is None else self.begun
+        return now - self.begun
+
+
+@dataclass(slots=True)
 class _PlainTicker:
     """A line of totals per protocol every few seconds."""
 
     reporter: Reporter
     counts: Callable[[], Counts]
-    begun: float
+    clock: _Clock
     seconds: float
     last: float = 0.0
 
     def __call__(self) -> None:
-        elapsed = time.monotonic() - self.begun
+        elapsed = self.clock.elapsed_s()
         if elapsed - self.last < _PLAIN_EVERY_S:
             return
         self.last = elapsed

@@ -70,6 +70,7 @@ class _Story:
             failures = self._show(outcome)
             if self.options.keep:
                 remember(kept_file, server, addresses)
+                server.leave_up()
             else:
                 failures += self._stop(server)
         except BaseException:
@@ -103,20 +104,18 @@ class _Story:
                 self.options.state_dir / "calls",
                 prepared.clients_python,
             )
-            took = await self._load(load)
+            await self._load(load)
             after = await served(client, models)
         counted = {name: now.since(before[name]) for name, now in after.items()}
         rows = [Row(log, compare(log), counted[log.workload.name]) for log in load.logs]
-        return _Outcome(findings, sorted(rows, key=lambda row: row.log.workload.name), took)
+        return _Outcome(findings, sorted(rows, key=lambda row: row.log.workload.name), load.took_s)
 
-    async def _load(self, load: Load) -> float:
+    async def _load(self, load: Load) -> None:
         protocols = "JSON and binary over HTTP (httpx)" + (", gRPC (tritonclient)" if load.clients_python else "")
         callers = load.callers()
         self.reporter.line(f"\n[bold]Load[/bold]: {callers} callers for {load.seconds:g} s, {protocols}, all at once")
-        begun = time.monotonic()
         with self.reporter.load(load.counts, load.seconds) as tick:
             await load.run(tick)
-        return time.monotonic() - begun
 
     def _show(self, outcome: _Outcome) -> list[str]:
         """The tables; what is wrong in them."""

@@ -7,6 +7,8 @@ import re
 from server.errors import InputRejected, OutOfMemory, RuntimeFailure, TidegateError
 
 MAX_CHARS = 400
+#: A text may quote the caller's data; no more of it than this is looked at.
+_MAX_RAW_CHARS = 8000
 
 _STATUS = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NOISE = re.compile(
@@ -17,7 +19,7 @@ _FAILED_NODE = re.compile(
     r"Non-zero status code returned while running (\S+) node\. (?:Name:'([^']*)' )?Status Message: "
 )
 #: ``/build/tensor.cc:57 `` or ``tensor.cc:57 ``: the start of a source location.
-_SOURCE = re.compile(r"(?:[\w./\\-]*[/\\])?[\w.-]+\.(?:cc|cpp|cuh?|hp?p?):\d+ ")
+_SOURCE = re.compile(r"(?<![\w./\\-])[\w./\\-]+\.(?:cc|cpp|cuh?|hp?p?):\d+ ")
 #: What may stand between a parameter list and the message: ``const``, ``::<lambda()>``, ``[with T = ...]``.
 _AFTER_PARAMETERS = re.compile(r"(?:::<lambda\([^>]*\)>|::operator\(\)\([^)]*\)| const| noexcept| \[with [^\]]*\])*\s+")
 _FUNCTION_NAME = re.compile(r"[A-Za-z_]\w* ")
@@ -36,7 +38,7 @@ _REFUSED = re.compile(
 
 def clean(text: str) -> str:
     """One sentence that keeps the node and the reason, ends with a full stop and is at most MAX_CHARS long."""
-    text = _STATUS.sub("", text)
+    text = _STATUS.sub("", text[:_MAX_RAW_CHARS])
     text = _FAILED_NODE.sub(_node_prefix, text)
     text = _drop_source_locations(text)
     text = _NOISE.sub("", text)
@@ -50,7 +52,7 @@ def clean(text: str) -> str:
 
 def run_error(error: BaseException) -> TidegateError:
     """The domain error for an exception raised by a run: the caller's input, the device's memory, or neither."""
-    text = str(error)
+    text = str(error)[:_MAX_RAW_CHARS]
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return OutOfMemory("The device has not enough memory for this batch.")
     if isinstance(error, RuntimeError) and _REFUSED.search(text) and not _DEVICE.search(text):

@@ -62,7 +62,7 @@ class Reflection:
             case "file_by_filename":
                 self._add_files(response, self._pool.FindFileByName(request.file_by_filename))
             case "file_containing_symbol":
-                self._add_files(response, self._pool.FindFileContainingSymbol(request.file_containing_symbol))
+                self._add_files(response, self._file_of(request.file_containing_symbol))
             case "file_containing_extension":
                 extension = request.file_containing_extension
                 message = self._pool.FindMessageTypeByName(extension.containing_type)
@@ -75,6 +75,14 @@ class Reflection:
                 numbers.extension_number.extend(found.number for found in self._pool.FindAllExtensions(message))
             case _:
                 _fail(response, _INVALID_ARGUMENT, "the request asks nothing: one of message_request must be set")
+
+    def _file_of(self, symbol: str) -> FileDescriptor:
+        """The pool's own search leaves out methods."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service, _, method = symbol.rpartition(".")
+            return self._pool.FindServiceByName(service).methods_by_name[method].containing_service.file
 
     def _add_files(self, response: Any, file: FileDescriptor) -> None:
         response.file_descriptor_response.file_descriptor_proto.extend(

@@ -9,58 +9,38 @@ _NODE = "Non-zero status code returned while running"
 _ADD = (
     f"[ONNXRuntimeError] : 1 : FAIL : {_NODE} Add node. Name:'add' Status Message: /onnxruntime_src/onnxruntime/core/"
     "providers/cpu/math/element_wise_ops.h:563 void onnxruntime::BroadcastIterator::Init(ptrdiff_t, ptrdiff_t) "
-    "axis == 1 || axis == largest was false. Attempting to broadcast an axis by a dimension other than 1. 3 by 4\n"
+    "axis == 1 || axis == largest was false. Attempting to broadcast by 3 by 4\n"
 )
 _GATHER = f"Error in execution: {_NODE} Gather node. Name:'g' Status Message: indices element out of data bounds, idx=9"
+
+
+_OUTPUT = "virtual OrtValue* onnxruntime::OpKernelContext::OutputMLValue(int, const onnxruntime::TensorShape&)"
+_LOCALE = "onnxruntime::StringNormalizer::Locale::Locale(const std::string&)::<lambda()>"
+_INPUT = "const T* onnxruntime::OpKernelContext::Input(int) const [with T = onnxruntime::Tensor]"
+_OVERFLOW = "static void SafeIntExceptionHandler<onnxruntime::OnnxRuntimeException>::SafeIntOnOverflow()"
 
 
 @pytest.mark.parametrize(
     ("raw", "wanted"),
     [
-        (
-            _ADD,
-            (
-                "Add node 'add': axis == 1 || axis == largest was false. Attempting to broadcast an axis by a dimension "
-                "other than 1. 3 by 4."
-            ),
-        ),
+        (_ADD, "Add node 'add': axis == 1 || axis == largest was false. Attempting to broadcast by 3 by 4."),
         (_GATHER, "Gather node 'g': indices element out of data bounds, idx=9."),
         (
-            (
-                f"{_NODE} Expand node. Name:'' Status Message: /b/op_kernel.cc:87 virtual OrtValue* onnxruntime::OpKernel"
-                "Context::OutputMLValue(int, const onnxruntime::TensorShape&) [ONNXRuntimeError] : 1 : FAIL : tensor.cc:57 "
-                "CalculateTensorStorageSize Tensor shape.Size() must be >= 0\n"
-            ),
+            f"{_NODE} Expand node. Name:'' Status Message: /b/op_kernel.cc:87 {_OUTPUT} [ONNXRuntimeError] : 1 : FAIL : "
+            "tensor.cc:57 CalculateTensorStorageSize Tensor shape.Size() must be >= 0\n",
             "Expand node: Tensor shape.Size() must be >= 0.",
         ),
         (
-            (
-                "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /b/string_normalizer.cc:235 onnxruntime::"
-                "StringNormalizer::Locale::Locale(const std::string&)::<lambda()> Failed to construct locale with name:xx"
-            ),
+            f"[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /b/normalizer.cc:235 {_LOCALE} "
+            "Failed to construct locale with name:xx",
             "Failed to construct locale with name:xx.",
         ),
         (
-            (
-                f"Error in execution: {_NODE} Relu node. Name:'' Status Message: /b/op_kernel_context.h:45 const T* "
-                "onnxruntime::OpKernelContext::Input(int) const [with T = onnxruntime::Tensor] Missing Input: x\n"
-            ),
+            f"Error in execution: {_NODE} Relu node. Name:'' Status Message: /b/context.h:45 {_INPUT} Missing Input: x\n",
             "Relu node: Missing Input: x.",
         ),
-        (
-            (
-                "/b/core/common/safeint.h:17 static void SafeIntExceptionHandler<onnxruntime::OnnxRuntimeException>::"
-                "SafeIntOnOverflow() Integer overflow\n"
-            ),
-            "Integer overflow.",
-        ),
-        (
-            (
-                "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from /srv/m/1/model.onnx failed:"
-                "Protobuf parsing failed."
-            ),
-            "Protobuf parsing failed.",
-        ),
+        (f"/b/core/common/safeint.h:17 {_OVERFLOW} Integer overflow\n", "Integer overflow."),
+        ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from /srv/m.onnx failed:Not one.", "Not one."),
         ('External data path does not exist: "/srv/models/a/ext.bin"', 'External data path does not exist: "ext.bin".'),
         ("shape (2, 3) and ratio 3/4 at 0x7fb7aa98a410", "shape (2, 3) and ratio 3/4 at an address."),
     ],
@@ -70,7 +50,8 @@ def test_texts_keep_the_reason_and_lose_the_rest(raw: str, wanted: str) -> None:
 
 
 def test_texts_are_bounded() -> None:
-    assert len(clean("x" * 10_000)) == MAX_CHARS
+    for text in ("x" * 10**6, "(" * 10**6, "/x" * 10**6, "a.cc:1 " * 10**5, "a::b(" * 10**5):
+        assert len(clean(text)) <= MAX_CHARS
 
 
 def test_an_input_that_the_graph_refuses_is_the_callers() -> None:
