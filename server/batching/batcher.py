@@ -339,7 +339,7 @@ class Batcher:
             self._execute(execution)
             try:
                 self._call_soon_threadsafe(self._finished, execution)
-            except RuntimeError:
+            except KeyError:
                 return  # the loop is closed: nobody is left to be answered
             del execution  # an idle worker keeps no tensors
 

@@ -312,13 +312,20 @@ class Planner(Generic[M]):
 
     def _leave(self, member: M) -> _Group[M]:
         group = self._groups[member.plan]
-        group.drop(member)
-        if not group.rows:
-            del self._groups[member.plan]
-        self._waiting -= 1
-        self._levels[member.lane // 2].waiting -= 1
-        self._timed.pop(member.ticket, None)
+        self._remove(group, [member])
         return group
+
+    def _remove(self, group: _Group[M], members: list[M]) -> None:
+        """Take members of one group out of the queue."""
+        levels, timed = self._levels, self._timed
+        for member in members:
+            group.drop(member)
+            levels[member.lane // 2].waiting -= 1
+            if timed:
+                timed.pop(member.ticket, None)
+        self._waiting -= len(members)
+        if not group.rows:
+            del self._groups[members[0].plan]
 
     # --- readiness and choice --------------------------------------------------------------------------------
 
@@ -377,8 +384,8 @@ class Planner(Generic[M]):
         if group is None:
             return []
         members = self._choose(group)
+        self._remove(group, members)
         for member in members:
-            self._leave(member)
             member.state = TAKEN
         return members
 

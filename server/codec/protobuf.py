@@ -94,8 +94,6 @@ def decode_message(raw: bytes, limits: RequestLimits) -> InferenceRequest:
 
 
 def _inputs(message: pb.ModelInferRequest, limits: RequestLimits) -> list[Tensor]:
-    if not message.inputs:
-        raise InvalidArgument("the request has no inputs; wanted at least one")
     check_limit("inputs", len(message.inputs), limits.max_inputs)
     check_unique("input", [entry.name for entry in message.inputs])
     raws = message.raw_input_contents

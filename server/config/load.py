@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin
@@ -171,13 +171,17 @@ class _Check:
         return chain[-2].keys[key] if isinstance(key, str) else chain[-1].mark
 
     def _rules(self, config: Config) -> Iterator[Complaint]:
+        """The broken rules, but for those that rest on something that was cut out."""
+        cut = set(self.cut)
+        above_cut = {path[:depth] for path in cut for depth in range(len(path) + 1)}
         for found in contradictions(config, repository_given=self.repository_given):
-            refused = any(cut == found.path[: len(cut)] for cut in self.cut)
-            if not refused and not any(_overlap(cut, path) for cut in self.cut for path in found.rests_on):
-                chain = self.root.chain(found.path)
-                whole_section = isinstance(chain[-1].value, dict)
-                mark = self._key_mark(found.path) if whole_section else chain[-1].mark
-                yield Complaint(mark, found.path, found.message)
+            if _at_or_below(found.path, cut) or any(
+                path in above_cut or _at_or_below(path, cut) for path in found.rests_on
+            ):
+                continue
+            node = self.root.chain(found.path)[-1]
+            mark = self._key_mark(found.path) if isinstance(node.value, dict) else node.mark
+            yield Complaint(mark, found.path, found.message)
 
 
 def _empty_values(root: Node) -> Iterator[Complaint]:
@@ -256,10 +260,8 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-def _overlap(one: KeyPath, other: KeyPath) -> bool:
-    """Is one path at or above the other?"""
-    shared = min(len(one), len(other))
-    return one[:shared] == other[:shared]
+def _at_or_below(path: KeyPath, places: Set[KeyPath]) -> bool:
+    return any(path[:depth] in places for depth in range(len(path) + 1))
 
 
 def _cut(data: dict[str, Any], path: KeyPath) -> KeyPath:

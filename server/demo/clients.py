@@ -195,7 +195,7 @@ class Load:
             stack.callback(ticker.cancel)
             await self._call(worker)
         if worker is not None:
-            self.logs += [self._grpc_log(workload, worker.errors) for workload in self.workloads]
+            self.logs += [self._grpc_log(number, workload) for number, workload in enumerate(self.workloads)]
 
     async def _call(self, worker: _Worker | None) -> None:
         following = []
@@ -225,9 +225,6 @@ class Load:
         try:
             async with asyncio.timeout(self.seconds + _WORKER_GRACE_S):
                 async for message in worker.messages():
-                    if message["event"] == "errors":
-                        worker.errors = message["workloads"]
-                        continue
                     self._grpc_counts = {name: Count(**count) for name, count in message["workloads"].items()}
                     if message["event"] == "done":
                         return
@@ -249,9 +246,10 @@ class Load:
         path.write_text(json.dumps(plan), encoding="utf-8")
         return path
 
-    def _grpc_log(self, workload: Workload, errors: Mapping[str, list[str]]) -> CallLog:
-        log = CallLog(workload, GRPC, errors=errors.get(workload.name, []))
-        with np.load(self.folder / f"{self.workloads.index(workload)}.calls.npz") as saved:
+    def _grpc_log(self, number: int, workload: Workload) -> CallLog:
+        log = CallLog(workload, GRPC)
+        log.errors = json.loads((self.folder / f"{number}.errors.json").read_text(encoding="utf-8"))
+        with np.load(self.folder / f"{number}.calls.npz") as saved:
             requests, latencies = saved["request"], saved["latency_ns"]
             outputs = {name.removeprefix("output."): saved[name] for name in saved.files if name.startswith("output.")}
         first = 0
@@ -297,7 +295,6 @@ class _Worker:
         assert process.stdin is not None  # noqa: S101 - asked for with PIPE
         assert process.stdout is not None  # noqa: S101
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, stderr
-        self.errors: dict[str, list[str]] = {}
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         async for line in self._stdout:

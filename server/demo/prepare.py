@@ -8,8 +8,8 @@ from pathlib import Path
 
 from server.demo import data, scenarios, train, wheels
 from server.demo.installer import ClientsUnavailable, clients_python
+from server.demo.options import DemoOptions
 from server.demo.report import Reporter
-from server.demo.run import DemoOptions
 from server.demo.scenarios import Scenario
 from server.demo.wheels import WheelFile, WheelUnavailable
 

@@ -9,10 +9,15 @@ import importlib.util
 import signal
 import sys
 import threading
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
+
+from server.demo.options import DemoOptions
+
+__all__ = ["DemoOptions", "run_demo"]
+
+#: Every answer of the load is kept until it is checked.
+MAX_SECONDS: Final = 600
 
 #: Import name -> distribution, of what the ``[demo]`` extra brings.
 _EXTRA: Final = {
@@ -26,28 +31,14 @@ _EXTRA: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DemoOptions:
-    """What ``tidegate demo`` can be told. ``state_dir`` keeps downloads, models, logs and what the server learned."""
-
-    state_dir: Path = Path("demo-state")
-    #: Length of the load.
-    seconds: float = 12.0
-    #: Leave the server up at the end.
-    keep: bool = False
-    #: Use no network: what is not on this machine yet is skipped.
-    offline: bool = False
-    #: No live display; also so when stdout is no terminal.
-    plain: bool = False
-    #: Virtual environment with tritonclient; made when missing.
-    clients_venv: Path = Path(".venv-clients")
-
-
 def run_demo(options: DemoOptions) -> int:
     """Exit code: 0 all well (also when parts were skipped offline), 1 something failed, 2 the demo cannot run here."""
     missing = [distribution for name, distribution in _EXTRA.items() if importlib.util.find_spec(name) is None]
     if missing:
         print(f"The demo needs {', '.join(missing)}: pip install 'tidegate[demo]'", file=sys.stderr)
+        return 2
+    if not 0 < options.seconds <= MAX_SECONDS:
+        print(f"--seconds must be over 0 and at most {MAX_SECONDS}, got {options.seconds:g}", file=sys.stderr)
         return 2
     from server.demo.story import tell
 

@@ -6,15 +6,16 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from server.demo.clients import CallFailed, HttpClient, Load
 from server.demo.installer import ClientsUnavailable
 from server.demo.models import write_repository
+from server.demo.options import DemoOptions
 from server.demo.prepare import Preparation, Prepared
 from server.demo.process import Addresses, ServerFailed, ServerProcess, kept_server, remember
 from server.demo.quality import Finding, judge
 from server.demo.report import Reporter
-from server.demo.run import DemoOptions
 from server.demo.statistics import served
 from server.demo.verdict import Row, count_failures, row_failures
 from server.demo.wheels import WheelMismatch, WheelUnavailable
@@ -52,12 +53,7 @@ class _Story:
         begun = time.monotonic()
         state_dir = self.options.state_dir
         kept_file = state_dir / "kept-server.json"
-        kept = kept_server(kept_file)
-        if kept is not None:
-            raise ServerFailed(
-                f"the server that an earlier demo left up (pid {kept.pid}, http://{kept.http}) uses {state_dir}: "
-                f"end it with 'kill {kept.pid}', or choose another --state-dir"
-            )
+        _refuse_beside_a_kept_server(kept_file)
         state_dir.mkdir(parents=True, exist_ok=True)
         self.reporter.line(f"[bold]Tidegate demo[/bold] on {os.cpu_count()} cores; its files are in {state_dir}/")
         prepared = Preparation(self.options, self.reporter).run()
@@ -146,4 +142,13 @@ class _Story:
             f"gRPC {addresses.grpc}, metrics {addresses.metrics}, admin {addresses.admin}\n"
             f"  curl http://{addresses.http}/v2/models/digits\n"
             f"  kill {server.pid}"
+        )
+
+
+def _refuse_beside_a_kept_server(kept_file: Path) -> None:
+    kept = kept_server(kept_file)
+    if kept is not None:
+        raise ServerFailed(
+            f"the server that an earlier demo left up (pid {kept.pid}, http://{kept.http}) uses {kept_file.parent}: "
+            f"end it with 'kill {kept.pid}', or choose another --state-dir"
         )

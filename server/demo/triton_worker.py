@@ -5,8 +5,8 @@
 The plan names the server, the seconds to call for, and per workload its arrays (npz: ``column.*``, ``fixed.*``,
 ``initial.*``, ``offsets``), callers, pace and how answers are carried into the next call of a stream. The script prints
 ``{"event": "ready"}``, waits for a line on stdin, calls, prints its counts twice a second and a last time with
-``"event": "done"``, and leaves what it saw beside the plan: ``<workload>.calls.npz`` with ``request``, ``latency_ns``
-and ``output.*`` joined along the rows. The end of stdin before that line ends it.
+``"event": "done"``, and leaves what it saw beside the plan: ``<file>.calls.npz`` with ``request``, ``latency_ns`` and
+``output.*`` joined along the rows, and ``<file>.errors.json``. The end of stdin before that line ends it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Calls:
             "latency_ns": np.asarray(self.latencies_ns, np.int64),
         }
         np.savez(folder / f"{self.plan['file']}.calls.npz", **numbers, **joined)  # type: ignore[arg-type]
+        (folder / f"{self.plan['file']}.errors.json").write_text(json.dumps(self.errors), encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         recent = self.latencies_ns[-500:]
@@ -151,7 +152,6 @@ async def run(plan: dict[str, Any], folder: Path) -> None:
         reporter.cancel()
     for calls in all_calls:
         calls.save(folder)
-    say({"event": "errors", "workloads": {calls.plan["name"]: calls.errors for calls in all_calls}})
     await report(all_calls, "done")
 
 

@@ -30,7 +30,7 @@ class Stream:
     initial: Mapping[str, Array]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Workload:
     """The requests for one model version, each with its expected answer.
 

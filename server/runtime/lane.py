@@ -98,7 +98,7 @@ class Lane:
             # Nothing has been answered yet: the same batch runs again with outputs that ONNX Runtime allocates.
             self._unbound.update(range(len(self._output_names)))
             self._calls.clear()
-            return self._run_bound(batch)
+        return self._run_bound(batch)
 
     def release(self) -> None:
         """Let go of all memory held between runs; a later run takes what it needs again."""
@@ -171,11 +171,7 @@ class Lane:
 
     def _known_outputs(self, inputs: list[Shape | None], rows: int) -> list[Shape | None]:
         """Graph shapes of the outputs as far as numbers, the rows and the inputs' symbols tell them; else None."""
-        symbols: dict[str, int] = {}
-        for port, shape in zip(self._signature.inputs, inputs, strict=True):
-            dims = port.graph.dims or ()
-            if shape is not None and len(dims) == len(shape):
-                symbols.update({dim: got for dim, got in zip(dims, shape, strict=True) if isinstance(dim, str) and dim})
+        symbols = _symbols(self._signature.inputs, inputs)
         batch_rows = rows if self._batched else None
         return [
             None if index in self._unbound else _resolve(port.graph.dims, symbols, batch_rows)
@@ -243,6 +239,18 @@ class Lane:
                 _fill(_BoundInput(name, datatype, shape, region, region.data), parts)
                 feed[name] = region.view(DATATYPES[datatype][0]).reshape(shape)
         return feed
+
+
+def _symbols(ports: Sequence[Port], shapes: Sequence[Shape | None]) -> dict[str, int]:
+    """Sizes of the named dimensions, without names that stand for different sizes in this run."""
+    seen: dict[str, set[int]] = {}
+    for port, shape in zip(ports, shapes, strict=True):
+        dims = port.graph.dims or ()
+        if shape is not None and len(dims) == len(shape):
+            for dim, size in zip(dims, shape, strict=True):
+                if isinstance(dim, str) and dim:
+                    seen.setdefault(dim, set()).add(size)
+    return {name: sizes.pop() for name, sizes in seen.items() if len(sizes) == 1}
 
 
 def _resolve(

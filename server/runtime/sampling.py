@@ -98,7 +98,7 @@ def operator_batch(spec: ModelSpec, sample: WarmupSample, folder: Path | None, r
         shape = (rows, *entry.dims) if spec.max_batch_size else entry.dims
         _check_entry(where, entry, tensor, shape)
         shapes.append(shape)
-        parts.append(_operator_parts(where, entry, rows if spec.max_batch_size else 1, folder, rng))
+        parts.append(_operator_parts(where, entry, tensor.datatype, rows if spec.max_batch_size else 1, folder, rng))
     return Batch(rows, shapes, parts)
 
 
@@ -147,18 +147,18 @@ def _check_entry(where: str, entry: WarmupInput, tensor: TensorSpec, shape: tupl
 
 
 def _operator_parts(
-    where: str, entry: WarmupInput, rows: int, folder: Path | None, rng: np.random.Generator
+    where: str, entry: WarmupInput, datatype: str, rows: int, folder: Path | None, rng: np.random.Generator
 ) -> list[Buffer | list[bytes]]:
     count = element_count(entry.dims)
-    size = 1 if entry.datatype == BYTES else DATATYPES[entry.datatype][1]
+    size = 1 if datatype == BYTES else DATATYPES[datatype][1]
     if count * rows * size > _MAX_WARMUP_FILE_BYTES:
         raise ModelLoadError(f"{where}: {count * rows} elements are more than a warm-up sample may have.")
     if entry.source == "random":
-        return [_random(entry.datatype, entry.dims, max(_INTEGER_BOUNDS), rng) for _ in range(rows)]
+        return [_random(datatype, entry.dims, max(_INTEGER_BOUNDS), rng) for _ in range(rows)]
     if entry.source == "zero":
-        return [[b""] * count if entry.datatype == BYTES else bytes(count * size)] * rows
+        return [[b""] * count if datatype == BYTES else bytes(count * size)] * rows
     raw = _warmup_file(where, entry.source, folder)
-    if entry.datatype == BYTES:
+    if datatype == BYTES:
         return _repeated(where, _split_strings(where, raw), count, rows)
     return _repeated(where, raw, count * size, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 
 from server.demo import data, train, wire
+from server.demo.clients import CallFailed, Load
 from server.demo.installer import ClientsUnavailable, clients_python
 from server.demo.models import ServedModel, batched_config, write_repository
 from server.demo.process import ServerFailed, ServerProcess, kept_server
 from server.demo.report import percentiles
+from server.demo.run import DemoOptions, run_demo
 from server.demo.statistics import Served
 from server.demo.verdict import Row, count_failures, row_failures
 from server.demo.wheels import WheelFile, WheelMismatch, WheelUnavailable, read_wheel_file
@@ -271,6 +274,26 @@ def test_answers_are_read_from_json_and_from_binary() -> None:
     assert np.array_equal(answer["z"], want)
 
 
+# --- Callers -------------------------------------------------------------------------------------------------------
+
+
+def load(tmp_path: Path, clients: Path | None) -> Load:
+    return Load([workload()], "127.0.0.1:1", "127.0.0.1:1", 0.2, tmp_path, clients)
+
+
+def test_calls_that_nobody_answers_are_errors() -> None:
+    unanswered = load(Path(), None)
+    asyncio.run(unanswered.run(lambda: None))
+    assert [log.protocol for log in unanswered.logs] == ["JSON", "binary"]
+    assert all(log.errors and not log.requests for log in unanswered.logs)
+    assert "ConnectError" in unanswered.logs[0].errors[0]
+
+
+def test_a_worker_that_cannot_start_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CallFailed, match=r"(?s)did not start: .*Error"):
+        asyncio.run(load(tmp_path, Path(sys.executable)).run(lambda: None))
+
+
 # --- The whole -----------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +321,12 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "The demo needs rich, scikit-learn: pip install 'tidegate[demo]'\n"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 601.0, float("nan")])
+def test_a_load_of_no_length_is_wrong_usage(seconds: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_demo(DemoOptions(seconds=seconds)) == 2
+    assert "--seconds" in capsys.readouterr().err
 
 
 def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:

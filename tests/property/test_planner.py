@@ -311,7 +311,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
 
 TestPlannerMachine = PlannerMachine.TestCase
-TestPlannerMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestPlannerMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 def added(planner: Planner[Item], *items: Item) -> list[Item]:

@@ -99,6 +99,8 @@ def _decision(request: InferenceRequest) -> Decision:
 
 
 def _affine(request: InferenceRequest) -> tuple[InferenceResponse, Decision]:
+    if len(request.inputs) != 1:
+        raise InvalidArgument(f"model '{request.model}' has one input 'x', got {len(request.inputs)}")
     x = request.inputs[0]
     if x.datatype != "FP32":
         raise InvalidArgument(f"input '{x.name}' wants FP32, got {x.datatype}")

@@ -256,9 +256,10 @@ class HttpProtocol(HttpToolsProtocol):
             return
         answer = error_answer(error, self._server.statuses)
         body = b"".join(answer.chunks)
-        headers = [*self.server_state.default_headers, *answer.headers, (b"content-length", b"%d" % len(body))]
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        self.transport.write(b"".join([STATUS_LINE[answer.status], *lines, b"connection: close\r\n\r\n", body]))
+        headers = dict([*self.server_state.default_headers, *answer.headers, (b"connection", b"close")])
+        headers[b"content-length"] = b"%d" % len(body)
+        lines = [b"%b: %b\r\n" % header for header in headers.items()]
+        self.transport.write(b"".join([STATUS_LINE[answer.status], *lines, b"\r\n", body]))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -212,11 +212,11 @@ def test_an_engine_whose_output_is_not_the_batch_is_asked_again_for_each() -> No
 
 
 def test_a_callback_that_raises_does_not_hurt_its_neighbours() -> None:
-    def broken(_: Work) -> None:
+    def broken(_: object) -> None:
         raise KeyError("mine")
 
     engine, answers = DoublingEngine(), Answers()
-    loop, batcher = manual_batcher(engine, on_batch=lambda _: broken(work))
+    loop, batcher = manual_batcher(engine, on_batch=broken)
     work = work_of(1.0, broken)
     with structlog.testing.capture_logs() as logs:
         batcher.submit(work)
@@ -415,12 +415,12 @@ def test_on_idle_comes_after_the_last_answer() -> None:
 
 
 def test_on_idle_comes_when_the_last_is_cancelled() -> None:
-    idle: list[bool] = []
-    _, batcher = manual_batcher(DoublingEngine(), on_idle=lambda: idle.append(batcher.is_idle()))
+    idle: list[str] = []
+    _, batcher = manual_batcher(DoublingEngine(), on_idle=lambda: idle.append("idle"))
     work = work_of(1.0, Answers())
     batcher.submit(work)
     batcher.cancel(work)
-    assert idle == [True]
+    assert idle == ["idle"]
 
 
 def test_close_refuses_what_comes_and_what_waits() -> None:
@@ -592,6 +592,26 @@ def test_close_waits_for_a_run_whose_members_were_all_cancelled() -> None:
     asyncio.run(body())
 
 
+def test_a_worker_whose_loop_is_gone_ends_quietly() -> None:
+    opened, reached = threading.Event(), threading.Event()
+
+    def hook(_: Batch) -> None:
+        reached.set()
+        assert opened.wait(20)
+
+    async def body() -> Batcher:
+        batcher = loop_batcher(DoublingEngine(run_ns=10 * MS, hook=hook), BatchingOptions())
+        batcher.submit(work_of(1.0, Answers()))
+        await asyncio.get_running_loop().run_in_executor(None, reached.wait, 20)
+        return batcher
+
+    batcher = asyncio.run(body())
+    opened.set()
+    batcher.close()
+    assert batcher.in_flight() == 1, "nobody was left to be told"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidegate-double")]
+
+
 def test_a_model_that_turns_out_long_moves_to_a_thread_and_back() -> None:
     async def body() -> None:
         threads: list[int] = []
@@ -619,8 +639,9 @@ def test_a_model_that_turns_out_long_moves_to_a_thread_and_back() -> None:
             batcher.submit(work_of(1.0, lambda _: done.set()))
             await asyncio.wait_for(done.wait(), 20)
 
-        assert batcher.inline()
-        compute_ns = 8 * THREAD_NS
+        compute_ns = 1000 * THREAD_NS
+        await one()
+        assert batcher.inline(), "one pause of the process says nothing of the model"
         await one()
         assert not batcher.inline()
         await one()
@@ -631,8 +652,8 @@ def test_a_model_that_turns_out_long_moves_to_a_thread_and_back() -> None:
         await one()
         await loop.run_in_executor(None, batcher.close)
         own = threading.get_ident()
-        assert threads[0] == own
-        assert threads[1] != own
+        assert threads[:2] == [own, own]
+        assert threads[2] != own
         assert threads[-1] == own
 
     asyncio.run(body())

@@ -84,7 +84,7 @@ INT8 = {"name": "x", "datatype": "INT8", "shape": [2]}
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({}, "no inputs"),
+        ({"raw_input_contents": [b"ab"]}, "wanted 0, got 1"),
         ({"inputs": [INT8, INT8], "raw_input_contents": [b"ab", b"ab"]}, "'x' is given more than once"),
         ({"inputs": [INT8], "raw_input_contents": [b"ab", b"ab"]}, "wanted 1, got 2"),
         ({"inputs": [INT8, INT8 | {"name": "y"}], "raw_input_contents": [b"ab"]}, "wanted 2, got 1"),

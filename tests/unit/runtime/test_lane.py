@@ -11,8 +11,9 @@ import pytest
 
 from server.errors import InputRejected, OutOfMemory, RuntimeFailure
 from server.runtime.base import Batch, DeclaredTensor, LoadRequest, ModelOptions
-from server.runtime.lane import MAX_CALLS
+from server.runtime.lane import MAX_CALLS, Lane
 from server.runtime.onnx import OnnxEngine, OnnxRuntime
+from server.runtime.signature import GraphTensor, match
 from server.types import BYTES, Buffer, Tensor
 from tests.unit.runtime.graphs import (
     BFLOAT16,
@@ -242,6 +243,25 @@ def test_reshaped_inputs_and_outputs(path: Path) -> None:
     x = np.arange(12, dtype="<f4").reshape(2, 6)
     (answer,) = run(engine, x, rows=2)
     np.testing.assert_array_equal(answer.array(), x.sum(axis=1, keepdims=True))
+
+
+def test_a_name_that_stands_for_two_sizes_tells_no_shape(path: Path) -> None:
+    inputs = [("a", FLOAT, ("N",)), ("b", FLOAT, ("N",))]
+    engine = load(save(path, [node("Add", ["a", "b"], ["y"])], inputs, [("y", FLOAT, ("N",))]))
+    for a, b in ((3, 3), (3, 1), (1, 3), (2, 2)):
+        (answer,) = run(engine, np.ones(a, "<f4"), np.ones(b, "<f4"))
+        assert answer.array().tolist() == [2.0] * max(a, b)
+
+
+def test_inputs_bound_anew_for_each_run_as_devices_need(path: Path) -> None:
+    unary(path, "Neg")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x, y = (GraphTensor(name, "tensor(float)", ("N", 4)) for name in "xy")
+    lane = Lane(session, match([x], [y], ModelOptions(), {}, 64), rebind=True)
+    for seed in (1, 2):
+        values = np.random.default_rng(seed).random((3, 4), dtype="f4")
+        (answer,) = lane.run(Batch(3, [(3, 4)], [[values.tobytes()]]))
+        np.testing.assert_array_equal(answer.array(), -values)
 
 
 def failing(path: Path) -> OnnxEngine:

@@ -18,6 +18,15 @@ _OUTPUT = "virtual OrtValue* onnxruntime::OpKernelContext::OutputMLValue(int, co
 _LOCALE = "onnxruntime::StringNormalizer::Locale::Locale(const std::string&)::<lambda()>"
 _INPUT = "const T* onnxruntime::OpKernelContext::Input(int) const [with T = onnxruntime::Tensor]"
 _OVERFLOW = "static void SafeIntExceptionHandler<onnxruntime::OnnxRuntimeException>::SafeIntOnOverflow()"
+_EXPAND = (
+    f"{_NODE} Expand node. Name:'' Status Message: /b/op_kernel.cc:87 {_OUTPUT} [ONNXRuntimeError] : 1 : FAIL : "
+    "tensor.cc:57 CalculateTensorStorageSize Tensor shape.Size() must be >= 0\n"
+)
+_RELU = f"Error in execution: {_NODE} Relu node. Name:'' Status Message: /b/context.h:45 {_INPUT} Missing Input: x\n"
+_NORMALIZER = (
+    f"[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /b/normalizer.cc:235 {_LOCALE} "
+    "Failed to construct locale with name:xx"
+)
 
 
 @pytest.mark.parametrize(
@@ -25,20 +34,9 @@ _OVERFLOW = "static void SafeIntExceptionHandler<onnxruntime::OnnxRuntimeExcepti
     [
         (_ADD, "Add node 'add': axis == 1 || axis == largest was false. Attempting to broadcast by 3 by 4."),
         (_GATHER, "Gather node 'g': indices element out of data bounds, idx=9."),
-        (
-            f"{_NODE} Expand node. Name:'' Status Message: /b/op_kernel.cc:87 {_OUTPUT} [ONNXRuntimeError] : 1 : FAIL : "
-            "tensor.cc:57 CalculateTensorStorageSize Tensor shape.Size() must be >= 0\n",
-            "Expand node: Tensor shape.Size() must be >= 0.",
-        ),
-        (
-            f"[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /b/normalizer.cc:235 {_LOCALE} "
-            "Failed to construct locale with name:xx",
-            "Failed to construct locale with name:xx.",
-        ),
-        (
-            f"Error in execution: {_NODE} Relu node. Name:'' Status Message: /b/context.h:45 {_INPUT} Missing Input: x\n",
-            "Relu node: Missing Input: x.",
-        ),
+        (_EXPAND, "Expand node: Tensor shape.Size() must be >= 0."),
+        (_RELU, "Relu node: Missing Input: x."),
+        (_NORMALIZER, "Failed to construct locale with name:xx."),
         (f"/b/core/common/safeint.h:17 {_OVERFLOW} Integer overflow\n", "Integer overflow."),
         ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from /srv/m.onnx failed:Not one.", "Not one."),
         ('External data path does not exist: "/srv/models/a/ext.bin"', 'External data path does not exist: "ext.bin".'),

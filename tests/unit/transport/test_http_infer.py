@@ -1,0 +1,53 @@
+"""The hot path's own matching, compared with what a router would do, and the deadline header."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import InvalidArgument
+from server.transport.http_infer import deadline_of, match_infer
+
+ROUTE = re.compile(rb"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer", re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        (b"/v2/models/m/infer", (b"m", b"")),
+        (b"/v2/models/m/versions/3/infer", (b"m", b"3")),
+        (b"/v2/models/versions/infer", (b"versions", b"")),
+        (b"/v2/models/versions/versions/infer/infer", (b"versions", b"infer")),
+        (b"/v2/models/%2e%2e/infer", (b"%2e%2e", b"")),
+        (b"/v2/models/infer", None),
+        (b"/v2/models//infer", None),
+        (b"/v2/models/m/versions//infer", None),
+        (b"/v2/models//versions/1/infer", None),
+        (b"/v2/models/m/version/1/infer", None),
+        (b"/v2/models/m/infer/", None),
+        (b"/v2/models/m/Infer", None),
+        (b"/v2/models/../x/infer", None),
+        (b"/v2/models/", None),
+        (b"", None),
+    ],
+)
+def test_match(path: bytes, target: tuple[bytes, bytes] | None) -> None:
+    assert match_infer(path) == target
+
+
+@given(st.lists(st.sampled_from([b"v2", b"models", b"m", b"versions", b"1", b"infer", b""]), max_size=8))
+def test_match_agrees_with_the_route(parts: list[bytes]) -> None:
+    path = b"/" + b"/".join(parts)
+    expected = ROUTE.fullmatch(path)
+    assert match_infer(path) == (expected and (expected[1], expected[2] or b""))
+
+
+def test_deadline() -> None:
+    assert deadline_of({}, 5) == 0
+    assert deadline_of({"x-tidegate-timeout-ms": "20"}, 5) == 20_000_005
+    for text in ("", "0", "-1", "1.5", "1e3", "9" * 13, "\u0663", "x"):
+        with pytest.raises(InvalidArgument, match="positive number of milliseconds"):
+            deadline_of({"x-tidegate-timeout-ms": text}, 5)
