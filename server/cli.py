@@ -125,10 +125,10 @@ def doctor(state_dir: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--keep", is_flag=True, help="Leave the server running at the end, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Leave the server up at the end and print how to stop it.")
 @click.option("--seconds", type=float, default=12.0, show_default=True, help="Length of the load.")
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("demo-state"), show_default=True)
-@click.option("--offline", is_flag=True, help="Skip the models that are taken from published packages.")
+@click.option("--offline", is_flag=True, help="Use no network: skip what is not on this machine yet.")
 @click.option("--plain", is_flag=True, help="Plain lines instead of a live display.")
 def demo(**options: Any) -> None:
     """Serve real models on real data, call them over HTTP and gRPC at once, and check every answer."""

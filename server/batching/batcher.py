@@ -339,7 +339,7 @@ class Batcher:
             self._execute(execution)
             try:
                 self._call_soon_threadsafe(self._finished, execution)
-            except KeyError:
+            except RuntimeError:
                 return  # the loop is closed: nobody is left to be answered
             del execution  # an idle worker keeps no tensors
 
@@ -402,8 +402,7 @@ class Batcher:
 
     def _answer_all(self, execution: _Execution, members: list[Work]) -> None:
         for work in members:
-            if execution.error is not None:
-                work.error, work.outputs = execution.error, None
+            work.error = execution.error
             work.assembled_ns = execution.assembled_ns
             work.computed_ns = execution.computed_ns
             work.finished_ns = execution.finished_ns

@@ -331,7 +331,7 @@ class _Reader:
         return any(pb.ModelInstanceGroup.Kind.Name(group.kind) == kind for group in self.config.instance_group)
 
     def any_gpus(self) -> bool:
-        return any(group.gpus for group in self.config.instance_group)
+        return any(group.gpus and group.kind != pb.ModelInstanceGroup.KIND_CPU for group in self.config.instance_group)
 
     def accelerators(self, field: str, given: Iterable[Any], known: tuple[str, ...]) -> dict[str, dict[str, str]]:
         """Execution accelerators by name with their options."""
@@ -392,15 +392,15 @@ class _Reader:
     def batching(self, base: BatchingOptions, limit: int | None) -> BatchingOptions:
         """``limit`` is the model's max_batch_size. One that is declared without a dynamic batcher is not combined."""
         if self.config.WhichOneof("scheduling_choice") != "dynamic_batching":
-            return replace(base, enabled=False) if limit else base
+            return replace(base, enabled=False) if limit and self.batch_size_given else base
         if limit == 0:
             self.ignored.append("dynamic_batching")
             return base
         batching = self.config.dynamic_batching
         for size in batching.preferred_batch_size:
             if size < 1 or (limit is not None and size > limit):
-                highest = "" if limit is None else f" to {limit} (max_batch_size)"
-                self.refuse("dynamic_batching.preferred_batch_size", f"wanted 1{highest}, got number {size}")
+                wanted = "at least 1" if limit is None else f"1 to {limit} (max_batch_size)"
+                self.refuse("dynamic_batching.preferred_batch_size", f"wanted {wanted}, got number {size}")
         self.priority_levels(batching)
         return replace(
             base,

@@ -212,7 +212,10 @@ class ModelControl:
         return await asyncio.get_running_loop().run_in_executor(self._loader, work)
 
     async def _apply(self, model: str, *, retry_failed: bool = False) -> None:
-        """Make what is loaded equal the plan: new versions first, then the table, then the old ones go."""
+        """Make what is loaded equal the plan: new versions first, then the table, then the old ones go.
+
+        While a version that is wanted cannot be loaded, those that served before go on serving.
+        """
         async with self._lock(model):
             plan = self._plans.get(model)
             known = self._versions.setdefault(model, {})
@@ -224,7 +227,10 @@ class ModelControl:
                 for number in sorted(wanted, key=int):
                     await self._ensure(plan, wanted[number], retry_failed)
             refused = {} if plan is None else plan.refused
-            gone = [known.pop(number) for number in sorted(set(known) - set(wanted) - set(refused))]
+            surplus = sorted(set(known) - set(wanted) - set(refused))
+            if any(known[number].served is None for number in wanted):
+                surplus = [number for number in surplus if known[number].served is None]
+            gone = [known.pop(number) for number in surplus]
             for number, reason in refused.items():
                 known.setdefault(number, _Version(number, UNAVAILABLE)).reason = reason
             if plan is None:
@@ -253,6 +259,7 @@ class ModelControl:
         log.info("model_loading", model=plan.name, version=wanted.version)
         try:
             engine = await self._off_loop(partial(self._runtime.load, plan.load_request(wanted)))
+            served = await self._served(engine, plan)
         except TidegateError as error:
             self._load_failed(plan.name, current, error.message)
             return
@@ -260,13 +267,19 @@ class ModelControl:
             log.exception("model_load_crashed", model=plan.name, version=wanted.version)
             self._load_failed(plan.name, current, "internal error while loading, see the server's log")
             return
-        known[wanted.version] = _Version(
-            wanted.version, READY, tried=wanted.fingerprint, engine=engine, served=self._serve(engine, plan)
-        )
+        known[wanted.version] = _Version(wanted.version, READY, tried=wanted.fingerprint, engine=engine, served=served)
         self._publish(plan.name)
         log.info("model_ready", model=plan.name, version=wanted.version, **_facts(engine))
         if current.served is not None:
             self._retire([current])
+
+    async def _served(self, engine: Engine, plan: ModelPlan) -> Served:
+        """The engine behind its batcher; an engine whose options do not fit it is closed again."""
+        try:
+            return self._serve(engine, plan)
+        except TidegateError:
+            await self._off_loop(engine.close)
+            raise
 
     def _load_failed(self, model: str, version: _Version, reason: str) -> None:
         version.reason = reason

@@ -278,7 +278,7 @@ def test_answers_are_read_from_json_and_from_binary() -> None:
 
 
 def load(tmp_path: Path, clients: Path | None) -> Load:
-    return Load([workload()], "127.0.0.1:1", "127.0.0.1:1", 0.2, tmp_path, clients)
+    return Load([workload()], "127.0.0.1:1", "127.0.0.1:1", 1.0, tmp_path, clients)
 
 
 def test_calls_that_nobody_answers_are_errors() -> None:

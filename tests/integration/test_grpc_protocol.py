@@ -1,4 +1,4 @@
-"""The gRPC side of the reference transport over real channels: every rpc, streams, health, reflection, and wrong bytes."""
+"""The gRPC side of the reference transport over real channels: rpcs, streams, health, reflection, and wrong bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -214,7 +215,7 @@ def test_bytes_that_are_no_message(server: Running, channel: grpc.Channel, path:
         b"\x0a\x02\xff\xfe",
         *(rng.randbytes(rng.randint(1, 60)) for _ in range(25)),
     ]
-    codes = [_code(lambda raw=raw: channel.unary_unary(path)(raw, timeout=10)) for raw in wrong]
+    codes = [_code(partial(channel.unary_unary(path), raw, timeout=10)) for raw in wrong]
     assert codes[:2] == ["INVALID_ARGUMENT"] * 2
     assert set(codes) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
     assert outputs(call(channel, "ModelInfer", infer_request(), pb.ModelInferResponse.FromString)) == [3.0, 6.0]
@@ -432,7 +433,7 @@ def test_stream_bounds_what_is_in_flight() -> None:
         for i in range(20):
             stream.send(infer_request("held", id=str(i)).SerializeToString())
         stream.close()
-        ids = []
+        ids: list[str] = []
         while len(ids) < 20:
             assert server.port.wait(lambda: len(server.port.held) == 4)
             server.call(server.port.answer_held)
@@ -482,7 +483,7 @@ def test_health_check_and_watch_follow_readiness(server: Running, channel: grpc.
         seen = [_STATUS.FromString(next(watch)).status]
         assert check() == _STATUS.SERVING
         for ready in (False, True):
-            server.call(lambda ready=ready: server.catalog.set_ready(ready))
+            server.call(partial(server.catalog.set_ready, ready))
             seen.append(_STATUS.FromString(next(watch)).status)
             assert check() == seen[-1]
     finally:

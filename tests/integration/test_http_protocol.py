@@ -1,4 +1,4 @@
-"""The HTTP side of the reference transport over real sockets: every route, every limit, and what no client should send."""
+"""The HTTP side of the reference transport over real sockets: routes, limits, and what no client should send."""
 
 from __future__ import annotations
 

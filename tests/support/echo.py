@@ -1,7 +1,7 @@
 """A small real server behind the transports: models that echo, compute, wait or refuse, and their catalog.
 
-It fulfils ``server.types.Port`` and ``server.transport.port`` with the same rules as the gateway, so that transports can
-be tested without one. Everything runs on the loop of ``Running``.
+It fulfils ``server.types.Port`` and ``server.transport.port`` with the same rules as the gateway, so that transports
+can be tested without one. Everything runs on the loop of ``Running``.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ from server.types import RequestLimits
 
 #: Counted for each header besides its bytes, as HTTP/2 does: what it costs to hold.
 _HEADER_OVERHEAD: Final = 32
+#: Pieces of an answer up to this size are joined before they are written; larger ones are not copied.
+_HELD_BYTES: Final = 64 * 1024
 
 
 class _Violation(Exception):
@@ -43,14 +45,41 @@ class _Violation(Exception):
 
 
 class _AnswerTransport:
-    """What uvicorn writes answers to: its ``close`` means that the last answer is out, not that reading may stop."""
+    """What uvicorn writes answers to. Head and body leave in one system call, not two.
 
-    __slots__ = ("close", "is_closing", "write")
+    Its ``close`` means that the last answer is out, not that reading may stop.
+    """
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
+    __slots__ = ("_close", "_held", "_loop", "_transport", "is_closing")
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, close: Callable[[], None]
+    ) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._close = close
+        self._held: list[bytes] = []
         self.is_closing = transport.is_closing
-        self.close = close
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self.flush)
+        self._held.append(data)
+        if len(data) > _HELD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        held, self._held = self._held, []
+        if not held or self._transport.is_closing():
+            return
+        if len(held[-1]) > _HELD_BYTES:
+            self._transport.writelines(held)
+        else:
+            self._transport.write(b"".join(held))
+
+    def close(self) -> None:
+        self.flush()
+        self._close()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -81,7 +110,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._answers = _AnswerTransport(transport, self._last_answer_sent)
+        self._answers = _AnswerTransport(transport, self.loop, self._last_answer_sent)
         if len(self.connections) > self._settings.max_connections:
             self.app = self._server.overloaded
         self._arm(self._settings.keep_alive_s, self._idle_expired)
@@ -180,6 +209,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._answers.flush()
         super().on_response_complete()
         cycle = self.cycle
         if self.transport.is_closing() or not cycle.response_complete:
@@ -251,6 +281,7 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _send_refusal(self, error: TidegateError) -> None:
+        self._answers.flush()
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.abort()
             return

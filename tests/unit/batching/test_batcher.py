@@ -351,6 +351,33 @@ def test_the_queue_delay_gathers_over_turns() -> None:
     assert len(answers.works) == 2
 
 
+def test_an_earlier_deadline_replaces_the_timer() -> None:
+    loop, batcher = manual_batcher(DoublingEngine(), BatchingOptions(max_queue_delay_us=10**9))
+    answers = Answers()
+    for ms in (9, 5, 7, 3):
+        batcher.submit(work_of(float(ms), answers, deadline_ns=loop.now + ms * MS))
+        loop.settle()
+        assert loop.timers() == 1
+    loop.advance(10 * MS)
+    assert [work.started_ns for work in answers.works] == [0] * 4
+    assert answers.works == sorted(answers.works, key=lambda work: work.deadline_ns)
+    assert loop.timers() == 0
+
+
+def test_a_cancel_that_makes_up_a_preferred_size_starts_the_batch() -> None:
+    options = BatchingOptions(max_queue_delay_us=10**9, preferred_batch_sizes=(3, 8))
+    engine, answers = DoublingEngine(), Answers()
+    loop, batcher = manual_batcher(engine, options)
+    works = [work_of(float(rows), answers, rows=rows) for rows in (2, 2, 1)]
+    for work in works:
+        batcher.submit(work)
+    loop.settle()
+    assert engine.batches == []
+    batcher.cancel(works[1])
+    loop.settle()
+    assert answers.works == [works[0], works[2]]
+
+
 def test_a_bucket_that_is_too_small_refuses_at_once() -> None:
     spec = ModelSpec("m", "1", (TensorSpec("ids", "INT64", (-1, -1)),), (), max_batch_size=8, learned_batch_size=8)
     loop, batcher = manual_batcher(DoublingEngine(spec), BatchingOptions(buckets={"ids": (4, 8)}))
@@ -520,6 +547,22 @@ def test_what_waits_while_the_engine_is_busy_goes_in_next() -> None:
             assert [batch.rows for batch in gate.engine.batches] == [1, 5]
             for value, work in enumerate(gate.answers):
                 check_answer(work, float(value))
+
+    asyncio.run(body())
+
+
+def test_on_idle_comes_after_the_answers_of_a_thread() -> None:
+    async def body() -> None:
+        async with Gate() as gate:
+            events: list[int] = []
+            batcher = gate.batcher(on_idle=lambda: events.append(len(gate.answers)))
+            done = gate.collect(3)
+            for value in range(3):
+                gate.submit(batcher, float(value))
+            gate.open()
+            await done
+            await until_idle(batcher)
+            assert set(events) == {3}
 
     asyncio.run(body())
 

@@ -486,7 +486,37 @@ def test_a_hostile_file_is_refused_in_bounded_time() -> None:
     assert time.monotonic() - started < 20
 
 
-_KEYS = st.sampled_from(["server", "telemetry", "state", "registry", "defaults", "models", "m", "batching", "runtime", "warmup", "source", "listeners", "http", "limits", "traces", "providers", "name", "buckets", "priority", "levels", "apiVersion", "version_policy", "specific", "queue_policies", "1", "auth", "admin_token"])
+_KEYS = st.sampled_from(
+    [
+        "server",
+        "telemetry",
+        "state",
+        "registry",
+        "defaults",
+        "models",
+        "m",
+        "batching",
+        "runtime",
+        "warmup",
+        "source",
+        "listeners",
+        "http",
+        "limits",
+        "traces",
+        "providers",
+        "name",
+        "buckets",
+        "priority",
+        "levels",
+        "apiVersion",
+        "version_policy",
+        "specific",
+        "queue_policies",
+        "1",
+        "auth",
+        "admin_token",
+    ]
+)
 _VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -200,5 +200,5 @@ def test_no_text_raises_anything_else(text: str) -> None:
     )
 )
 def test_reads_what_yaml_writes(value: Any) -> None:
-    text = yaml.safe_dump({"v": value}, default_flow_style=False)
+    text = yaml.safe_dump({"v": value}, default_style='"')
     assert plain(text) == {"v": value}

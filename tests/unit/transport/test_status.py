@@ -9,9 +9,12 @@ import grpc
 import pytest
 
 import server.errors
-import server.transport.faults  # noqa: F401 - its classes join the tree
+import server.transport.faults
 from server.errors import InvalidArgument, ModelNotReady, OutOfMemory, QueueFull, TidegateError, TooManyRequests
 from server.transport.status import INTERNAL, SHEDDING, TABLE, StatusTable, safe_text
+
+#: Imported for its classes, which join the tree.
+FAULTS = server.transport.faults
 
 
 def classes(base: type[TidegateError] = TidegateError) -> Iterator[type[TidegateError]]:

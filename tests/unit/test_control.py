@@ -1,0 +1,329 @@
+"""server.control.models: versions come and go under traffic; a failed load never takes the old one away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.batching.batcher import Batcher
+from server.control.models import ModelControl
+from server.control.sources import DirectorySource, ModelPlan, NamedModel, NamedSource
+from server.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ModelLoadError,
+    ModelNotFound,
+    ModelNotReady,
+    VersionNotFound,
+)
+from server.gateway import AdmissionLimits, Gateway, Served
+from server.runtime.base import Engine, LoadRequest, ModelOptions
+from server.runtime.fake import FakeRuntime, Script
+from server.telemetry.instruments import Telemetry
+from server.types import RequestHead, RequestLimits
+
+
+@dataclass
+class FileRuntime:
+    """Loads what the file says: ``bad`` fails, anything else is a scale. ``hold`` blocks loads until it is set."""
+
+    engines: list[Any] = field(default_factory=list)
+    hold: threading.Event = field(default_factory=threading.Event)
+    loading: threading.Event = field(default_factory=threading.Event)
+
+    def load(self, request: LoadRequest) -> Engine:
+        self.loading.set()
+        assert self.hold.wait(20)
+        text = request.path.read_text()
+        if text == "bad":
+            raise ModelLoadError(f"{request.path.name} is bad.")
+        if text == "crash":
+            raise ZeroDivisionError
+        engine = FakeRuntime(Script(scale=float(text))).load(request)
+        self.engines.append(engine)
+        return engine
+
+    def describe(self) -> Mapping[str, object]:
+        return {}
+
+
+class Rig:
+    """A control over a directory, with the gateway it publishes to."""
+
+    def __init__(self, root: Path, mode: str = "poll") -> None:
+        loop = asyncio.get_running_loop()
+        telemetry = Telemetry.create("test")
+        self.root = root
+        self.gateway = Gateway(
+            limits=RequestLimits(),
+            admission=AdmissionLimits(),
+            telemetry=telemetry,
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_later=loop.call_later,
+        )
+        self.runtime = FileRuntime()
+        self.runtime.hold.set()
+        self.changes = 0
+
+        def serve(engine: Engine, plan: ModelPlan) -> Served:
+            batcher = Batcher(
+                engine,
+                plan.options.batching,
+                clock=time.monotonic_ns,
+                call_soon=loop.call_soon,
+                call_soon_threadsafe=loop.call_soon_threadsafe,
+                call_later=loop.call_later,
+            )
+            return Served(
+                engine.spec, batcher, telemetry.model(engine.spec.name, engine.spec.version), telemetry.instruments
+            )
+
+        self.control = ModelControl(
+            source=DirectorySource(root, root / ".state"),
+            runtime=self.runtime,
+            gateway=self.gateway,
+            serve=serve,
+            changed=self._changed,
+            mode=mode,
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def put(self, model: str, version: str, text: str) -> None:
+        folder = self.root / model / version
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / ".new"
+        new.write_text(text)
+        new.rename(folder / "model.onnx")
+
+    def stable(self, model: str) -> str:
+        return self.gateway.routes(model).stable
+
+    def rows(self) -> dict[tuple[str, str], tuple[str, str]]:
+        return {(row.name, row.version): (row.state, row.reason) for row in self.control.index(ready_only=False)}
+
+
+def run(tmp_path: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], mode: str = "poll") -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path, mode)
+        try:
+            await asyncio.wait_for(body(rig), 30)
+        finally:
+            rig.runtime.hold.set()
+            await asyncio.wait_for(rig.control.close(), 10)
+        assert all(engine.closed for engine in rig.runtime.engines)
+
+    asyncio.run(main())
+
+
+def test_the_newest_version_serves_and_a_newer_one_takes_over(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        rig.put("m", "2", "2")
+        await rig.control.start()
+        assert rig.stable("m") == "2"
+        assert set(rig.gateway.routes("m").versions) == {"2"}
+        rig.put("m", "10", "3")
+        await rig.control.refresh()
+        assert rig.stable("m") == "10"
+        assert set(rig.gateway.routes("m").versions) == {"10"}
+        generation = rig.gateway.table.generation
+        await rig.control.refresh()
+        assert rig.gateway.table.generation == generation
+        assert len(rig.runtime.engines) == 2
+        assert rig.changes > 0
+
+    run(tmp_path, body)
+
+
+def test_the_old_version_serves_while_the_new_one_loads(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        rig.runtime.hold.clear()
+        rig.runtime.loading.clear()
+        rig.put("m", "2", "2")
+        refresh = asyncio.ensure_future(rig.control.refresh())
+        await asyncio.to_thread(rig.runtime.loading.wait, 10)
+        assert rig.stable("m") == "1"
+        assert rig.rows()["m", "2"][0] == "LOADING"
+        assert rig.control.ready("m", "1")
+        assert not rig.control.ready("m", "2")
+        rig.runtime.hold.set()
+        await refresh
+        assert rig.stable("m") == "2"
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("text", ["bad", "crash"])
+def test_a_failed_load_leaves_the_old_version_serving(tmp_path: Path, text: str) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        rig.put("m", "2", text)
+        for _ in range(2):
+            await rig.control.refresh()
+        state, reason = rig.rows()["m", "2"]
+        assert (state, bool(reason)) == ("UNAVAILABLE", True)
+        assert rig.gateway.routes("m").stable == "1"
+        assert rig.control.failures()[0].version == "2"
+        rig.put("m", "2", "22")
+        await rig.control.refresh()
+        assert rig.stable("m") == "2"
+        assert rig.rows() == {("m", "2"): ("READY", "")}
+
+    run(tmp_path, body)
+
+
+def test_changed_bytes_are_loaded_beside_and_bad_ones_are_not(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        first = rig.gateway.served("m", "")
+        rig.put("m", "1", "bad")
+        await rig.control.refresh()
+        assert rig.gateway.served("m", "") is first
+        assert "bad" in rig.rows()["m", "1"][1]
+        rig.put("m", "1", "5")
+        await rig.control.refresh()
+        assert rig.gateway.served("m", "") is not first
+        assert rig.rows() == {("m", "1"): ("READY", "")}
+
+    run(tmp_path, body)
+
+
+def test_a_version_in_use_is_closed_after_its_last_call(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        held = rig.gateway.served("m", "")
+        held.calls += 1
+        rig.put("m", "2", "2")
+        await rig.control.refresh()
+        await asyncio.sleep(0)
+        assert not rig.runtime.engines[0].closed
+        held.release()
+
+    run(tmp_path, body)
+
+
+def test_a_model_that_is_removed_is_unknown_afterwards(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        rig.put("n", "1", "1")
+        await rig.control.start()
+        (tmp_path / "m" / "1" / "model.onnx").unlink()
+        (tmp_path / "m" / "1").rmdir()
+        (tmp_path / "m").rmdir()
+        await rig.control.refresh()
+        with pytest.raises(ModelNotFound):
+            rig.gateway.served("m", "")
+        with pytest.raises(ModelNotFound):
+            rig.control.ready("m", "")
+        assert set(rig.rows()) == {("n", "1")}
+
+    run(tmp_path, body)
+
+
+def test_a_broken_config_keeps_what_serves(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        config = tmp_path / "m" / "config.pbtxt"
+        config.write_text('platform: "tensorflow_graphdef"\n')
+        await rig.control.refresh()
+        assert rig.stable("m") == "1"
+        config.write_text("max_batch_size: 8\n")
+        await rig.control.refresh()
+        assert len(rig.runtime.engines) == 2
+
+    run(tmp_path, body)
+
+
+def test_explicit_control(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        rig.put("n", "1", "bad")
+        await rig.control.start(("m",))
+        assert rig.stable("m") == "1"
+        assert rig.rows()["n", ""][0] == "UNAVAILABLE"
+        with pytest.raises(InvalidArgument, match="config"):
+            await rig.control.load("m", {"config": "{}"})
+        with pytest.raises(ModelNotFound):
+            await rig.control.load("nobody", {})
+        with pytest.raises(ModelLoadError, match=r"'n': model\.onnx is bad"):
+            await rig.control.load("n", {})
+        await rig.control.unload("m")
+        with pytest.raises(ModelNotReady, match="unloaded"):
+            rig.gateway.served("m", "")
+        assert rig.rows()["m", "1"] == ("UNAVAILABLE", "unloaded")
+        await rig.control.load("m", {})
+        assert rig.stable("m") == "1"
+        with pytest.raises(VersionNotFound):
+            rig.control.ready("m", "7")
+
+    run(tmp_path, body, "explicit")
+
+
+@pytest.mark.parametrize("mode", ["none", "poll"])
+def test_load_and_unload_need_explicit_control(tmp_path: Path, mode: str) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        for act in (rig.control.load("m", {}), rig.control.unload("m")):
+            with pytest.raises(FailedPrecondition, match="explicit"):
+                await act
+        with pytest.raises(ModelNotFound):
+            await rig.control.load("nobody", {})
+
+    run(tmp_path, body, mode)
+
+
+def test_named_models_have_their_own_sources_and_options(tmp_path: Path) -> None:
+    (tmp_path / "one.onnx").write_text("1")
+    folder = tmp_path / "two" / "3"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_text("1")
+    (tmp_path / "two" / "config.pbtxt").write_text("max_batch_size: 4\n")
+    base = ModelOptions(intra_op_threads=3)
+    source = NamedSource(
+        (
+            NamedModel("a", tmp_path / "one.onnx", base),
+            NamedModel("b", tmp_path / "two", base),
+            NamedModel("c", tmp_path / "gone", base),
+        ),
+        tmp_path / "state",
+    )
+    plans = source.scan()
+    assert [(name, [v.version for v in plan.versions]) for name, plan in plans.items()] == [
+        ("a", ["1"]),
+        ("b", ["3"]),
+        ("c", []),
+    ]
+    assert plans["b"].options.max_batch_size == 4
+    assert plans["b"].options.intra_op_threads == 3
+    assert "cannot be read" in plans["c"].error
+
+
+def test_requests_for_a_loading_model_say_so(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        rig.runtime.hold.clear()
+        start = asyncio.ensure_future(rig.control.start())
+        await asyncio.to_thread(rig.runtime.loading.wait, 10)
+        with pytest.raises(ModelNotReady, match="loading"):
+            rig.gateway.admit(RequestHead("http", "m", "", {}, 0))
+        rig.runtime.hold.set()
+        await start
+
+    run(tmp_path, body)
