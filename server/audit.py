@@ -200,12 +200,10 @@ def _storable(text: str) -> str:
 def _parsed(row: _Columns) -> AuditRow:
     """A row for showing. One whose detail was damaged is shown as it is: finding out is the task of ``verify``."""
     try:
-        detail = json.loads(row[5])
-    except (ValueError, TypeError, RecursionError):
-        detail = None
-    if not isinstance(detail, dict):
-        detail = {"damaged": str(row[5])}
-    return AuditRow(row[0], AuditEvent(row[2], row[3], row[4], detail, row[1]), row[7])
+        event = AuditEvent(row[2], row[3], row[4], json.loads(row[5]), row[1])
+    except (InvalidArgument, ValueError, TypeError, RecursionError):
+        event = AuditEvent(row[2], row[3], row[4], {"damaged": str(row[5])}, row[1])
+    return AuditRow(row[0], event, row[7])
 
 
 def _stored_head(connection: sqlite3.Connection) -> AuditHead | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from collections.abc import Callable
 
@@ -13,10 +14,13 @@ from server.errors import ConfigError
 from server.telemetry import log
 from server.wiring import Models, build
 
+_OPEN_FILES = 65_536
+
 
 def serve(config: Config | None, settings: ServerSettings) -> int:
     """Serve until a signal; the exit code."""
     _check(settings)
+    _raise_open_files()
     log.configure(settings.telemetry.log_format, settings.telemetry.log_level)
     named = {} if config is None else compile_models(config, repository=settings.model_repository)
     models = Models(named, compile_defaults(config))
@@ -33,6 +37,14 @@ def _check(settings: ServerSettings) -> None:
         raise ConfigError("--transport native is not part of this version; use reference")
     if settings.workers != 1:
         raise ConfigError(f"--workers {settings.workers}: this version serves from one process, use 1")
+
+
+def _raise_open_files() -> None:
+    """A connection is an open file and the soft limit is often 1024: take what the hard one allows, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

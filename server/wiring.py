@@ -6,11 +6,12 @@ import asyncio
 import gc
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import grpc
 import structlog
+from starlette.types import ASGIApp
 
 from server import __version__
 from server.batching.batcher import Batcher, BatchRecord
@@ -35,7 +36,7 @@ from server.transport.port import Services
 from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.settings import MemorySettings
-from server.transport.status import INTERNAL, TABLE
+from server.transport.status import INTERNAL, TABLE, StatusTable
 
 log = structlog.get_logger("tidegate")
 
@@ -67,35 +68,11 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
         changed=readiness.changed,
+        forget=telemetry.forget,
         mode=settings.model_control,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
     services = Services(catalog, control, MemorySettings(), readiness.subscribe)
-    tls = None if settings.tls is None else _tls_context(settings.tls)
-    http = HttpSettings(max_connections=settings.max_connections)
-    grpc_settings = GrpcSettings(
-        max_streams_per_connection=settings.max_concurrent_streams, max_connections=settings.max_connections
-    )
-    credentials = None if settings.tls is None else _grpc_credentials(settings.tls)
-    grpc_server = GrpcServer(gateway, services, settings=grpc_settings, credentials=credentials)
-    listeners: list[Listener] = [
-        Bound(
-            "http",
-            HttpServer(build_app(gateway, services, settings=http), limits=settings.limits, settings=http, tls=tls),
-            settings.http,
-        ),
-        Bound("grpc", grpc_server, settings.grpc),
-        Bound(
-            "metrics",
-            HttpServer(
-                metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics)),
-                limits=settings.limits,
-                settings=http,
-            ),
-            settings.metrics,
-        ),
-        Bound("admin", HttpServer(_admin(settings, catalog), limits=settings.limits, settings=http), settings.admin),
-    ]
 
     async def start_models() -> None:
         await control.start(settings.load_models)
@@ -122,7 +99,7 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
     polling = settings.model_control == "poll"
     return Lifecycle(
         readiness=readiness,
-        listeners=listeners,
+        listeners=_listeners(settings, gateway, services, telemetry),
         start_models=start_models,
         close_models=control.close,
         reload=reload,
@@ -130,6 +107,32 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         close=close,
         drain_seconds=settings.drain_seconds,
     )
+
+
+def _listeners(settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry) -> list[Listener]:
+    """The four addresses: inference over HTTP and gRPC, metrics, admin."""
+    tls = settings.tls
+    statuses = StatusTable(shed_as_429=settings.shed_as_429)
+    http = HttpSettings(max_connections=settings.max_connections, strict_json=settings.strict_json)
+    grpc_settings = GrpcSettings(
+        max_streams_per_connection=settings.max_concurrent_streams, max_connections=settings.max_connections
+    )
+    credentials = None if tls is None else _grpc_credentials(tls)
+    context = None if tls is None else _tls_context(tls)
+    grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
+
+    def listen(app: ASGIApp, tls: ssl.SSLContext | None = None) -> HttpServer:
+        return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls)
+
+    inference = build_app(gateway, services, statuses=statuses, settings=http)
+    metrics = metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics))
+    admin = admin_app(services.catalog, token=settings.admin_token, loopback=is_loopback(settings.admin[0]))
+    return [
+        Bound("http", listen(inference, context), settings.http),
+        Bound("grpc", grpc_server, settings.grpc),
+        Bound("metrics", listen(metrics), settings.metrics),
+        Bound("admin", listen(admin), settings.admin),
+    ]
 
 
 @dataclass(slots=True)
@@ -220,10 +223,6 @@ def _wire_status(protocol: str, code: str) -> int:
         return 200 if protocol == "http" else 0
     row = TABLE.get(code, INTERNAL)
     return row.http if protocol == "http" else row.grpc
-
-
-def _admin(settings: ServerSettings, catalog: ServedCatalog) -> Callable[..., Awaitable[None]]:
-    return admin_app(catalog, token=settings.admin_token, loopback=is_loopback(settings.admin[0]))
 
 
 def _tls_context(tls: TlsSettings) -> ssl.SSLContext:

@@ -187,7 +187,7 @@ class _Scanner:
         versions = self._versions(name, folder, filename)
         if not versions and os.path.lexists(folder / filename):
             versions = {"1": self._bare_version(folder, filename)}
-        if not versions and not any(problem.model == name for problem in self.found.problems):
+        if not versions and not any(problem.model == name and problem.version for problem in self.found.problems):
             raise _Refused(f"no version folder with {filename} in it, and no {filename} beside where they would be")
         fingerprint = self._fingerprints(folder)
         self.found.models[name] = FoundModel(name, folder, config, versions, fingerprint)
@@ -215,13 +215,14 @@ class _Scanner:
         """The version folders of one model by number, ascending; other folders (labels, warm-up) are passed over."""
         found: dict[str, FoundVersion] = {}
         for name in sorted(filter(_numeric, _visible(folder)), key=lambda name: (len(name), name)):
-            with self._guard(model, name):
+            with self._guard(model, name if is_version(name) else ""):
                 found[name] = self._version(folder / name, filename)
         return found
 
     def _version(self, folder: Path, filename: str) -> FoundVersion:
         if not is_version(folder.name):
-            raise _Refused("a version is a positive integer without leading zeros, at most 2^63 - 1")
+            wanted = "a version is a positive integer without leading zeros, at most 2^63 - 1"
+            raise _Refused(f"folder '{folder.name}' is passed over: {wanted}")
         if not self._inside(folder).is_dir():
             raise _Refused("a version is a folder, this is a file")
         return FoundVersion(folder.name, self._model_file(folder, filename), self._fingerprints(folder))

@@ -212,6 +212,8 @@ def compile_settings(config: Config | None) -> ServerSettings:
         max_pending=server.limits.max_pending,
         max_connections=server.limits.max_connections,
         max_concurrent_streams=server.limits.max_concurrent_streams,
+        shed_as_429=server.limits.overload_status == 429,
+        strict_json=server.strict_json,
         drain_seconds=server.drain / units.NS_PER_S,
         model_control=server.model_control,
         load_models=server.load_models,

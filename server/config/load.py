@@ -148,7 +148,7 @@ class _Check:
     def _refused(self, error: Mapping[str, Any]) -> KeyPath:
         """What has to go for this error to go: the value, or the section that lacks a key."""
         path = _key_path(error["loc"])
-        return path[:-1] if error["type"] == "missing" else self._existing(path)
+        return (path[:-1] or path) if error["type"] == "missing" else self._existing(path)
 
     def _existing(self, path: KeyPath) -> KeyPath:
         return path[: len(self.root.chain(path)) - 1]

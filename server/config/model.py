@@ -247,8 +247,10 @@ class Limits(Section):
     max_parameters: Count = 256
     max_chunks: PositiveInt = 65_536
     max_pending: PositiveInt = 4096
-    max_connections: PositiveInt = 1024
+    max_connections: PositiveInt = 10_000
     max_concurrent_streams: PositiveInt = 100
+    #: What shedding answers over HTTP; 429 goes with RESOURCE_EXHAUSTED, 503 with UNAVAILABLE, on gRPC.
+    overload_status: Literal[429, 503] = 503
 
 
 class Server(Section):
@@ -257,6 +259,8 @@ class Server(Section):
     name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
     listeners: Listeners = Field(default_factory=Listeners)
     transport: Literal["native", "reference"] = "reference"
+    #: Refuse to write NaN and infinities in JSON answers, which JSON proper cannot carry.
+    strict_json: bool = False
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     in_process: bool = False
     tls: Tls | None = None

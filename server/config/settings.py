@@ -16,7 +16,7 @@ Address = tuple[str, int]
 
 @dataclass(slots=True, frozen=True)
 class TraceSettings:
-    """Spans exported over OTLP/HTTP. Off by default; ``endpoint`` is the full URL of the traces receiver."""
+    """Spans and metrics sent over OTLP/HTTP. Off by default; ``endpoint`` is the receiver's base URL."""
 
     enabled: bool = False
     sampling: float = 1.0
@@ -58,9 +58,12 @@ class ServerSettings:
     limits: RequestLimits = field(default_factory=RequestLimits)
     #: Inference requests in flight, over all models and protocols; more are refused.
     max_pending: int = 4096
-    max_connections: int = 1024
+    max_connections: int = 10_000
     #: gRPC streams per connection.
     max_concurrent_streams: int = 100
+    #: Shed load with 429 / RESOURCE_EXHAUSTED instead of 503 / UNAVAILABLE.
+    shed_as_429: bool = False
+    strict_json: bool = False
     drain_seconds: float = 30.0
     model_control: str = "none"  # none | poll | explicit
     load_models: tuple[str, ...] = ()

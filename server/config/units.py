@@ -146,21 +146,3 @@ def format_address(address: tuple[str, int]) -> str:
     """The inverse of ``parse_address``."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def format_duration(nanoseconds: int) -> str:
-    """The shortest whole-number text that ``parse_duration`` reads back as the same value."""
-    return _largest_unit(nanoseconds, _DURATION_NS, "s")
-
-
-def format_size(count: int) -> str:
-    """The shortest whole-number text that ``parse_size`` reads back as the same value (binary units preferred)."""
-    binary = {unit: scale for unit, scale in _SIZE_BYTES.items() if unit == "B" or unit.endswith("iB")}
-    return _largest_unit(count, binary, "B")
-
-
-def _largest_unit(amount: int, units: dict[str, int], zero: str) -> str:
-    if amount == 0:
-        return f"0{zero}"
-    unit, scale = max(((u, s) for u, s in units.items() if amount % s == 0), key=lambda item: item[1])
-    return f"{amount // scale}{unit}"

@@ -72,6 +72,7 @@ class ModelControl:
         gateway: Gateway,
         serve: Callable[[Engine, ModelPlan], Served],
         changed: Callable[[], None],
+        forget: Callable[[str, str], None],
         mode: str = "none",
     ) -> None:
         self._source = source
@@ -79,6 +80,7 @@ class ModelControl:
         self._gateway = gateway
         self._serve = serve
         self._changed = changed
+        self._forget_counts = forget
         self._mode = mode
         self._plans: dict[str, ModelPlan] = {}
         self._versions: dict[str, dict[str, _Version]] = {}
@@ -150,10 +152,16 @@ class ModelControl:
                 log.warning("poll_failed", error=str(error))
 
     async def refresh(self) -> None:
-        """One poll: load what is new or changed, unload what is gone."""
+        """One look at the source: load what is new or changed, unload what is gone.
+
+        In explicit mode only models that are loaded are followed.
+        """
         before = set(self._plans)
         await self._scan()
-        for name in sorted(before | set(self._plans)):
+        known = before | set(self._plans)
+        if self._mode == "explicit":
+            known = {name for name in known if self._ready(name)}
+        for name in sorted(known):
             await self._apply(name)
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
@@ -257,6 +265,8 @@ class ModelControl:
             current = known[wanted.version] = _Version(wanted.version, LOADING)
         current.tried = wanted.fingerprint
         log.info("model_loading", model=plan.name, version=wanted.version)
+        if plan.ignored:
+            log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
         try:
             engine = await self._off_loop(partial(self._runtime.load, plan.load_request(wanted)))
             served = await self._served(engine, plan)
@@ -341,6 +351,9 @@ class ModelControl:
         if served is not None and engine is not None:
             await _last_call(served)
             await self._off_loop(partial(_shut, served, engine))
+            name, number = served.spec.name, served.spec.version
+            if number not in self._ready(name):
+                self._forget_counts(name, number)
 
 
 async def _last_call(served: Served) -> None:

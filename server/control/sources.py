@@ -14,7 +14,7 @@ from typing import Protocol
 import structlog
 
 from router.registry.directory import FoundModel, Scan, ScanProblem, is_model_name, scan, select_versions
-from server.config.pbtxt import default_filename, parse_pbtxt
+from server.config.pbtxt import default_filename, read_pbtxt
 from server.errors import ConfigError, TidegateError
 from server.runtime.base import LoadRequest, ModelOptions
 
@@ -42,6 +42,8 @@ class ModelPlan:
     #: Versions that are there and cannot be used: number -> why.
     refused: Mapping[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
+    #: Fields of its config.pbtxt that have no effect here.
+    ignored: tuple[str, ...] = ()
 
     def load_request(self, version: VersionPlan) -> LoadRequest:
         """What the runtime is asked for."""
@@ -147,7 +149,8 @@ def _read(config: Path) -> str:
 def _plan(model: FoundModel, named: NamedModel, problems: list[ScanProblem], state_dir: Path) -> ModelPlan:
     refused = {p.version: p.message for p in problems if p.model == model.name and p.version}
     try:
-        options = named.over(_declared(model, named.base))
+        declared, ignored = _declared(model, named.base)
+        options = named.over(declared)
         selected = select_versions(options.version_policy, [*model.versions, *refused])
     except (TidegateError, ValueError) as error:
         return ModelPlan(model.name, error=str(error), folder=model.folder)
@@ -157,10 +160,12 @@ def _plan(model: FoundModel, named: NamedModel, problems: list[ScanProblem], sta
         if number in selected
     )
     wanted_but_refused = {number: reason for number, reason in refused.items() if number in selected}
-    return ModelPlan(model.name, options, versions, model.folder, "", wanted_but_refused, state_dir)
+    return ModelPlan(model.name, options, versions, model.folder, "", wanted_but_refused, state_dir, ignored)
 
 
-def _declared(model: FoundModel, base: ModelOptions) -> ModelOptions:
+def _declared(model: FoundModel, base: ModelOptions) -> tuple[ModelOptions, tuple[str, ...]]:
+    """What config.pbtxt asks for over ``base``, and the names of its fields that have no effect here."""
     if model.config is None:
-        return base
-    return parse_pbtxt(_read(model.config), model=model.name, base=base)
+        return base, ()
+    parsed = read_pbtxt(_read(model.config), model=model.name, base=base)
+    return parsed.options, parsed.ignored

@@ -6,9 +6,10 @@ import gzip
 import json
 import math
 import random
+import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -78,17 +79,19 @@ def flat(data: Any) -> list[Any]:
     return [leaf for part in data for leaf in flat(part)] if isinstance(data, list) else [data]
 
 
-def same(got: list[float], wanted: list[float]) -> bool:
+def same(got: Iterable[Any], wanted: Iterable[Any]) -> bool:
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, wanted, strict=True))
 
 
 def accepted_rightly(body: Any, answer: Answer) -> bool:
     """Is a 200 to a mutated GOOD what its document asks for? Judged by the standard library's own reading of it."""
     x = body["inputs"][0]
-    values = np.float32(flat(x["data"]))
+    with np.errstate(over="ignore"):
+        values = np.float32(flat(x["data"]))
     assert answer.body.get("id", "") == (body.get("id") or "")
     assert (x["name"], x["datatype"], x["shape"][1]) == ("x", "FP32", 4)
-    return same(answer.body["outputs"][0]["data"], (values * np.float32(2) + np.float32(1)).tolist())
+    with np.errstate(over="ignore"):
+        return same(np.float32(answer.body["outputs"][0]["data"]), values * np.float32(2) + np.float32(1))
 
 
 def test_wrong_kinds_at_every_position(steady: Steady) -> None:
@@ -453,7 +456,7 @@ def test_forms_that_are_rare_but_right(server: Server) -> None:
         "HTTP/1.0": post(AFFINE, _BODY, version="1.0"),
         "absolute": absolute,
         "lower case": post(AFFINE, _BODY).lower().replace(b"post /v2", b"POST /v2").replace(b"http/1.1", b"HTTP/1.1"),
-        "one-byte chunks": _CHUNKED + chunks + b"0\r\nContent-Length: 5\r\nX-Trailer: y\r\n\r\n",
+        "one-byte chunks": _CHUNKED + chunks + b"0\r\nHost: u\r\nX-Trailer: y\r\n\r\n",
         "empty lines first": b"\r\n\r\n" + post(AFFINE, _BODY),
         "query": post(AFFINE + "?a=b&c", _BODY),
         "h2c offer": post(AFFINE, _BODY, {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}),
@@ -515,8 +518,6 @@ def test_early_closes(server: Server) -> None:
 
 
 def test_half_closed_clients_are_answered(server: Server) -> None:
-    import socket
-
     with Wire(server.http) as wire:
         wire.send(post(AFFINE, _BODY))
         wire.socket.shutdown(socket.SHUT_WR)

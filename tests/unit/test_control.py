@@ -92,6 +92,7 @@ class Rig:
             gateway=self.gateway,
             serve=serve,
             changed=self._changed,
+            forget=telemetry.forget,
             mode=mode,
         )
 

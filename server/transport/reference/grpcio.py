@@ -89,6 +89,12 @@ class _Call:
             self.permit.release()
 
 
+#: A drain: at most this long are answers held, this long without a call is quiet, and this long has the GOAWAY.
+_HOLD_S: Final = 0.5
+_QUIET_S: Final = 0.03
+_GOAWAY_S: Final = 0.05
+
+
 class _Router(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
         self._handlers = handlers
@@ -116,6 +122,8 @@ class GrpcServer:
         self._health = HealthRpcs(services)
         self._methods = {**InferenceRpcs(services).methods, **self._health.methods}
         self._draining = False
+        self._goaway_sent = asyncio.Event()
+        self._arrived = 0
         self._reads: set[asyncio.Future[Any]] = set()
         self._server: Any = None
         self._log = structlog.get_logger("tidegate.grpc")
@@ -137,15 +145,37 @@ class GrpcServer:
         return host, bound
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new calls, end streams after their answers, finish the rest. False when calls had to be cut."""
+        """Refuse new calls, end streams after their answers, finish the rest. False when calls had to be cut.
+
+        gRPC's core cancels calls that reach it between its shutdown and the client's reading of the GOAWAY. So answers
+        are held back first: callers that wait for one send nothing new. Once no call has come for a moment the server
+        is stopped, its GOAWAY goes out, and the answers follow behind it on the wire.
+        """
         self._draining = True
         self._health.close()
         for read in list(self._reads):
             read.cancel()
         started = time.monotonic()
         if self._server is not None:
-            await self._server.stop(timeout_s)
+            await self._until_quiet(min(_HOLD_S, timeout_s))
+            stopping = asyncio.ensure_future(self._server.stop(max(0.0, timeout_s - (time.monotonic() - started))))
+            await asyncio.wait((stopping,), timeout=_GOAWAY_S)
+            self._goaway_sent.set()
+            await stopping
         return time.monotonic() - started < timeout_s
+
+    async def _until_quiet(self, most_s: float) -> None:
+        """Until no call has arrived for a moment, at most ``most_s``."""
+        until = time.monotonic() + most_s
+        seen = -1
+        while self._arrived != seen and time.monotonic() < until:
+            seen = self._arrived
+            await asyncio.sleep(_QUIET_S)
+
+    async def _hold(self) -> None:
+        """While the server drains, an answer waits until the GOAWAY is ahead of it."""
+        if self._draining:
+            await self._goaway_sent.wait()
 
     def _options(self) -> list[tuple[str, int]]:
         limits, settings = self._port.limits, self._settings
@@ -176,17 +206,22 @@ class GrpcServer:
 
     def _plain(self, method: Method) -> _Unary:
         async def handle(raw: bytes, context: _Context) -> bytes:
+            self._arrived += 1
             try:
-                return await method(raw)
+                answer = await method(raw)
+                await self._hold()
+                return answer
             except Exception as error:  # noqa: BLE001 - the boundary of one call
                 return await self._abort(context, self._told(error, new_id()))
 
         return handle
 
     async def _infer(self, raw: bytes, context: _Context) -> bytes:
+        self._arrived += 1
         call = _Call(context)
         try:
             answer = await self._answer(call, raw)
+            await self._hold()
             await call.send_headers()
             return answer
         except Exception as error:  # noqa: BLE001 - the boundary of one request
@@ -274,6 +309,7 @@ class GrpcServer:
         return Internal(id_)
 
     async def _abort(self, context: _Context, error: TidegateError) -> bytes:
+        await self._hold()
         code = _CODES[self._statuses.of(error).grpc]
         seconds = self._statuses.retry_after(error)
         trailers = () if seconds is None else (("retry-after", str(seconds)),)

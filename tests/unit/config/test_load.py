@@ -412,6 +412,12 @@ def test_rules_are_silent_about_what_a_mistake_took_away() -> None:
     }
 
 
+@pytest.mark.parametrize("head", ["", "apiVersion:\n", "apiVersion: 1\n", "apiVersion: yes\n"])
+def test_a_wrong_head_hides_no_other_mistake(head: str) -> None:
+    found = problems(head + "nope: 1\nmodels: {m: {}}\n")
+    assert {problem.key for problem in found} == {"apiVersion", "nope", "models.m"}
+
+
 def test_a_repository_may_come_from_a_flag() -> None:
     text = HEAD + "models: {m: {}, n: {source: 'registry:x'}}\n"
     assert len(problems(text)) == 2

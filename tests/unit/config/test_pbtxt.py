@@ -350,7 +350,7 @@ def test_a_text_that_is_too_long() -> None:
 
 _PIECES = st.sampled_from(
     [*"{}[]:,<>'\\\"#\n -10xé\0", "1e9", "inf", "nan", "\\377", "[a.b/c]", "name", "input", "dims", "key", "value",
-     "true", "max_batch_size", "dynamic_batching", "parameters", "TYPE_FP32", "instance_group", "gpus", "version_policy"]
+     "true", "max_batch_size", "dynamic_batching", "parameters", "TYPE_FP32", "instance_group", "gpus"]
 )  # fmt: skip
 
 

@@ -133,16 +133,24 @@ def test_filename_must_stay_in_the_folder(tmp_path: Path, filename: str) -> None
 
 
 def test_one_bad_version_spoils_no_other(tmp_path: Path) -> None:
-    put(tmp_path, "a/1/model.onnx", "a/2/notes.txt", "a/3/resnet.onnx", "a/01/model.onnx", "a/0/model.onnx", "a/9")
+    put(tmp_path, "a/1/model.onnx", "a/2/notes.txt", "a/3/resnet.onnx", "a/9")
     found = scan(tmp_path)
     assert list(found.models["a"].versions) == ["1"]
     problems = {problem.version: problem.message for problem in found.problems}
-    assert set(problems) == {"0", "01", "2", "3", "9"}
+    assert set(problems) == {"2", "3", "9"}
     assert problems["2"] == "no model.onnx in the version folder"
     assert "found resnet.onnx" in problems["3"]
-    assert "positive integer" in problems["0"]
-    assert "positive integer" in problems["01"]
     assert "this is a file" in problems["9"]
+
+
+@pytest.mark.parametrize("folder", ["0", "007", "9" * 19])
+def test_numbers_that_are_no_versions_are_passed_over(tmp_path: Path, folder: str) -> None:
+    put(tmp_path, f"a/{folder}/model.onnx", "a/6/model.onnx", f"b/{folder}/model.onnx")
+    found = scan(tmp_path)
+    assert list(found.models) == ["a"]
+    assert list(found.models["a"].versions) == ["6"]
+    assert [(p.model, p.version) for p in found.problems] == [("a", ""), ("b", ""), ("b", "")]
+    assert "passed over: a version is a positive integer" in found.problems[0].message
 
 
 def test_model_whose_versions_are_all_bad_is_still_known(tmp_path: Path) -> None:
