@@ -212,7 +212,10 @@ def _telemetry(settings: ServerSettings) -> tuple[Telemetry, OtlpExport | None]:
     sink = SpanSink()
     telemetry = Telemetry.create(__version__, TraceGate(traces.sampling), sink)
     options = OtlpOptions(
-        traces.endpoint, headers=traces.headers, service_name=traces.service_name, service_version=__version__
+        traces.endpoint.rstrip("/").removesuffix("/v1/traces"),
+        headers=traces.headers,
+        service_name=traces.service_name,
+        service_version=__version__,
     )
     return telemetry, OtlpExport(options, sink=sink, registry=telemetry.metrics, status_of=_wire_status)
 

@@ -46,7 +46,9 @@ server:
   tls: {certificate: c.pem, private_key: k.pem, client_ca: /ca.pem}
   auth: {admin_token: "${T}"}
   limits: {max_body: 1MiB, max_headers: 2KiB, max_id: 3B, max_json_depth: 4, max_inputs: 5, max_outputs: 6, max_dims: 7,
-           max_parameters: 8, max_chunks: 9, max_pending: 10, max_connections: 11, max_concurrent_streams: 12}
+           max_parameters: 8, max_chunks: 9, max_pending: 10, max_connections: 11, max_concurrent_streams: 12,
+           overload_status: 429}
+  strict_json: true
   drain: 1500ms
   model_control: explicit
   load_models: [a]
