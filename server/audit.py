@@ -280,7 +280,7 @@ class DeferredAudit:
         while self._wait_for_work():
             try:
                 self._write()
-            except Exception as error:  # noqa: BLE001  the thread must outlive whatever a disk can do
+            except Exception as error:
                 if not failing:
                     log.error("audit_not_written", pending=self.pending, error=str(error), exc_info=error)
                 failing = True

@@ -66,7 +66,7 @@ class ServedCatalog:
 
     def config(self, model: str, version: str) -> ModelConfig:
         served = self._gateway.served(model, version)
-        return options_to_model_config(served.spec, self._control.plan(model).options)
+        return options_to_model_config(served.spec, served.options)
 
     def config_json(self, model: str, version: str) -> bytes:
         return config_to_json(self.config(model, version))

@@ -31,6 +31,7 @@ from server.errors import (
     TooManyRequests,
     VersionNotFound,
 )
+from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry, Telemetry
 from server.telemetry.metrics import Counter
 from server.telemetry.trace import BatchTrace, RequestTrace, TraceContext
@@ -73,6 +74,7 @@ class Served:
 
     spec: ModelSpec
     batcher: Batcher
+    options: ModelOptions
     telemetry: ModelTelemetry
     instruments: Instruments
     calls: int = 0

@@ -19,7 +19,7 @@ from server.catalog import ServedCatalog
 from server.config.compile import CompiledModel
 from server.config.settings import Address, ServerSettings, TlsSettings
 from server.control.models import ModelControl
-from server.control.sources import DirectorySource, JoinedSource, ModelPlan, NamedModel, NamedSource
+from server.control.sources import DirectorySource, JoinedSource, NamedModel, NamedSource
 from server.errors import ConfigError, ModelLoadError, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.lifecycle import Lifecycle, Listener, Readiness
@@ -176,15 +176,17 @@ def _source(settings: ServerSettings, models: Models) -> JoinedSource:
     return JoinedSource(named, DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
 
 
-def _server_of_versions(loop: asyncio.AbstractEventLoop, telemetry: Telemetry) -> Callable[[Engine, ModelPlan], Served]:
+def _server_of_versions(
+    loop: asyncio.AbstractEventLoop, telemetry: Telemetry
+) -> Callable[[Engine, ModelOptions], Served]:
     """How a loaded engine becomes something that the gateway can send requests to."""
 
-    def serve(engine: Engine, plan: ModelPlan) -> Served:
+    def serve(engine: Engine, options: ModelOptions) -> Served:
         spec = engine.spec
         counted = telemetry.model(spec.name, spec.version)
         batcher = Batcher(
             engine,
-            plan.options.batching,
+            options.batching,
             clock=time.monotonic_ns,
             call_soon=loop.call_soon,
             call_soon_threadsafe=loop.call_soon_threadsafe,
@@ -192,7 +194,7 @@ def _server_of_versions(loop: asyncio.AbstractEventLoop, telemetry: Telemetry) -
             on_batch=_counting(counted),
         )
         counted.stats.pending = batcher.pending
-        return Served(spec, batcher, counted, telemetry.instruments)
+        return Served(spec, batcher, options, counted, telemetry.instruments)
 
     return serve
 

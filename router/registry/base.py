@@ -87,12 +87,6 @@ class StorageFailed(RegistryError):
     code = "registry_storage_failed"
 
 
-class NotOffered(RegistryError):
-    """This backend cannot do it."""
-
-    code = "registry_not_offered"
-
-
 @dataclass(slots=True, frozen=True)
 class Version:
     """One version. ``digest``, ``created`` and ``manifest`` are empty for a backend that keeps no such record."""

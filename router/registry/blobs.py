@@ -28,7 +28,7 @@ MAX_FILE_BYTES: Final = 16 * 2**30
 TEMP_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
 _LOCK_NAME: Final = "lock"
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(slots=True, frozen=True)
@@ -95,7 +95,7 @@ class BlobStore:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.path.replace(target)
                 folders.add(target.parent)
-            for folder in (*folders, self._blobs):
+            for folder in (*folders, self._blobs, self.root, self.root.parent):
                 sync_folder(folder)
 
     def take_out(self, sha256: str, folder: Path) -> None:
@@ -150,7 +150,7 @@ class BlobStore:
     @contextmanager
     def _opened(self, sha256: str) -> Iterator[int]:
         try:
-            file = os.open(self.path(sha256), _READ)
+            file = os.open(self.path(sha256), READ_FLAGS)
         except OSError as error:
             if error.errno in {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}:
                 raise Damaged(f"blob {sha256} is missing") from error
@@ -208,7 +208,7 @@ def open_regular(path: Path, name: str, *, folder: int | None = None) -> int:
     Raises PublishRefused, in which the file is called ``name``.
     """
     try:
-        file = os.open(path, _READ, dir_fd=folder)
+        file = os.open(path, READ_FLAGS, dir_fd=folder)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise PublishRefused(f"{name} is a symbolic link; give the file that it points to") from error

@@ -7,27 +7,25 @@ what was published is replaced from the blobs.
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from router.registry.base import StorageFailed
-from router.registry.blobs import BlobStore, hash_open, staging_folder, storage, sync_folder
+from router.registry.blobs import READ_FLAGS, BlobStore, hash_open, staging_folder, storage, sweep_staging, sync_folder
 from router.registry.manifest import FileEntry
 
 _STAMP: Final = ".tidegate.json"
 _TEMPS: Final = ".tmp"
-#: Somebody who replaces the same folder at the same moment makes us look again; this often at most.
-_ATTEMPTS: Final = 10
+_LOCK: Final = ".lock"
 
-#: path -> (size, mtime in ns, ctime in ns, inode)
-_Stamp = dict[str, tuple[int, int, int, int]]
+#: Size, mtime in ns, ctime in ns, inode.
+_Print = list[int]
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,20 +48,18 @@ class ServingCache:
     def get(self, model: str, digest: str, files: Sequence[FileEntry]) -> tuple[Path, tuple[str, ...]]:
         """The folder of a version, and the paths in it that had to be mended. Raises Damaged or StorageFailed."""
         folder = self.root / model / digest
-        healed: tuple[str, ...] = ()
-        for _ in range(_ATTEMPTS):
-            if os.path.lexists(folder):
-                faults = _faults(folder, files)
-                if not faults:
-                    return folder, healed
-                healed = tuple(faults)
-            self._replace(folder, files)
-        raise StorageFailed(f"the folder of {model} is being replaced again and again by somebody else")
+        if not os.path.lexists(folder):
+            self._build(folder, files)
+            return folder, ()
+        faults = _faults(folder, files)
+        if faults:
+            self._build(folder, files)
+        return folder, tuple(faults)
 
     def write(self, files: Sequence[FileEntry], target: Path) -> None:
         """Make the new folder ``target`` with copies of the files. Raises Damaged or StorageFailed."""
         with staging_folder(target.parent) as staging:
-            new = self._build(staging, files)
+            new = self._copies(staging, files)
             with storage(f"folder {target.name} could not be made"):
                 new.rename(target)
                 sync_folder(target.parent)
@@ -71,34 +67,35 @@ class ServingCache:
     def folders(self) -> Iterator[CachedFolder]:
         """Every version folder on disk."""
         for path in self.root.glob("*/*"):
-            if path.parent.name != _TEMPS:
+            if not path.parent.name.startswith("."):
                 with suppress(OSError):
                     yield CachedFolder(path.parent.name, path.name, path, _last_use(path))
 
     def remove(self, folder: CachedFolder) -> None:
         """Delete a version's folder: at once gone under its name."""
         with staging_folder(self.root / _TEMPS) as staging, storage("a cached folder could not be deleted"):
-            folder.path.rename(staging / "old")
+            with self._locked(), suppress(FileNotFoundError):
+                folder.path.rename(staging / "old")
 
     def sweep(self, older_than_s: float) -> int:
         """Remove what dead builders left behind; returns how many staging folders."""
-        return sweep_staging_of(self.root, older_than_s)
+        return sweep_staging(self.root / _TEMPS, older_than_s)
 
-    def _replace(self, folder: Path, files: Sequence[FileEntry]) -> None:
-        """Build the folder anew and put it where another one may stand."""
+    def _build(self, folder: Path, files: Sequence[FileEntry]) -> None:
+        """Build the folder and put it in its place, unless a whole one stands there by then."""
         with staging_folder(self.root / _TEMPS) as staging:
-            new = self._build(staging, files)
-            with storage(f"the folder of {folder.parent.name} could not be made"):
-                new_stamp = json.dumps(_stamp_of(new, files))
-                (new / _STAMP).write_text(new_stamp)
+            new = self._copies(staging, files)
+            _write_stamp(new, {entry.path: _print(new / entry.path) for entry in files})
+            with storage(f"the folder of {folder.parent.name} could not be made"), self._locked():
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):
+                if os.path.lexists(folder):
+                    if not _faults(folder, files):
+                        return
                     folder.rename(staging / "old")
-                with _faster_neighbour():
-                    new.rename(folder)
+                new.rename(folder)
                 sync_folder(folder.parent)
 
-    def _build(self, staging: Path, files: Sequence[FileEntry]) -> Path:
+    def _copies(self, staging: Path, files: Sequence[FileEntry]) -> Path:
         new = staging / "new"
         for entry in files:
             target = new / entry.path
@@ -109,3 +106,80 @@ class ServingCache:
             for folder, _, _ in os.walk(new):
                 sync_folder(Path(folder))
         return new
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among those who put folders in place or take them away; held for renames only."""
+        file = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
+
+
+def _faults(folder: Path, files: Sequence[FileEntry]) -> list[str]:
+    """The paths in ``folder`` that are missing, changed or should not be there. Notes that it was looked at."""
+    wanted = {entry.path: entry for entry in files}
+    found = _paths(folder)
+    faults = {path for path in found if path not in wanted} | {path for path in wanted if path not in found}
+    stamp = _read_stamp(folder)
+    changed = [path for path in wanted if path not in faults and _print(folder / path) != stamp.get(path)]
+    faults |= {path for path in changed if not _is_whole(folder / path, wanted[path])}
+    with suppress(OSError):  # on a read-only disk the next look hashes again
+        if changed and not faults:
+            _write_stamp(folder, {path: _print(folder / path) for path in wanted})
+        os.utime(folder / _STAMP)
+    return sorted(faults)
+
+
+def _paths(folder: Path) -> set[str]:
+    """Everything in a folder but folders and the stamp, as relative paths; a link is a thing of its own."""
+    if folder.is_symlink():
+        return set()
+    found = set()
+    for above, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        found |= {os.path.relpath(os.path.join(above, name), folder) for name in names + links}
+    return found - {_STAMP}
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    """Is this a regular file of its own, with the bytes that were published?"""
+    try:
+        file = os.open(path, READ_FLAGS)
+    except OSError:
+        return False
+    try:
+        info = os.fstat(file)
+        regular = stat.S_ISREG(info.st_mode) and info.st_nlink == 1
+        return regular and info.st_size == entry.size and hash_open(file) == entry.sha256
+    finally:
+        os.close(file)
+
+
+def _print(path: Path) -> _Print:
+    try:
+        info = path.lstat()
+    except OSError:
+        return []
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
+
+
+def _read_stamp(folder: Path) -> Mapping[str, _Print]:
+    """What was noted when the bytes were hashed; nothing when that cannot be read."""
+    try:
+        stamp = json.loads((folder / _STAMP).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def _write_stamp(folder: Path, stamp: Mapping[str, _Print]) -> None:
+    with storage("the stamp of a cached folder could not be written"):
+        (folder / _STAMP).write_text(json.dumps(stamp))
+
+
+def _last_use(folder: Path) -> float:
+    stamp = folder / _STAMP
+    return (stamp if stamp.exists() else folder).stat().st_mtime

@@ -27,7 +27,7 @@ MODEL, DATA, PROFILE, CONFIG, LABELS, OTHER = "model", "data", "profile", "confi
 ROLES: Final = (MODEL, DATA, PROFILE, CONFIG, LABELS, OTHER)
 
 DATATYPES: Final = frozenset(
-    "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 BF16 FP32 FP64 BYTES".split(),
+    ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32", "FP64", "BYTES"],
 )
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

@@ -108,7 +108,9 @@ def roles_of(paths: list[str], given: Mapping[str, str]) -> dict[str, str]:
     """
     for path, role in given.items():
         if path not in paths or role not in ROLES:
-            raise PublishRefused(f"role {shown(role)} for {shown(path)}: wanted one of {', '.join(ROLES)} for a file given")
+            raise PublishRefused(
+                f"role {shown(role)} for {shown(path)}: wanted one of {', '.join(ROLES)} for a file given"
+            )
     model = next((path for path, role in given.items() if role == MODEL), None) or _model(paths)
     return {path: given.get(path) or (MODEL if path == model else _role(path)) for path in paths}
 

@@ -29,7 +29,7 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway import Gateway, Served
-from server.runtime.base import Engine, Runtime
+from server.runtime.base import Engine, ModelOptions, Runtime
 from server.types import ParameterValue
 
 log = structlog.get_logger("control")
@@ -70,7 +70,7 @@ class ModelControl:
         source: ModelSource,
         runtime: Runtime,
         gateway: Gateway,
-        serve: Callable[[Engine, ModelPlan], Served],
+        serve: Callable[[Engine, ModelOptions], Served],
         changed: Callable[[], None],
         forget: Callable[[str, str], None],
         mode: str = "none",
@@ -268,8 +268,8 @@ class ModelControl:
         if plan.ignored:
             log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
         try:
-            engine = await self._off_loop(partial(self._runtime.load, plan.load_request(wanted)))
-            served = await self._served(engine, plan)
+            engine, options = await self._off_loop(partial(self._load, plan, wanted))
+            served = await self._served(engine, options)
         except TidegateError as error:
             self._load_failed(plan.name, current, error.message)
             return
@@ -283,10 +283,14 @@ class ModelControl:
         if current.served is not None:
             self._retire([current])
 
-    async def _served(self, engine: Engine, plan: ModelPlan) -> Served:
+    def _load(self, plan: ModelPlan, version: VersionPlan) -> tuple[Engine, ModelOptions]:
+        request = plan.load_request(version)
+        return self._runtime.load(request), request.options
+
+    async def _served(self, engine: Engine, options: ModelOptions) -> Served:
         """The engine behind its batcher; an engine whose options do not fit it is closed again."""
         try:
-            return self._serve(engine, plan)
+            return self._serve(engine, options)
         except TidegateError:
             await self._off_loop(engine.close)
             raise

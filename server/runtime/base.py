@@ -20,7 +20,7 @@ class Provider:
 
 @dataclass(slots=True, frozen=True)
 class QueuePolicy:
-    """Triton's ModelQueuePolicy: what happens to a request that waits too long, and how many may wait (0: no own bound)."""
+    """Triton's ModelQueuePolicy: what becomes of a request that waits too long, how many may wait (0: no own bound)."""
 
     timeout_action: str = "REJECT"  # or "DELAY"
     default_timeout_us: int = 0
@@ -108,11 +108,43 @@ class ModelOptions:
     filename: str = "model.onnx"
 
 
+class ListedFile(Protocol):
+    """What a manifest says of one file: bytes, and SHA-256 in lower-case hex."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(slots=True, frozen=True)
+class InspectionLimits:
+    """Bounds on a version's files, looked at before anything is built from them. The defaults fit any real model.
+
+    ``allowed_custom_ops``: SHA-256 (hex) of the shared libraries that may lie beside the model or be loaded with it.
+    """
+
+    #: protobuf messages, and with them ONNX files, cannot be larger.
+    max_model_bytes: int = 2**31 - 1
+    #: The model file and all its external data.
+    max_total_bytes: int = 1 << 38
+    #: Fields of the ONNX file that are looked at: what bounds the time a hostile file can take.
+    max_fields: int = 10_000_000
+    #: protobuf's own bound of 100 nested messages leaves room for no more.
+    max_graph_depth: int = 32
+    max_external_files: int = 10_000
+    max_folder_files: int = 10_000
+    allowed_custom_ops: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True, frozen=True)
 class LoadRequest:
     """One version to load. ``path`` is the ONNX file; ``folder`` the model's folder (labels, warm-up data), if any.
 
     ``state_dir``: where what was learned (batch size per model digest) and engine caches are kept; None = nowhere.
+    ``limits``, ``listed``: see ``inspection.inspect_files``. ``expected_digest``: the digest that was admitted; other
+    bytes are refused ("": any). ``custom_ops``: libraries of custom operators to load, each allowed by ``limits``.
     """
 
     name: str
@@ -121,6 +153,10 @@ class LoadRequest:
     options: ModelOptions
     folder: Path | None = None
     state_dir: Path | None = None
+    limits: InspectionLimits = InspectionLimits()
+    listed: Mapping[str, ListedFile] | None = None
+    expected_digest: str = ""
+    custom_ops: tuple[Path, ...] = ()
 
 
 @dataclass(slots=True)

@@ -12,9 +12,6 @@ from typing import Final
 
 from server.runtime.wireformat import Malformed, TooLarge, WireFile
 
-#: protobuf messages, and with them ONNX files, cannot be larger.
-MAX_FILE_BYTES: Final = 2**31 - 1
-
 _MODEL_IR_VERSION, _MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION = 1, 7, 8, 20, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _TRAINING_GRAPHS: Final = frozenset({1, 2})
@@ -25,6 +22,7 @@ _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = frozenset({5, 10}), f
 _SPARSE_TENSORS: Final = frozenset({1, 2})
 _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION, _EXTERNAL = 8, 13, 14, 1
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_EXTERNAL_KEYS: Final = ("location", "offset", "length")
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE = 1, 2, 1, 2
 
 _MODEL: Final = frozenset({_MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION})
@@ -39,6 +37,7 @@ _ENTRY: Final = frozenset({_ENTRY_KEY, _ENTRY_VALUE})
 _MAX_OPERATORS: Final = 10_000
 _MAX_OPSETS: Final = 1_000
 _MAX_EXTERNAL_TENSORS: Final = 200_000
+_MAX_QUOTED_CHARS: Final = 120
 #: Decimal digits of an offset or a length: enough for 2**63.
 _MAX_DIGITS: Final = 19
 
@@ -75,6 +74,12 @@ def read_facts(file: WireFile, max_graph_depth: int) -> ModelFacts:
     reader.model()
     foreign = {domain: name for domain, name in sorted(reader.operators - reader.functions) if domain}
     return ModelFacts(reader.ir_version, reader.opsets, foreign, tuple(reader.external), frozenset(reader.unranked))
+
+
+def quoted(text: str) -> str:
+    """A name out of a file, fit for a sentence: printable, in quotes, and not too long."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return f"'{shown}'" if len(shown) <= _MAX_QUOTED_CHARS else f"'{shown[:_MAX_QUOTED_CHARS]}...'"
 
 
 class _Reader:
@@ -178,8 +183,8 @@ class _Reader:
         for field, first, last in self._file.fields(start, end, _TENSOR, numbers):
             if field == _TENSOR_NAME:
                 name = first, last
-            else:
-                entries.append(self._entry(first, last))
+            elif (entry := self._entry(first, last))[0] in _EXTERNAL_KEYS:
+                entries.append(entry)
         # An enum has 32 bits; entries of a tensor that is not external are never followed.
         if numbers[_TENSOR_DATA_LOCATION] & 0xFFFFFFFF == _EXTERNAL:
             self.external.append(_external(self._file.text(*name), entries))
@@ -218,13 +223,12 @@ def _canonical(domain: str) -> str:
 
 def _external(name: str, entries: list[tuple[str, str]]) -> ExternalTensor:
     keys = [key for key, _ in entries]
-    for key in ("location", "offset", "length"):
+    for key in _EXTERNAL_KEYS:
         if keys.count(key) > 1:
-            raise Malformed(f"tensor '{name}' gives '{key}' of its external data more than once")
+            raise Malformed(f"tensor {quoted(name)} gives the {key} of its external data more than once")
     values = dict(entries)
-    return ExternalTensor(
-        name, values.get("location", ""), _number(name, "offset", values) or 0, _number(name, "length", values)
-    )
+    offset, length = (_number(name, key, values) for key in _EXTERNAL_KEYS[1:])
+    return ExternalTensor(name, values.get("location", ""), offset or 0, length)
 
 
 def _number(name: str, key: str, values: Mapping[str, str]) -> int | None:
@@ -232,5 +236,5 @@ def _number(name: str, key: str, values: Mapping[str, str]) -> int | None:
     if text is None:
         return None
     if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise Malformed(f"tensor '{name}' gives '{text[:40]}' as {key} of its external data, not a whole number")
+        raise Malformed(f"tensor {quoted(name)} has external data with {key} {quoted(text)}, wanted a whole number")
     return int(text)

@@ -25,9 +25,10 @@ import onnxruntime as ort
 import structlog
 
 from server.errors import ModelLoadError, RuntimeFailure, TidegateError
-from server.runtime import modelfile, providers, signature
+from server.runtime import inspection, providers, signature
 from server.runtime.arena import ALIGNMENT, Allocator, Bytes, allocate_aligned
-from server.runtime.base import Batch, LoadRequest, ModelOptions
+from server.runtime.base import Batch, InspectionLimits, LoadRequest, ModelOptions
+from server.runtime.inspection import Inspection, Supported
 from server.runtime.lane import Lane
 from server.runtime.messages import clean
 from server.runtime.signature import GraphTensor, Signature
@@ -63,8 +64,10 @@ _TINY_MODEL: Final = bytes.fromhex(
 class OnnxEngine:
     """A loaded and warm version. ``run`` may be called from any thread, one call at a time per instance."""
 
-    def __init__(self, spec: ModelSpec, lanes: list[Lane]) -> None:
+    def __init__(self, spec: ModelSpec, lanes: list[Lane], inspected: Inspection) -> None:
         self.spec = spec
+        #: The files it was loaded from, as they were.
+        self.inspection = inspected
         self.instances = len(lanes)
         self.run_ns = _UNKNOWN_RUN_NS
         self.memory_bytes = 0
@@ -128,12 +131,21 @@ class OnnxRuntime:
         }
 
     def _load(self, request: LoadRequest) -> OnnxEngine:
-        modelfile.check(request.path)
+        inspected = inspection.inspect_files(
+            request.path,
+            request.folder,
+            limits=request.limits,
+            listed=request.listed,
+            supported=self._supported(),
+        )
+        _check_digest(request, inspected)
+        libraries = _libraries(request)
         resident = _resident_bytes()
-        digest = modelfile.digest(request.path)
-        plans = self._plans(request, digest)
-        sessions = [_open_session(request.path, request.options, plan) for plan in plans]
-        engine = self._prepare(request, digest, sessions, plans)
+        plans = self._plans(request, inspected.digest)
+        sessions = [_open_session(request, plan, libraries) for plan in plans]
+        # From here on nothing reads the files again, but for external data that the CPU provider has mapped.
+        inspection.recheck(inspected)
+        engine = self._prepare(request, inspected, sessions, plans)
         engine.memory_bytes = max(0, _resident_bytes() - resident)
         return engine
 
@@ -154,24 +166,24 @@ class OnnxRuntime:
         return [plan(devices[index % len(devices)], cache) for index in range(max(1, options.instances))]
 
     def _prepare(
-        self, request: LoadRequest, digest: str, sessions: list[Any], plans: list[providers.ProviderPlan]
+        self, request: LoadRequest, inspected: Inspection, sessions: list[Any], plans: list[providers.ProviderPlan]
     ) -> OnnxEngine:
         """Recognise how the model batches, warm it, and give the engine its final spec."""
         options = request.options
         labels = _labels(request)
-        inputs, outputs = _graph(sessions[0], request.path)
+        inputs, outputs = _graph(sessions[0], inspected.facts.unranked)
         found = signature.match(inputs, outputs, options, labels, self._auto_batch)
         notes = [*plans[0].notes, *found.notes]
         if options.max_batch_size is None and not found.max_batch_size and found.batch_blocker:
             notes.append(f"the model does not batch: {found.batch_blocker}")
-        engine = _engine(request, digest, found, sessions, plans)
+        engine = _engine(request, inspected, found, sessions, plans)
         gathering = decide_gathering(
             partial(engine.run, 0), engine.spec, request, _setting(options, sessions[0]), self._measure_budget_s
         )
         if gathering.refusal and options.max_batch_size is None:
             notes.append(f"the model does not batch: {gathering.refusal}")
             unbatched = signature.match(inputs, outputs, replace(options, max_batch_size=0), labels, 0)
-            engine = _engine(request, digest, unbatched, sessions, plans)
+            engine = _engine(request, inspected, unbatched, sessions, plans)
             gathering = replace(gathering, rows=0, refusal="")
         engine.release()
         engine.spec = with_gathering(engine.spec, gathering, tuple(notes))
@@ -202,7 +214,11 @@ class OnnxRuntime:
 
 
 def _engine(
-    request: LoadRequest, digest: str, found: Signature, sessions: list[Any], plans: list[providers.ProviderPlan]
+    request: LoadRequest,
+    inspected: Inspection,
+    found: Signature,
+    sessions: list[Any],
+    plans: list[providers.ProviderPlan],
 ) -> OnnxEngine:
     spec = ModelSpec(
         name=request.name,
@@ -210,7 +226,7 @@ def _engine(
         inputs=tuple(port.spec for port in found.inputs),
         outputs=tuple(port.spec for port in found.outputs),
         max_batch_size=found.max_batch_size,
-        digest=digest,
+        digest=inspected.digest,
     )
     on_device = plans[0].on_device
     count = max(1, request.options.instances)
@@ -218,7 +234,7 @@ def _engine(
     lanes = [
         Lane(sessions[index % len(sessions)], found, rebind=on_device, allocate=allocate) for index in range(count)
     ]
-    return OnnxEngine(spec, lanes)
+    return OnnxEngine(spec, lanes, inspected)
 
 
 def _require_rows(outputs: list[Tensor], rows: int) -> None:
@@ -227,11 +243,35 @@ def _require_rows(outputs: list[Tensor], rows: int) -> None:
             raise RuntimeFailure(f"Output '{output.name}' has shape {list(output.shape)} for a batch of {rows} rows.")
 
 
-def _open_session(path: Path, options: ModelOptions, plan: providers.ProviderPlan) -> Any:
+def _check_digest(request: LoadRequest, inspected: Inspection) -> None:
+    if request.expected_digest not in {"", inspected.digest}:
+        raise ModelLoadError(
+            f"{request.path.name}: bytes changed after admission, the digest was {request.expected_digest[:12]} "
+            f"and is {inspected.digest[:12]}."
+        )
+
+
+def _libraries(request: LoadRequest) -> dict[Path, str]:
+    """The custom-operator libraries to load, with their SHA-256. Raises ModelLoadError for one that is not allowed."""
+    libraries = {path: inspection.sha256_of_library(path) for path in request.custom_ops}
+    _check_libraries(libraries, request.limits)
+    return libraries
+
+
+def _check_libraries(libraries: Mapping[Path, str], limits: InspectionLimits) -> None:
+    for path, digest in libraries.items():
+        if digest not in limits.allowed_custom_ops:
+            raise ModelLoadError(f"Custom-operator library {path.name} has SHA-256 {digest[:12]}, which is not allowed.")
+
+
+def _open_session(request: LoadRequest, plan: providers.ProviderPlan, libraries: Mapping[Path, str]) -> Any:
+    path = request.path
     try:
         session = ort.InferenceSession(
-            str(path), _session_options(options), providers=list(plan.entries), enable_fallback=0
+            str(path), _session_options(request.options, libraries), providers=list(plan.entries), enable_fallback=0
         )
+    except ModelLoadError:
+        raise
     except Exception as error:
         raise ModelLoadError(f"{path.name} cannot be loaded: {clean(str(error))}") from error
     session.disable_fallback()

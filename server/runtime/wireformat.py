@@ -15,7 +15,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES: Final = {_FIXED64: 8, _FIXED32: 4}
 _MAX_TAG: Final = 2**32 - 1
 _MAX_VARINT_BYTES: Final = 10
-_MAX_TEXT_BYTES: Final = 65_536
+_MAX_TEXT_BYTES: Final = 8192
 _WINDOW_BYTES: Final = 65_536
 
 #: Any number of numeric fields with a one-byte tag: trees and scalers hold millions of them, one by one.
@@ -24,8 +24,8 @@ _NUMERIC_FIELDS: Final = re.compile(
     rb"|[\x0d\x15\x1d\x25\x2d\x35\x3d\x45\x4d\x55\x5d\x65\x6d\x75\x7d].{4}"
     rb"|[\x09\x11\x19\x21\x29\x31\x39\x41\x49\x51\x59\x61\x69\x71\x79].{8})++"
 )
-#: So many bytes of numeric fields, skipped at once, cost as much as one other field.
-_SKIPPED_BYTES_PER_FIELD: Final = 64
+#: So many bytes of text kept, or of numeric fields skipped at once, count as one field.
+_BYTES_PER_FIELD: Final = 64
 
 
 class Malformed(Exception):
@@ -83,6 +83,7 @@ class WireFile:
         """A string field. Raises Malformed unless it is UTF-8, TooLarge when it is longer than any name."""
         if end - start > _MAX_TEXT_BYTES:
             raise TooLarge(f"holds a name of {end - start} bytes, at most {_MAX_TEXT_BYTES} are taken")
+        self._spend((end - start) // _BYTES_PER_FIELD)
         if start < self._base or end > self._base + len(self._window):
             self._fill(start)
         raw = self._window[start - self._base : end - self._base]
@@ -102,6 +103,8 @@ class WireFile:
             self._fill(position)
             index = 0
         window = self._window
+        if position < end and window[index] < 0x80:
+            return window[index], position + 1
         value = 0
         for count in range(min(end - position, _MAX_VARINT_BYTES)):
             byte = window[index + count]
@@ -129,7 +132,7 @@ class WireFile:
         if match is None:
             return position
         skipped = match.end() - index
-        self._spend(skipped // _SKIPPED_BYTES_PER_FIELD)
+        self._spend(skipped // _BYTES_PER_FIELD)
         return position + skipped
 
     def _fill(self, position: int) -> None:

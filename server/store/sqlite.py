@@ -81,7 +81,9 @@ class SqliteStore:
         """What SQLite's full integrity check and foreign key check complain about; empty when all is well."""
         with self.reading() as connection:
             found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
-            orphans = [f"{row[0]} refers to a missing {row[2]}" for row in connection.execute("PRAGMA foreign_key_check")]
+            orphans = [
+                f"{row[0]} refers to a missing {row[2]}" for row in connection.execute("PRAGMA foreign_key_check")
+            ]
         return [line for line in found if line != "ok"] + orphans
 
     def close(self) -> None:
@@ -356,4 +358,6 @@ def get_meta(connection: sqlite3.Connection, key: str) -> str | None:
 
 def put_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
     """Keep ``value`` under ``key``, in the caller's transaction."""
-    connection.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+    connection.execute(
+        "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+    )

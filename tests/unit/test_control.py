@@ -14,7 +14,7 @@ import pytest
 
 from server.batching.batcher import Batcher
 from server.control.models import ModelControl
-from server.control.sources import DirectorySource, ModelPlan, NamedModel, NamedSource
+from server.control.sources import DirectorySource, NamedModel, NamedSource
 from server.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -73,18 +73,17 @@ class Rig:
         self.runtime.hold.set()
         self.changes = 0
 
-        def serve(engine: Engine, plan: ModelPlan) -> Served:
+        def serve(engine: Engine, options: ModelOptions) -> Served:
             batcher = Batcher(
                 engine,
-                plan.options.batching,
+                options.batching,
                 clock=time.monotonic_ns,
                 call_soon=loop.call_soon,
                 call_soon_threadsafe=loop.call_soon_threadsafe,
                 call_later=loop.call_later,
             )
-            return Served(
-                engine.spec, batcher, telemetry.model(engine.spec.name, engine.spec.version), telemetry.instruments
-            )
+            counted = telemetry.model(engine.spec.name, engine.spec.version)
+            return Served(engine.spec, batcher, options, counted, telemetry.instruments)
 
         self.control = ModelControl(
             source=DirectorySource(root, root / ".state"),

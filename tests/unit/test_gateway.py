@@ -88,7 +88,9 @@ class Rig:
             call_soon_threadsafe=loop.call_soon_threadsafe,
             call_later=loop.call_later,
         )
-        self.served = Served(self.engine.spec, self.batcher, self.telemetry.model("m", "1"), self.telemetry.instruments)
+        self.served = Served(
+            self.engine.spec, self.batcher, ModelOptions(), self.telemetry.model("m", "1"), self.telemetry.instruments
+        )
         table = self.gateway.table.with_model("m", ModelRoutes({"1": self.served}, "1"))
         self.gateway.publish(table)
 

@@ -7,6 +7,7 @@ an exception class. Names of models stand in the message and not in the headers,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class GrpcServer:
         self._health = HealthRpcs(services)
         self._methods = {**InferenceRpcs(services).methods, **self._health.methods}
         self._draining = False
+        self._ending = False  # streams are read no further
         self._goaway_sent = asyncio.Event()
         self._arrived = 0
         self._reads: set[asyncio.Future[Any]] = set()
@@ -153,11 +155,12 @@ class GrpcServer:
         """
         self._draining = True
         self._health.close()
+        started = time.monotonic()
+        await self._until_quiet(min(_HOLD_S, timeout_s))
+        self._ending = True
         for read in list(self._reads):
             read.cancel()
-        started = time.monotonic()
         if self._server is not None:
-            await self._until_quiet(min(_HOLD_S, timeout_s))
             stopping = asyncio.ensure_future(self._server.stop(max(0.0, timeout_s - (time.monotonic() - started))))
             await asyncio.wait((stopping,), timeout=_GOAWAY_S)
             self._goaway_sent.set()
@@ -165,17 +168,19 @@ class GrpcServer:
         return time.monotonic() - started < timeout_s
 
     async def _until_quiet(self, most_s: float) -> None:
-        """Until no call has arrived for a moment, at most ``most_s``."""
+        """Until no call or message has arrived for a moment, at most ``most_s``."""
         until = time.monotonic() + most_s
         seen = -1
         while self._arrived != seen and time.monotonic() < until:
             seen = self._arrived
             await asyncio.sleep(_QUIET_S)
 
-    async def _hold(self) -> None:
-        """While the server drains, an answer waits until the GOAWAY is ahead of it."""
-        if self._draining:
-            await self._goaway_sent.wait()
+    async def _hold(self, context: _Context) -> None:
+        """While the server drains, an answer waits until the GOAWAY is ahead of it, or half of its time is gone."""
+        if self._draining and not self._goaway_sent.is_set():
+            remaining_s = context.time_remaining()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._goaway_sent.wait(), None if remaining_s is None else remaining_s / 2)
 
     def _options(self) -> list[tuple[str, int]]:
         limits, settings = self._port.limits, self._settings
@@ -209,7 +214,7 @@ class GrpcServer:
             self._arrived += 1
             try:
                 answer = await method(raw)
-                await self._hold()
+                await self._hold(context)
                 return answer
             except Exception as error:  # noqa: BLE001 - the boundary of one call
                 return await self._abort(context, self._told(error, new_id()))
@@ -221,7 +226,7 @@ class GrpcServer:
         call = _Call(context)
         try:
             answer = await self._answer(call, raw)
-            await self._hold()
+            await self._hold(context)
             await call.send_headers()
             return answer
         except Exception as error:  # noqa: BLE001 - the boundary of one request
@@ -281,8 +286,8 @@ class GrpcServer:
     # --- helpers ----------------------------------------------------------------------------------------------
 
     async def _read(self, context: _Context) -> bytes | None:
-        """The next message of a stream; None at its end, and from the moment that the server drains."""
-        if self._draining:
+        """The next message of a stream; None at its end, and once a drain has come that far."""
+        if self._ending:
             return None
         read = asyncio.ensure_future(context.read())
         self._reads.add(read)
@@ -290,11 +295,12 @@ class GrpcServer:
             raw = await read
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._draining and task is not None and not task.cancelling():
+            if self._ending and task is not None and not task.cancelling():
                 return None
             raise
         finally:
             self._reads.discard(read)
+        self._arrived += 1
         return None if raw is grpc.aio.EOF else raw
 
     async def _end_stream(self, context: _Context) -> None:
@@ -309,7 +315,7 @@ class GrpcServer:
         return Internal(id_)
 
     async def _abort(self, context: _Context, error: TidegateError) -> bytes:
-        await self._hold()
+        await self._hold(context)
         code = _CODES[self._statuses.of(error).grpc]
         seconds = self._statuses.retry_after(error)
         trailers = () if seconds is None else (("retry-after", str(seconds)),)

@@ -1,0 +1,347 @@
+"""Nobody pays for a neighbour: bad rows, slow models, slow clients, floods, clients that leave, idle crowds."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from server._pb import inference_pb2 as pb
+from tests.support import models
+from tests.support.metrics import samples, total, wait_total
+from tests.support.server import Server, serving
+from tests.support.v2 import call, get, infer, tensor
+from tests.support.wire import Steady, Wire, post
+
+BOUND = 8  # requests that may wait for the bounded model
+CONFIG = """
+apiVersion: tidegate/v1
+server:
+  limits: { max_pending: 256, max_connections: 2500 }
+"""
+BOUNDED = f"""
+name: "bounded"
+max_batch_size: 1
+dynamic_batching {{ default_queue_policy {{ max_queue_size: {BOUND} }} }}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("repository")
+    models.affine(root / "affine" / "1" / "model.onnx")
+    models.lookup(root / "lookup" / "1" / "model.onnx")
+    models.identity(root / "wide" / "1" / "model.onnx", "FP32", width=1 << 20)
+    for name, text in (("slow", 'name: "slow"\nmax_batch_size: 1\n'), ("bounded", BOUNDED)):
+        models.slow_scalar(root / name / "1" / "model.onnx", size=512, layers=8)
+        (root / name / "config.pbtxt").write_text(text)
+    config = tmp_path_factory.mktemp("config") / "tidegate.yaml"
+    config.write_text(CONFIG)
+    state = str(tmp_path_factory.mktemp("state"))
+    with serving(str(config), "--model-repository", str(root), "--state-dir", state) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def sane_after(server: Server) -> Iterator[None]:
+    """After each storm nothing waits any more and all places are free: 256 calls at once are admitted."""
+    yield
+    wait_total(server, "tidegate_pending_requests", 0)
+    status, body = affine(server, 3.0)
+    assert (status, body["outputs"][0]["data"]) == (200, [7.0] * 4)
+    assert not [line for line in server.lines if line.get("event") == "request_failed"]
+
+
+def affine(server: Server, value: float) -> tuple[int, Any]:
+    return infer(server.http, "affine", [tensor("x", "FP32", [1, 4], [value] * 4)])
+
+
+def body_of(model: str, value: float) -> bytes:
+    width = 4 if model == "affine" else 1
+    return json.dumps({"inputs": [tensor("x", "FP32", [1, width], [value] * width)]}).encode()
+
+
+def one(server: Server, model: str, value: float, **headers: str) -> tuple[int, Any, dict[str, str]]:
+    return call(server.http, "POST", f"/v2/models/{model}/infer", body_of(model, value), headers)
+
+
+def message(model: str, value: float) -> bytes:
+    request = pb.ModelInferRequest(model_name=model)
+    width = 4 if model == "affine" else 1
+    request.inputs.add(name="x", datatype="FP32", shape=[1, width])
+    request.raw_input_contents.append(np.full(width, value, "<f4").tobytes())
+    return request.SerializeToString()
+
+
+def executed(server: Server, model: str) -> int:
+    return int(get(server.http, f"/v2/models/{model}/stats")[1]["model_stats"][0]["inference_count"])
+
+
+def test_bad_rows_fail_alone(server: Server) -> None:
+    """One request of five names a row that the table does not have; batches of both kinds form."""
+
+    def ask(i: int) -> None:
+        index = 8 + i if i % 5 == 0 else i % 8
+        status, body = infer(server.http, "lookup", [tensor("x", "INT64", [1, 1], [index])])
+        if i % 5 == 0:
+            assert status == 400, body
+            assert "onnxruntime" not in body["error"]
+        else:
+            assert (status, body["outputs"][0]["data"]) == (200, [index * 10.0])
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(ask, range(400)))
+
+
+def fast_latency_ms(server: Server, calls: int = 150) -> float:
+    """Median time of a call of the fast model."""
+    steady, times = Steady(server.http), []
+    for i in range(calls):
+        started = time.perf_counter()
+        answer = steady.exchange("/v2/models/affine/infer", body_of("affine", i))
+        times.append((time.perf_counter() - started) * 1000)
+        assert answer.body["outputs"][0]["data"] == [2.0 * i + 1] * 4
+    steady.close()
+    return statistics.median(times)
+
+
+def test_a_slow_model_does_not_slow_its_neighbour(server: Server) -> None:
+    over = threading.Event()
+
+    def occupy() -> None:
+        steady = Steady(server.http)
+        while not over.is_set():
+            assert steady.exchange("/v2/models/slow/infer", body_of("slow", 1)).status == 200
+        steady.close()
+
+    threads = [threading.Thread(target=occupy, daemon=True) for _ in range(4)]
+    started = time.perf_counter()
+    one(server, "slow", 1)
+    slow_ms = (time.perf_counter() - started) * 1000
+    for thread in threads:
+        thread.start()
+    while total(server, "tidegate_pending_requests") < 1:
+        pass
+    beside = fast_latency_ms(server)
+    over.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert beside < max(slow_ms, 10.0)
+
+
+def test_clients_that_send_byte_by_byte(server: Server) -> None:
+    """A hundred of them hold a connection each and nothing else; in the end they are answered too."""
+    with ExitStack() as stack:
+        data = post("/v2/models/affine/infer", body_of("affine", 5))
+        wires = [stack.enter_context(Wire(server.http)) for _ in range(100)]
+        for i in range(len(data) - 1):
+            for wire in wires[:20] if i % 40 else wires[:21]:
+                wire.send(data[i : i + 1])
+            if i % 40 == 0:
+                assert affine(server, i)[0] == 200
+        for wire in wires[:20]:
+            wire.send(data[-1:])
+        for wire in wires[:20]:
+            answer = wire.answer()
+            assert answer is not None
+            assert answer.body["outputs"][0]["data"] == [11.0] * 4
+
+
+def resident_mib(server: Server) -> float:
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def test_clients_that_never_read(server: Server) -> None:
+    """Each asks for 4 MiB again and again and takes none of it: the server stops reading from it."""
+    raw = b"\0" * (4 << 20)
+    head = json.dumps(
+        {
+            "inputs": [{**tensor("x", "FP32", [1, 1 << 20], []), "parameters": {"binary_data_size": len(raw)}}],
+            "parameters": {"binary_data_output": True},
+        }
+    ).replace(', "data": []', "")
+    data = post("/v2/models/wide/infer", head.encode() + raw, {"Inference-Header-Content-Length": str(len(head))})
+    before = resident_mib(server)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.http, receive_buffer=4096)) for _ in range(6)]
+        for wire in wires:
+            wire.socket.settimeout(1)
+            try:
+                for _ in range(20):
+                    wire.socket.sendall(data)
+            except TimeoutError:
+                continue
+        assert fast_latency_ms(server, 50) < 200
+        # Each may hold one answer being written and what was read ahead of it, not twenty.
+        assert resident_mib(server) - before < 6 * 10 * 4
+    assert fast_latency_ms(server, 50) < 200
+
+
+def test_overload_is_refused_with_advice_and_passes(server: Server) -> None:
+    def ask(i: int) -> tuple[int, str]:
+        status, body, headers = one(server, "bounded", float(i))
+        if status == 503:
+            assert int(headers["retry-after"]) >= 1
+            return status, body["error"]
+        assert body["outputs"][0]["data"] == [float(i)]
+        return status, ""
+
+    with ThreadPoolExecutor(40) as pool:
+        seen = Counter(pool.map(ask, range(120)))
+    assert seen[200, ""] >= BOUND
+    (refusal,) = [text for status, text in seen if status == 503]
+    assert "Exceeds maximum queue size" in refusal
+    assert sum(seen.values()) == 120
+    assert total(server, "tidegate_rejected_total") > 0
+    assert '{reason="queue_full"}' in samples(server, "tidegate_rejected_total")
+    with grpc.insecure_channel(server.grpc) as channel:
+        method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        futures = [method.future(message("bounded", i), timeout=30) for i in range(60)]
+        codes = Counter(None if f.exception() is None else (f.code(), f.details()) for f in futures)
+    assert codes.pop(None) >= BOUND
+    ((code, text),) = codes
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "Exceeds maximum queue size" in text
+    assert one(server, "bounded", 4.0)[0] == 200
+
+
+def test_admission_recovers_from_a_flood(server: Server) -> None:
+    """Over 256 in flight are refused before their bodies are read; every place comes back."""
+    for _ in range(2):
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(server.http)) for _ in range(300)]
+            for wire in wires:  # the head and half the body: holds a place
+                wire.send(post("/v2/models/affine/infer", body_of("affine", 1))[:-20])
+            until = time.monotonic() + 10
+            while (refusal := affine(server, 1))[0] == 200:
+                assert time.monotonic() < until, "nothing was refused"
+            assert refusal[0] == 503
+            assert "256" in refusal[1]["error"]
+        until = time.monotonic() + 10
+        while affine(server, 1)[0] != 200:
+            assert time.monotonic() < until, "places were lost"
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.http)) for _ in range(256)]
+        data = post("/v2/models/affine/infer", body_of("affine", 1))
+        for wire in wires:
+            wire.send(data[:-20])
+        for wire in wires:
+            wire.send(data[-20:])
+        answers = [wire.answer() for wire in wires]
+        assert {answer and answer.status for answer in answers} == {200}
+
+
+def test_clients_that_leave_take_their_queued_work_along(server: Server) -> None:
+    before = executed(server, "slow")
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.http)) for _ in range(60)]
+        for i, wire in enumerate(wires):
+            wire.send(post("/v2/models/slow/infer", body_of("slow", i)))
+        while total(server, "tidegate_pending_requests") < 30:
+            pass
+    wait_total(server, "tidegate_pending_requests", 0)
+    assert executed(server, "slow") - before < 45
+
+
+def test_deadlines_over_http(server: Server) -> None:
+    before = executed(server, "slow")
+    with ThreadPoolExecutor(30) as pool:
+        timeout = {"x-tidegate-timeout-ms": "60"}
+        answers = list(pool.map(lambda i: one(server, "slow", float(i), **timeout), range(60)))
+    seen = Counter(status for status, _, _ in answers)
+    assert set(seen) <= {200, 504}
+    assert seen[504] > 0
+    assert all("deadline" in body["error"] for status, body, _ in answers if status == 504)
+    wait_total(server, "tidegate_pending_requests", 0)
+    assert executed(server, "slow") - before < 50
+
+
+def test_memory_does_not_grow(server: Server) -> None:
+    """20,000 requests over both protocols, a fifth of them refused."""
+
+    def http(count: int) -> None:
+        steady = Steady(server.http)
+        good, bad = body_of("affine", 2), b'{"inputs":[{"name":"x"}]}'
+        for i in range(count):
+            answer = steady.exchange("/v2/models/affine/infer", bad if i % 5 == 0 else good)
+            assert answer.status == (400 if i % 5 == 0 else 200)
+        steady.close()
+
+    def rpc(count: int) -> None:
+        with grpc.insecure_channel(server.grpc) as channel:
+            method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for _ in range(count):
+                method(message("affine", 2), timeout=10)
+
+    def rounds(count: int) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work, count) for work in (http, http, http, rpc)]:
+                done.result()
+
+    rounds(500)
+    before = resident_mib(server)
+    rounds(4500)
+    assert resident_mib(server) - before < 24
+
+
+def test_a_crowd_of_idle_connections(server: Server) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2000
+    if hard != resource.RLIM_INFINITY and hard < wanted + 200:
+        pytest.skip(f"this system allows {hard} open files")
+    before = resident_mib(server)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted + 200), hard))
+    try:
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(server.http)) for _ in range(wanted)]
+            assert fast_latency_ms(server, 50) < 100
+            assert resident_mib(server) - before < 200
+            for wire in wires[::100]:
+                wire.send(post("/v2/models/affine/infer", body_of("affine", 5)))
+                answer = wire.answer()
+                assert answer is not None
+                assert answer.status == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_end_comes_in_spite_of_everyone(tmp_path: Path) -> None:
+    """SIGTERM with idle, half-sent, unread and streaming clients: out within the drain's time, code 0."""
+    models.affine(tmp_path / "models" / "affine" / "1" / "model.onnx")
+    config = tmp_path / "tidegate.yaml"
+    config.write_text("apiVersion: tidegate/v1\nserver:\n  drain: 3s\n")
+    arguments = (str(config), "--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state"))
+    with serving(*arguments) as server, ExitStack() as stack:
+        data = post("/v2/models/affine/infer", body_of("affine", 5))
+        for cut in (0, 20, len(data) - 3):
+            stack.enter_context(Wire(server.http)).send(data[:cut])
+        channel = stack.enter_context(grpc.insecure_channel(server.grpc))
+        over = threading.Event()
+        stack.callback(over.set)
+
+        def messages() -> Iterator[bytes]:
+            yield message("affine", 1)
+            over.wait(30)
+
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(messages(), timeout=30)
+        next(stream)
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=30)
+        next(watch)
+        started = time.monotonic()
+        server.terminate()
+        assert server.wait(15) == 0
+        assert time.monotonic() - started < 8
