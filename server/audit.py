@@ -91,7 +91,7 @@ class Broken:
 
 #: seq, ts, actor, action, subject, detail, prev_hash, hash
 _Columns: TypeAlias = tuple[int, str, str, str, str, str, str, str]
-_COLUMNS: Final = "seq, ts, actor, action, subject, detail, prev_hash, hash"
+_ROWS: Final = "SELECT seq, ts, actor, action, subject, detail, prev_hash, hash FROM audit"
 
 
 class AuditLog:
@@ -103,12 +103,12 @@ class AuditLog:
     def append(self, connection: sqlite3.Connection, event: AuditEvent) -> AuditHead:
         """Write ``event`` as the next row, in the caller's transaction. Returns the new head."""
         head = _head(connection)
-        detail = _canonical(event.detail)
-        fields = (head.seq + 1, *map(_storable, (event.ts, event.actor, event.action, event.subject, detail)))
-        row = (*fields, head.hash, _row_hash(head.hash, *fields))
-        connection.execute(f"INSERT INTO audit ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-        connection.execute("UPDATE audit_head SET seq = ?, hash = ?", (head.seq + 1, row[-1]))
-        return AuditHead(head.seq + 1, row[-1])
+        seq, texts = head.seq + 1, _texts(event)
+        row_hash = _row_hash(head.hash, seq, *texts)
+        row = (seq, *texts, head.hash, row_hash)
+        connection.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        connection.execute("UPDATE audit_head SET seq = ?, hash = ?", (seq, row_hash))
+        return AuditHead(seq, row_hash)
 
     def journal(
         self, connection: sqlite3.Connection, action: str, subject: str, detail: Mapping[str, object], actor: str
@@ -125,9 +125,9 @@ class AuditLog:
         """The last ``limit`` rows, or the first ``limit`` rows after number ``after``; oldest first."""
         with self._store.reading() as connection:
             if after is None:
-                query = f"SELECT {_COLUMNS} FROM audit ORDER BY seq DESC LIMIT ?"
+                query = _ROWS + " ORDER BY seq DESC LIMIT ?"
                 return [_parsed(row) for row in reversed(connection.execute(query, (limit,)).fetchall())]
-            query = f"SELECT {_COLUMNS} FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
+            query = _ROWS + " WHERE seq > ? ORDER BY seq LIMIT ?"
             return [_parsed(row) for row in connection.execute(query, (after, limit))]
 
     def head(self) -> AuditHead:
@@ -138,7 +138,7 @@ class AuditLog:
     def verify(self, known: AuditHead | None = None) -> Verified | Broken:
         """Check every row against the one before, the end against the head, and against a ``known`` earlier head."""
         with self._store.reading() as connection:
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM audit ORDER BY seq")
+            rows = connection.execute(_ROWS + " ORDER BY seq")
             return _verify(rows, _stored_head(connection), known or AuditHead(0, ""))
 
 
@@ -190,6 +190,17 @@ def _canonical(value: Mapping[str, object]) -> str:
         return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"the detail of an audit event must be a JSON object: {error}") from error
+
+
+def _texts(event: AuditEvent) -> tuple[str, str, str, str, str]:
+    detail = _canonical(event.detail)
+    return (
+        _storable(event.ts),
+        _storable(event.actor),
+        _storable(event.action),
+        _storable(event.subject),
+        _storable(detail),
+    )
 
 
 def _storable(text: str) -> str:
@@ -265,7 +276,7 @@ class DeferredAudit:
             return self._changed.wait_for(lambda: not self._waiting, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
-        """Take nothing more and write what waits, for at most about ``timeout_s``. Returns how many events were lost."""
+        """Take nothing more and write what waits, for at most about ``timeout_s``. Returns how many were lost."""
         with self._changed:
             self._deadline = self._deadline or time.monotonic() + timeout_s
             self._changed.notify_all()

@@ -14,17 +14,21 @@ import structlog
 from starlette.types import ASGIApp
 
 from server import __version__
+from server.audit import AuditEvent, DeferredAudit
 from server.batching.batcher import Batcher, BatchRecord
 from server.catalog import ServedCatalog
 from server.config.compile import CompiledModel
 from server.config.settings import Address, ServerSettings, TlsSettings
 from server.control.models import ModelControl
-from server.control.sources import DirectorySource, JoinedSource, NamedModel, NamedSource
+from server.control.registry import RegistrySource
+from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
 from server.errors import ConfigError, ModelLoadError, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.lifecycle import Lifecycle, Listener, Readiness
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.onnx import OnnxRuntime
+from server.state import State, open_state
+from server.store.base import StoreError
 from server.telemetry.instruments import ModelTelemetry, Telemetry
 from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.trace import SpanSink, TraceGate
@@ -62,13 +66,15 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         call_soon=loop.call_soon,
         call_later=loop.call_later,
     )
+    state, deferred, audit = _state(settings, models)
     control = ModelControl(
-        source=_source(settings, models),
+        source=_source(settings, models, state, audit),
         runtime=runtime or OnnxRuntime(),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
         changed=readiness.changed,
         forget=telemetry.forget,
+        audit=audit,
         mode=settings.model_control,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
@@ -93,17 +99,22 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         gateway.close()
         if export is not None:
             await asyncio.to_thread(export.close)
+        if deferred is not None:
+            await asyncio.to_thread(deferred.close)
+        if state is not None:
+            state.close()
 
     if export is not None:
         export.start()
-    polling = settings.model_control == "poll"
+    interval_s = settings.registry_poll_seconds if _uses_registry(settings, models) else settings.poll_seconds
+    polling = settings.model_control == "poll" or _uses_registry(settings, models)
     return Lifecycle(
         readiness=readiness,
         listeners=_listeners(settings, gateway, services, telemetry),
         start_models=start_models,
         close_models=control.close,
         reload=reload,
-        background=[lambda: control.poll(settings.poll_seconds)] if polling else [],
+        background=[lambda: control.poll(interval_s)] if polling else [],
         close=close,
         drain_seconds=settings.drain_seconds,
     )
@@ -162,18 +173,45 @@ def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _source(settings: ServerSettings, models: Models) -> JoinedSource:
-    named = NamedSource(
-        tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over) for m in models.named.values()),
-        settings.state_dir,
-    )
-    if settings.model_repository is None:
-        if not models.named:
-            raise ConfigError("nothing to serve: give a model file, --model-repository or a configuration with models")
-        return JoinedSource(named)
-    if not settings.model_repository.exists():
-        raise ConfigError(f"model repository {settings.model_repository} does not exist")
-    return JoinedSource(named, DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
+def _uses_registry(settings: ServerSettings, models: Models) -> bool:
+    """The embedded registry is served when the settings say so, or when they name nothing else."""
+    return settings.embedded_registry or (settings.model_repository is None and not models.named)
+
+
+def _state(settings: ServerSettings, models: Models) -> tuple[State | None, DeferredAudit | None, Audit]:
+    """The state folder and its audit. A folder that cannot be written is refused only when the registry is served."""
+    try:
+        state = open_state(settings.state_dir)
+    except StoreError as error:
+        if _uses_registry(settings, models):
+            raise ConfigError(f"the registry in {settings.state_dir} cannot be served: {error.message}") from error
+        log.warning("no_state", error=error.message, consequence="nothing is audited")
+        return None, None, lambda *_: None
+    state.registry.sweep()
+    deferred = state.deferred()
+
+    def audit(action: str, subject: str, detail: Mapping[str, object]) -> None:
+        deferred.record(AuditEvent("tidegate", action, subject, detail))
+
+    return state, deferred, audit
+
+
+def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> JoinedSource:
+    """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
+    named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over) for m in models.named.values())
+    sources: list[ModelSource] = [NamedSource(named, settings.state_dir)]
+    if settings.model_repository is not None:
+        if not settings.model_repository.exists():
+            raise ConfigError(f"model repository {settings.model_repository} does not exist")
+        sources.append(DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
+    if state is not None and _uses_registry(settings, models):
+        if settings.model_repository is None and not named and not state.registry.models():
+            raise ConfigError(
+                "nothing to serve: give a model file, --model-repository or a configuration with models, "
+                f"or publish to the registry in {settings.state_dir} (tidegate registry publish)"
+            )
+        sources.append(RegistrySource(state.registry, settings.state_dir, audit, models.defaults))
+    return JoinedSource(*sources)
 
 
 def _server_of_versions(

@@ -73,9 +73,13 @@ class ServingCache:
 
     def remove(self, folder: CachedFolder) -> None:
         """Delete a version's folder: at once gone under its name."""
-        with staging_folder(self.root / _TEMPS) as staging, storage("a cached folder could not be deleted"):
-            with self._locked(), suppress(FileNotFoundError):
-                folder.path.rename(staging / "old")
+        with (
+            staging_folder(self.root / _TEMPS) as staging,
+            storage("a cached folder could not be deleted"),
+            self._locked(),
+            suppress(FileNotFoundError),
+        ):
+            folder.path.rename(staging / "old")
 
     def sweep(self, older_than_s: float) -> int:
         """Remove what dead builders left behind; returns how many staging folders."""

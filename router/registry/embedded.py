@@ -1,8 +1,8 @@
 """The registry of one state folder: rows in the database it is handed, files as blobs, folders to serve from.
 
 A version is published by copying its files, then naming them in one transaction: it exists whole or not at all. Each
-change is journalled in its own transaction. Any number of processes may work at once; what one commits, the next view of
-another one sees.
+change is journalled in its own transaction. Any number of processes may work at once; what one commits, the next view
+of another one sees.
 """
 
 from __future__ import annotations
@@ -256,19 +256,28 @@ class EmbeddedRegistry:
                 return before
             return self._set_alias(connection, model, alias, None, actor)
 
-    def promote(self, model: str, version: int, *, expected_champion: int | None = None, actor: str) -> Version:
+    def promote(
+        self,
+        model: str,
+        version: int,
+        *,
+        expected_champion: int | None = None,
+        expected: int | None = None,
+        actor: str,
+    ) -> Version:
         """Make a version champion, the old champion previous, and drop challenger if it was this one: all or nothing.
 
-        ``expected_champion``: the version that must be champion now (0: none), None: whichever. Raises AliasConflict,
-        NotInRegistry or VersionRetired. Promoting the champion changes nothing.
+        ``expected_champion``: the version that must be champion now (0: none), None: whichever. ``expected``: the
+        generation that the alias champion must have. Raises AliasConflict, NotInRegistry or VersionRetired. Promoting
+        the champion changes nothing.
         """
         with self.database.transaction() as connection:
             _require_servable(connection, model, version)
             champion = _alias(connection, model, CHAMPION)
+            _compare(model, champion, expected)
             if expected_champion is not None and (champion.version or 0) != expected_champion:
-                raise AliasConflict(
-                    f"champion of {model} was expected to be {_named(expected_champion)} and is {_named(champion.version)}"
-                )
+                wanted, got = _named(expected_champion), _named(champion.version)
+                raise AliasConflict(f"champion of {model} was expected to be {wanted} and is {got}")
             self._promote(connection, model, version, actor)
             return _version(connection, model, version)
 

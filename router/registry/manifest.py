@@ -26,9 +26,8 @@ MODEL, DATA, PROFILE, CONFIG, LABELS, OTHER = "model", "data", "profile", "confi
 #: What a file is for: the graph, its external weights, the drift profile, config.pbtxt, label texts, anything else.
 ROLES: Final = (MODEL, DATA, PROFILE, CONFIG, LABELS, OTHER)
 
-DATATYPES: Final = frozenset(
-    ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32", "FP64", "BYTES"],
-)
+_INTEGERS: Final = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+DATATYPES: Final = frozenset({"BOOL", *_INTEGERS, "FP16", "BF16", "FP32", "FP64", "BYTES"})
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")

@@ -1,7 +1,7 @@
 """A model directory as a registry: versions are what lies there, there are no aliases, and looking is polling.
 
-``generation`` scans the directory; everything else answers from the last scan. Nothing here can be published or changed,
-and nothing keeps the bytes from changing: ``fetch`` tells the digest of what is there now.
+``generation`` scans the directory; everything else answers from the last scan. Nothing here can be published or
+changed, and nothing keeps the bytes from changing: ``fetch`` tells the digest of what is there now.
 """
 
 from __future__ import annotations

@@ -219,6 +219,8 @@ def compile_settings(config: Config | None) -> ServerSettings:
         load_models=server.load_models,
         poll_seconds=server.poll_interval / units.NS_PER_S,
         model_repository=config.registry.directory,
+        embedded_registry=config.registry.embedded,
+        registry_poll_seconds=config.registry.poll_interval / units.NS_PER_S,
         telemetry=TelemetrySettings(
             config.telemetry.logs.format, config.telemetry.logs.level, _traces(config.telemetry.traces)
         ),

@@ -306,9 +306,15 @@ class State(Section):
 
 
 class Registry(Section):
-    """Where models without a source of their own come from: a directory in Triton/KServe layout."""
+    """Where models without a source of their own come from.
+
+    ``directory``: a folder in Triton/KServe layout. ``embedded``: the registry in the state folder, served by alias
+    and looked at every ``poll_interval``.
+    """
 
     directory: FilePath | None = None
+    embedded: bool = False
+    poll_interval: Interval = _default("1s", units.parse_duration)
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class ServerSettings:
     model_control: str = "none"  # none | poll | explicit
     load_models: tuple[str, ...] = ()
     poll_seconds: float = 15.0
+    #: Serve the registry in ``state_dir``, by alias; done in any case when nothing else is named.
+    embedded_registry: bool = False
+    registry_poll_seconds: float = 1.0
     #: A directory in Triton/KServe layout or one model file; None when every model has its own source.
     model_repository: Path | None = None
     state_dir: Path = Path("tidegate-state")

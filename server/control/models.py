@@ -19,7 +19,7 @@ from typing import TypeVar
 import structlog
 
 from router.types import ModelRoutes
-from server.control.sources import ModelPlan, ModelSource, VersionPlan
+from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
 from server.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -73,6 +73,7 @@ class ModelControl:
         serve: Callable[[Engine, ModelOptions], Served],
         changed: Callable[[], None],
         forget: Callable[[str, str], None],
+        audit: Audit,
         mode: str = "none",
     ) -> None:
         self._source = source
@@ -81,13 +82,15 @@ class ModelControl:
         self._serve = serve
         self._changed = changed
         self._forget_counts = forget
+        self._audit = audit
         self._mode = mode
         self._plans: dict[str, ModelPlan] = {}
         self._versions: dict[str, dict[str, _Version]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._retiring: set[asyncio.Task[None]] = set()
-        self.started = False
+        #: Models that were to be loaded at start.
+        self._wanted: set[str] = set()
 
     # -- what others ask ----------------------------------------------------------------------------------------
 
@@ -122,8 +125,9 @@ class ModelControl:
         return versions[version].state == READY
 
     def failures(self) -> list[IndexEntry]:
-        """Versions that are wanted and could not be loaded."""
-        return [row for row in self.index(ready_only=False) if row.state == UNAVAILABLE and row.reason != "unloaded"]
+        """Versions of wanted models that could not be loaded."""
+        rows = self.index(ready_only=False)
+        return [row for row in rows if row.state == UNAVAILABLE and row.name in self._wanted]
 
     # -- start, poll, load, unload ------------------------------------------------------------------------------
 
@@ -136,11 +140,11 @@ class ModelControl:
                 raise ModelNotFound(f"model '{name}' asked for at start-up is not in the repository")
         else:
             wanted = set(self._plans)
+        self._wanted = wanted
         for name in sorted(wanted):
             self._gateway.unready[name] = "loading"
         for name in sorted(wanted):
             await self._apply(name)
-        self.started = True
 
     async def poll(self, interval_s: float) -> None:
         """Follow the source until cancelled. A scan that fails is logged and tried again."""
@@ -188,6 +192,7 @@ class ModelControl:
         self._require_explicit("unload", model)
         async with self._lock(model):
             gone = self._forget(model, "unloaded")
+            self._audit("model.unloaded", model, {"versions": [version.number for version in gone]})
             self._publish(model)
             self._retire(gone)
         log.info("model_unloaded", model=model)
@@ -215,6 +220,9 @@ class ModelControl:
 
     async def _scan(self) -> None:
         self._plans = await self._off_loop(self._source.scan)
+        for name in self._plans:
+            if name not in self._versions:
+                self._gateway.unready.setdefault(name, "not loaded")
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._loader, work)
@@ -279,7 +287,9 @@ class ModelControl:
             return
         known[wanted.version] = _Version(wanted.version, READY, tried=wanted.fingerprint, engine=engine, served=served)
         self._publish(plan.name)
-        log.info("model_ready", model=plan.name, version=wanted.version, **_facts(engine))
+        facts = _facts(engine)
+        log.info("model_ready", model=plan.name, version=wanted.version, **facts)
+        self._audit("model.ready", f"{plan.name}:{wanted.version}", facts)
         if current.served is not None:
             self._retire([current])
 
@@ -297,6 +307,7 @@ class ModelControl:
 
     def _load_failed(self, model: str, version: _Version, reason: str) -> None:
         version.reason = reason
+        self._audit("model.refused", f"{model}:{version.number}", {"reason": reason})
         if version.served is None:
             version.state = UNAVAILABLE
         log.error(
@@ -323,9 +334,10 @@ class ModelControl:
         ready = self._ready(model)
         table = self._gateway.table
         current = table.models.get(model)
-        if ready:
+        stable = self._stable(model, ready)
+        if stable:
             self._gateway.unready.pop(model, None)
-            routes = ModelRoutes(ready, max(ready, key=int))
+            routes = ModelRoutes(ready, stable)
             if routes != current:
                 self._gateway.publish(table.with_model(model, routes))
                 self._changed()
@@ -337,6 +349,15 @@ class ModelControl:
             self._gateway.unready[model] = self._why_not(model)
         else:
             self._gateway.unready.pop(model, None)
+
+    def _stable(self, model: str, ready: Mapping[str, Served]) -> str:
+        """The version that the plan names, and while that is not ready the one that answered before; "": nobody."""
+        plan, current = self._plans.get(model), self._gateway.table.models.get(model)
+        if plan is None or plan.stable is None:
+            return max(ready, key=int, default="")
+        if plan.stable in ready:
+            return plan.stable
+        return current.stable if plan.stable and current is not None and current.stable in ready else ""
 
     def _why_not(self, model: str) -> str:
         reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]

@@ -20,6 +20,9 @@ from server.runtime.base import LoadRequest, ModelOptions
 
 log = structlog.get_logger("control")
 
+#: ``audit(action, subject, detail)``: record what was done; never waits.
+Audit = Callable[[str, str, Mapping[str, object]], None]
+
 
 @dataclass(slots=True, frozen=True)
 class VersionPlan:
@@ -44,9 +47,15 @@ class ModelPlan:
     state_dir: Path | None = None
     #: Fields of its config.pbtxt that have no effect here.
     ignored: tuple[str, ...] = ()
+    #: The version that answers requests which name none ("": nobody does); None: the highest that is loaded.
+    stable: str | None = None
+    #: How a version becomes a load request, when files have to be fetched first.
+    request: Callable[[VersionPlan], LoadRequest] | None = None
 
     def load_request(self, version: VersionPlan) -> LoadRequest:
-        """What the runtime is asked for."""
+        """What the runtime is asked for. May block on fetching files; raises ModelLoadError."""
+        if self.request is not None:
+            return self.request(version)
         return LoadRequest(self.name, version.version, version.path, self.options, self.folder, self.state_dir)
 
 

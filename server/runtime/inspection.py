@@ -314,9 +314,7 @@ def _check_domains(name: str, facts: ModelFacts, limits: InspectionLimits) -> No
 # --- sizes, contents, manifest ---------------------------------------------------------------------------------------
 
 
-def _check_sizes(
-    opened: Mapping[str, _Opened], tensors: tuple[ExternalTensor, ...], limits: InspectionLimits
-) -> None:
+def _check_sizes(opened: Mapping[str, _Opened], tensors: tuple[ExternalTensor, ...], limits: InspectionLimits) -> None:
     total = sum(entry.stamp.size for entry in opened.values())
     if total > limits.max_total_bytes:
         raise ModelLoadError(

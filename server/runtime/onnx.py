@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,8 +28,8 @@ import structlog
 from server.errors import ModelLoadError, RuntimeFailure, TidegateError
 from server.runtime import inspection, providers, signature
 from server.runtime.arena import ALIGNMENT, Allocator, Bytes, allocate_aligned
-from server.runtime.base import Batch, InspectionLimits, LoadRequest, ModelOptions
-from server.runtime.inspection import Inspection, Supported
+from server.runtime.base import Batch, LoadRequest, ModelOptions
+from server.runtime.inspection import KNOWN_DOMAINS, Inspection, Supported
 from server.runtime.lane import Lane
 from server.runtime.messages import clean
 from server.runtime.signature import GraphTensor, Signature
@@ -59,6 +60,12 @@ _TINY_MODEL: Final = bytes.fromhex(
     "08083a3a0a100a017812017922084964656e74697479120474696e795a0f0a0178120a0a08"
     "080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
 )
+
+#: Fields of a ModelProto put behind the tiny model, to be told what is too new: the version they end with is 2**31 - 1.
+_IR_VERSION_FIELD: Final = b"\x08"
+_HUGE: Final = b"\xff\xff\xff\xff\x07"
+_NEWEST_IR: Final = re.compile(r"max supported IR version: (\d+)")
+_NEWEST_OPSET: Final = re.compile(r"Current official support for domain \S+ is till opset (\d+)")
 
 
 class OnnxEngine:
@@ -103,6 +110,7 @@ class OnnxRuntime:
         self._measure_budget_s = measure_budget_s
         self._auto_batch = auto_batch
         self._broken: dict[str, str | None] = {}
+        self._limits: Supported | None = None
         self._probing = threading.Lock()
         ort.set_default_logger_severity(_LOG_FATAL)
 
@@ -148,6 +156,13 @@ class OnnxRuntime:
         engine = self._prepare(request, inspected, sessions, plans)
         engine.memory_bytes = max(0, _resident_bytes() - resident)
         return engine
+
+    def _supported(self) -> Supported:
+        """What this ONNX Runtime takes, found out by asking it for too much; once."""
+        with self._probing:
+            if self._limits is None:
+                self._limits = Supported(f"onnxruntime {ort.__version__}", _newest_ir_version(), _newest_opsets())
+            return self._limits
 
     def _plans(self, request: LoadRequest, digest: str) -> list[providers.ProviderPlan]:
         """One plan per session: a single one on the CPU, one per instance on a device."""
@@ -254,24 +269,33 @@ def _check_digest(request: LoadRequest, inspected: Inspection) -> None:
 def _libraries(request: LoadRequest) -> dict[Path, str]:
     """The custom-operator libraries to load, with their SHA-256. Raises ModelLoadError for one that is not allowed."""
     libraries = {path: inspection.sha256_of_library(path) for path in request.custom_ops}
-    _check_libraries(libraries, request.limits)
+    for path, digest in libraries.items():
+        if digest not in request.limits.allowed_custom_ops:
+            raise ModelLoadError(
+                f"Custom-operator library {path.name} has SHA-256 {digest[:12]}, which is not allowed."
+            )
     return libraries
 
 
-def _check_libraries(libraries: Mapping[Path, str], limits: InspectionLimits) -> None:
+def _register(libraries: Mapping[Path, str], options: ort.SessionOptions) -> None:
+    """Load libraries into this process. They are the operator's own: only what is written to one meanwhile is seen."""
     for path, digest in libraries.items():
-        if digest not in limits.allowed_custom_ops:
-            raise ModelLoadError(f"Custom-operator library {path.name} has SHA-256 {digest[:12]}, which is not allowed.")
+        try:
+            options.register_custom_ops_library(str(path.resolve()))
+        except Exception as error:
+            raise ModelLoadError(
+                f"Custom-operator library {path.name} cannot be loaded: {clean(str(error))}"
+            ) from error
+        if inspection.sha256_of_library(path) != digest:
+            raise ModelLoadError(f"Custom-operator library {path.name} was changed while it was loaded.")
 
 
 def _open_session(request: LoadRequest, plan: providers.ProviderPlan, libraries: Mapping[Path, str]) -> Any:
     path = request.path
+    options = _session_options(request.options)
+    _register(libraries, options)
     try:
-        session = ort.InferenceSession(
-            str(path), _session_options(request.options, libraries), providers=list(plan.entries), enable_fallback=0
-        )
-    except ModelLoadError:
-        raise
+        session = ort.InferenceSession(str(path), options, providers=list(plan.entries), enable_fallback=0)
     except Exception as error:
         raise ModelLoadError(f"{path.name} cannot be loaded: {clean(str(error))}") from error
     session.disable_fallback()
@@ -305,11 +329,8 @@ def _session_options(options: ModelOptions) -> ort.SessionOptions:
     return chosen
 
 
-def _graph(session: Any, path: Path) -> tuple[list[GraphTensor], list[GraphTensor]]:
-    """The session's inputs (overridable initializers last) and outputs."""
-    arguments = [*session.get_inputs(), *session.get_outputs()]
-    shapeless = any(not argument.shape for argument in arguments)
-    unranked = modelfile.unranked(path) if shapeless else set()
+def _graph(session: Any, unranked: frozenset[str]) -> tuple[list[GraphTensor], list[GraphTensor]]:
+    """The session's inputs (overridable initializers last) and outputs. ``unranked``: those that declare no shape."""
 
     def tensor(argument: Any, overridable: bool = False) -> GraphTensor:
         dims = None if not argument.shape and argument.name in unranked else tuple(argument.shape)
@@ -352,6 +373,36 @@ def _label_lines(name: str, folder: Path | None) -> tuple[str, ...]:
     if path.stat().st_size > _MAX_LABEL_FILE_BYTES:
         raise ModelLoadError(f"Label file '{name}' is larger than {_MAX_LABEL_FILE_BYTES} bytes.")
     return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def _newest_ir_version() -> int | None:
+    """From the refusal of a model with the last IR version there can be; None when it does not say."""
+    return _number_in_refusal(_IR_VERSION_FIELD + _HUGE, _NEWEST_IR)
+
+
+def _newest_opsets() -> dict[str, int]:
+    """Domain -> newest operator set, for every built-in domain that has a newest one."""
+    found = {domain: _number_in_refusal(_opset_import(domain) + _HUGE, _NEWEST_OPSET) for domain in KNOWN_DOMAINS}
+    return {domain: newest for domain, newest in found.items() if newest is not None}
+
+
+def _opset_import(domain: str) -> bytes:
+    """An OperatorSetIdProto field of a ModelProto, without the bytes of its version."""
+    name = domain.encode()
+    body = (b"\x0a" + bytes([len(name)]) + name if name else b"") + b"\x10"
+    return b"\x42" + bytes([len(body) + len(_HUGE)]) + body
+
+
+def _number_in_refusal(fields: bytes, number: re.Pattern[str]) -> int | None:
+    """The number in what is said of the tiny model with ``fields`` on top; None when it is taken or nothing is said."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_FATAL
+    try:
+        ort.InferenceSession(_TINY_MODEL + fields, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - whatever is raised, only its text is of use
+        match = number.search(str(error))
+        return None if match is None else int(match[1])
+    return None
 
 
 def _probe(name: str) -> str | None:

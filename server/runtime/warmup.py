@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from server.errors import ModelLoadError, TidegateError
-from server.runtime.base import Batch, LoadRequest
+from server.runtime.base import Batch, LoadRequest, WarmupSample
 from server.runtime.learned import Learned, LearnedStore, choose, measure, median_run_ns
 from server.runtime.proof import RunBatch, prove
 from server.runtime.sampling import Domain, domains, operator_batch, random_batch
-from server.types import ModelSpec
+from server.types import ModelSpec, Tensor
 
 #: The made-up data is the same at every load.
 _SEED: Final = 20130101
@@ -110,6 +111,28 @@ def run_generated_samples(
         except TidegateError:
             continue
     return None
+
+
+def sample_outputs(
+    run: RunBatch, spec: ModelSpec, warmup: tuple[WarmupSample, ...], folder: Path | None
+) -> list[tuple[str, list[Tensor]]]:
+    """What the model answers to its warm-up: each of the operator's samples, or without any, made-up data.
+
+    A name for the sample, and its outputs. Empty when no made-up data is accepted; errors of the operator's samples are
+    raised.
+    """
+    rng = np.random.default_rng(_SEED)
+    if warmup:
+        return [(f"warm-up sample '{s.name}'", run(operator_batch(spec, s, folder, rng))) for s in warmup]
+    for domain in domains(spec):
+        try:
+            return [
+                (f"made-up data of {rows} rows", run(random_batch(spec, domain, rows, rng)))
+                for rows in sorted({1, max(1, spec.learned_batch_size)})
+            ]
+        except TidegateError:
+            continue
+    return []
 
 
 def _warm(run: RunBatch, spec: ModelSpec, domain: Domain, rng: np.random.Generator, timer: Callable[[], int]) -> int:

@@ -332,7 +332,8 @@ def _schema_number(connection: sqlite3.Connection, newest: int) -> int:
         return 0
     if application != APPLICATION_ID:
         raise StoreError(
-            f"the state store is another program's database: application id {application:#x}, wanted {APPLICATION_ID:#x}"
+            f"the state store is another program's database: wanted application id {APPLICATION_ID:#x}, "
+            f"got {application:#x}"
         )
     if schema > newest:
         raise StoreError(

@@ -19,7 +19,9 @@ Path = tuple[str | int, ...]
 def paths(document: Any, at: Path = ()) -> Iterator[Path]:
     """Every position of a JSON document, the root first."""
     yield at
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         yield from paths(value, (*at, key))
 

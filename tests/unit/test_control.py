@@ -72,6 +72,7 @@ class Rig:
         self.runtime = FileRuntime()
         self.runtime.hold.set()
         self.changes = 0
+        self.audited: list[tuple[str, str]] = []
 
         def serve(engine: Engine, options: ModelOptions) -> Served:
             batcher = Batcher(
@@ -92,6 +93,7 @@ class Rig:
             serve=serve,
             changed=self._changed,
             forget=telemetry.forget,
+            audit=lambda action, subject, _: self.audited.append((action, subject)),
             mode=mode,
         )
 
@@ -177,6 +179,7 @@ def test_a_failed_load_leaves_the_old_version_serving(tmp_path: Path, text: str)
         assert (state, bool(reason)) == ("UNAVAILABLE", True)
         assert rig.gateway.routes("m").stable == "1"
         assert rig.control.failures()[0].version == "2"
+        assert rig.audited == [("model.ready", "m:1"), ("model.refused", "m:2")]
         rig.put("m", "2", "22")
         await rig.control.refresh()
         assert rig.stable("m") == "2"

@@ -56,7 +56,7 @@ telemetry:
   logs: {format: text, level: warning}
   traces: {enabled: true, sampling: 10%, endpoint: "https://o/v1/traces", service_name: s, headers: {h: "${T}"}}
 state: {dir: state}
-registry: {directory: models}
+registry: {directory: models, embedded: true, poll_interval: 5s}
 """
     settings = compile_settings(config(text, T="secret"))
     assert settings.listeners() == {
@@ -139,7 +139,7 @@ def test_version_policies(policy: str, compiled: tuple[str, ...]) -> None:
 
 def test_sources() -> None:
     text = "models: {a: {source: x/a.onnx}, b: {source: /abs/b}, c: {source: 'registry:entry'}, d: {}}\n"
-    found = compile_models(config("registry: {directory: models}\n" + text))
+    found = compile_models(config("registry: {directory: models, embedded: true, poll_interval: 5s}\n" + text))
     assert {name: model.source for name, model in found.items()} == {
         "a": Path("/conf/x/a.onnx"),
         "b": Path("/abs/b"),

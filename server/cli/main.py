@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from server import __version__
+from server.cli.audit import audit
+from server.cli.registry import registry
 from server.errors import ConfigError, TidegateError
 
 USAGE = 2
@@ -21,12 +23,15 @@ def cli() -> None:
     """A model serving gateway: ONNX models over HTTP and gRPC (Open Inference Protocol V2)."""
 
 
+cli.add_command(registry)
+cli.add_command(audit)
+
+
 def main() -> None:
     """Entry point of the console script: domain errors end with one line on standard error, never a traceback."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = cli(standalone_mode=False)  # what a command exits with; None when it just ends
+        sys.exit(code or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(USAGE)

@@ -1,0 +1,5 @@
+"""The ``tidegate`` command."""
+
+from server.cli.main import main
+
+__all__ = ["main"]
