@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class RoutingError(Exception):
     """Base of all routing failures."""
@@ -32,3 +34,32 @@ class BadVersion(RoutingError):
         super().__init__(f"{model}:{version}")
         self.model = model
         self.version = version
+
+
+class KeyMissing(RoutingError):
+    """The model's split wants a key and the request has none. ``sources`` are the places where it was looked for."""
+
+    def __init__(self, model: str, sources: tuple[str, ...]) -> None:
+        super().__init__(f"model '{model}' wants a routing key in one of: {', '.join(sources)}; the request has none")
+        self.model = model
+        self.sources = sources
+
+
+@dataclass(slots=True, frozen=True)
+class Problem:
+    """One mistake in the routes of a model: where in it (keys and indexes), and what was wrong, wanted and got."""
+
+    where: tuple[str | int, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.where))}: {self.message}"
+
+
+class BadRoutes(RoutingError):
+    """Routes that make no sense; ``problems`` holds every mistake found."""
+
+    def __init__(self, model: str, problems: tuple[Problem, ...]) -> None:
+        super().__init__(f"routes of model '{model}': " + "; ".join(map(str, problems)))
+        self.model = model
+        self.problems = problems

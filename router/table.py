@@ -6,58 +6,71 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
-from router.errors import BadVersion, UnknownModel, UnknownVersion
-from router.types import PINNED_ARM, STABLE_ARM, ModelRoutes, RouteDecision, RouteQuery
+from router.compiled import CompiledRoutes, is_version
+from router.errors import UnknownModel
+from router.types import ModelRoutes, RouteDecision, RouteQuery
+
+__all__ = ["RoutingTable", "is_version"]
 
 T = TypeVar("T")
 
 
 class RoutingTable(Generic[T]):
-    """Model name -> routes, under one generation number. Never changed after it is built."""
+    """Public model name -> routes, under one generation number. Never changed after it is built."""
 
-    __slots__ = ("generation", "models")
+    __slots__ = ("_compiled", "generation", "models")
 
     def __init__(self, models: Mapping[str, ModelRoutes[T]], generation: int) -> None:
-        self.models: Mapping[str, ModelRoutes[T]] = MappingProxyType(dict(models))
+        """Compile every model's routes. Raises BadRoutes for the first model whose routes make no sense."""
+        self._fill({name: CompiledRoutes(name, routes) for name, routes in models.items()}, generation)
+
+    def _fill(self, compiled: dict[str, CompiledRoutes[T]], generation: int) -> None:
+        self._compiled = compiled
+        self.models: Mapping[str, ModelRoutes[T]] = MappingProxyType(
+            {name: routes.routes for name, routes in compiled.items()}
+        )
         self.generation = generation
 
-    def resolve(self, query: RouteQuery) -> RouteDecision[T]:
-        """Choose the version for one request. Pure; raises UnknownModel, UnknownVersion or BadVersion."""
-        routes = self.models.get(query.model)
+    def resolve(self, query: RouteQuery, draw: int) -> RouteDecision[T]:
+        """Choose the version for one request.
+
+        ``draw`` is a fresh random number 0 <= draw < 2^64: requests without a key and samples for shadows go by it,
+        so that the decision itself stays a pure function. Raises UnknownModel, UnknownVersion, BadVersion, KeyMissing.
+        """
+        routes = self._compiled.get(query.model)
         if routes is None:
             raise UnknownModel(query.model)
-        if query.version:
-            target = pinned(query.model, query.version, routes)
-            return RouteDecision(query.model, query.version, PINNED_ARM, "version", self.generation, target)
-        stable = routes.stable
-        return RouteDecision(query.model, stable, STABLE_ARM, "default", self.generation, routes.versions[stable])
+        return routes.decide(query, draw, self.generation)
+
+    def lookup(self, model: str, version: str) -> T:
+        """The target of one version, or of stable for "": for questions about a model, where nothing is routed.
+
+        Raises UnknownModel, UnknownVersion or BadVersion.
+        """
+        routes = self.compiled(model)
+        return routes.pinned(version or routes.routes.stable).target
 
     def routes(self, model: str) -> ModelRoutes[T]:
-        """Routes of one model, or UnknownModel."""
-        routes = self.models.get(model)
+        """Routes of one model as configured, or UnknownModel."""
+        return self.compiled(model).routes
+
+    def compiled(self, model: str) -> CompiledRoutes[T]:
+        """Routes of one model as decided by, or UnknownModel."""
+        routes = self._compiled.get(model)
         if routes is None:
             raise UnknownModel(model)
         return routes
 
+    def explain(self, query: RouteQuery, draw: int | None = None) -> tuple[str, ...]:
+        """Why one request goes where it goes, a sentence a step. Raises what ``resolve`` raises."""
+        return tuple(self.compiled(query.model).explain(query, draw))
+
     def with_model(self, model: str, routes: ModelRoutes[T] | None) -> RoutingTable[T]:
-        """The next generation, with one model's routes replaced, or removed when None."""
-        models = dict(self.models)
-        models.pop(model, None)
+        """The next generation, with one model's routes replaced, or removed when None. Raises BadRoutes."""
+        compiled = dict(self._compiled)
+        compiled.pop(model, None)
         if routes is not None:
-            models[model] = routes
-        return RoutingTable(models, self.generation + 1)
-
-
-def pinned(model: str, version: str, routes: ModelRoutes[T]) -> T:
-    """The target of an explicitly named version."""
-    target = routes.versions.get(version)
-    if target is not None:
-        return target
-    if not is_version(version):
-        raise BadVersion(model, version)
-    raise UnknownVersion(model, version, routes.ordered())
-
-
-def is_version(text: str) -> bool:
-    """A version is a positive decimal integer without sign, spaces or leading zeros, of at most 18 digits."""
-    return text.isascii() and text.isdigit() and len(text) <= 18 and text[0] != "0"
+            compiled[model] = CompiledRoutes(model, routes)
+        table: RoutingTable[T] = RoutingTable({}, self.generation + 1)
+        table._fill(compiled, self.generation + 1)
+        return table

@@ -138,3 +138,9 @@ class RuntimeFailure(TidegateError):
     """The runtime failed in a way that the input does not explain."""
 
     code = "runtime_failure"
+
+
+class UpstreamUnavailable(RuntimeFailure):
+    """The server behind an upstream version could not be reached, is not ready or did not answer in time."""
+
+    code = "upstream_unavailable"

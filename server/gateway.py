@@ -8,10 +8,11 @@ error, by its deadline or by a cancel, whichever comes first.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from random import getrandbits
+from typing import Protocol, cast
 
 import structlog
 
@@ -55,7 +56,6 @@ log = structlog.get_logger("gateway")
 _UNKNOWN_SIZE_BYTES = 1024 * 1024
 #: Refusals of a version's own queue, counted beside those of admission.
 _SHED = frozenset({"queue_full", "queue_timeout"})
-_NO_PARAMETERS: Mapping[str, Any] = {}
 
 
 class TimerHandle(Protocol):
@@ -181,7 +181,7 @@ class Gateway:
                 )
             )
         if head.model:
-            self._resolve(head.model, head.version, head, _NO_PARAMETERS, "")
+            self.served(head.model, head.version)
         self._requests += 1
         self._bytes += size
         self._ids += 1
@@ -225,13 +225,9 @@ class Gateway:
 
     def route(self, request: InferenceRequest, head: RequestHead) -> RouteDecision[Served]:
         """The version that answers this request."""
-        return self._resolve(request.model, request.version, head, request.parameters, request.id)
-
-    def _resolve(
-        self, model: str, version: str, head: RequestHead, parameters: Mapping[str, Any], request_id: str
-    ) -> RouteDecision[Served]:
+        query = RouteQuery(request.model, request.version, head.metadata, request.parameters, request.id)
         try:
-            return self.table.resolve(RouteQuery(model, version, head.metadata, parameters, request_id))
+            return self.table.resolve(query, getrandbits(64))
         except RoutingError as error:
             raise self._translate(error) from None
 
@@ -254,7 +250,7 @@ class Gateway:
                     f"model '{error.model}' is not ready: {reason}", retry_after_s=self.admission.retry_after_s
                 )
             return ModelNotFound(f"Request for unknown model: '{_shown(error.model)}' is not found")
-        return TidegateError("internal error")
+        return InvalidArgument(str(error))
 
     def routes(self, model: str) -> ModelRoutes[Served]:
         """Routes of one model, or ModelNotFound / ModelNotReady."""
@@ -264,8 +260,11 @@ class Gateway:
             raise self._translate(error) from None
 
     def served(self, model: str, version: str) -> Served:
-        """One served version; "" means the stable one."""
-        return self._resolve(model, version, _PROBE_HEAD, _NO_PARAMETERS, "").target
+        """One served version; "" means the stable one. Nothing is routed."""
+        try:
+            return self.table.lookup(model, version)
+        except RoutingError as error:
+            raise self._translate(error) from None
 
     def traced(self, record: RequestTrace, work: Work | None) -> None:
         """Hand on the record of a sampled request that is over."""
@@ -331,9 +330,6 @@ def _record(
         rows=0 if work is None else work.rows,
         code=code,
     )
-
-
-_PROBE_HEAD = RequestHead("", "", "", {}, 0)
 
 
 @dataclass(slots=True)
@@ -435,6 +431,8 @@ class _Call:
                 self._gateway.telemetry.rejected(code).inc()
             self._count(self._routed, code)
             self._routed.served.release()
+        # Work and call hold each other: cut, so that tensors go now and not when the collector next comes by.
+        self._work = None
 
     def _count(self, routed: _Routed, code: str) -> None:
         head, work, trace = self._permit.head, self._work, self._permit.trace

@@ -135,15 +135,25 @@ class EmbeddedRegistry:
 
         Raises NotInRegistry, VersionRetired, Damaged (a blob is missing or changed) or StorageFailed.
         """
-        found = self.version(model, version)
-        if found.retired:
-            raise _retired(model, version)
+        found = self._servable(model, version)
+        try:
+            return self._fetch(found, into)
+        except Damaged:
+            # Retired meanwhile, it has lost its files by right.
+            self._servable(model, version)
+            raise
+
+    def _servable(self, model: str, version: int) -> Version:
+        with self.database.reading() as connection:
+            return _require_servable(connection, model, version)
+
+    def _fetch(self, found: Version, into: Path | None) -> Fetched:
         files = _manifest(found).files
         if into is None:
-            folder, healed = self.cache.get(model, found.digest, files)
-            return Fetched(model, version, found.digest, folder, files, healed)
+            folder, healed = self.cache.get(found.model, found.digest, files)
+            return Fetched(found.model, found.version, found.digest, folder, files, healed)
         self.cache.write(files, into)
-        return Fetched(model, version, found.digest, into, files)
+        return Fetched(found.model, found.version, found.digest, into, files)
 
     def verify(self, model: str, version: int) -> Version:
         """Hash every blob of a version again. Raises Damaged naming the first file that is not what was published."""
@@ -411,13 +421,11 @@ def _require_model(connection: sqlite3.Connection, model: str) -> None:
         raise NotInRegistry(f"the registry has no model {shown(model)}")
 
 
-def _require_servable(connection: sqlite3.Connection, model: str, version: int) -> None:
-    if _version(connection, model, version).retired:
-        raise _retired(model, version)
-
-
-def _retired(model: str, version: int) -> VersionRetired:
-    return VersionRetired(f"{model}:{version} was retired; publish its files again to use it")
+def _require_servable(connection: sqlite3.Connection, model: str, version: int) -> Version:
+    found = _version(connection, model, version)
+    if found.retired:
+        raise VersionRetired(f"{model}:{version} was retired; publish its files again to use it")
+    return found
 
 
 def _compare(model: str, alias: Alias, expected: int | None) -> None:

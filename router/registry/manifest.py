@@ -320,7 +320,7 @@ def _description(top: _Keys) -> Description:
         metrics=top.array("metrics", _metric),
         params=_params(top),
         lineage=top.inner("lineage", _lineage),
-        profile=top.object("profile"),
+        profile=top.object("profile") or None,
         gate_policy=top.sha256("gate_policy"),
         card=top.text("card"),
         licence=top.text("licence"),

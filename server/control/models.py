@@ -19,6 +19,7 @@ from typing import TypeVar
 import structlog
 
 from router.types import ModelRoutes
+from server.admission import AdmissionReport, admit
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
 from server.errors import (
     FailedPrecondition,
@@ -30,7 +31,7 @@ from server.errors import (
 )
 from server.gateway import Gateway, Served
 from server.runtime.base import Engine, ModelOptions, Runtime
-from server.types import ParameterValue
+from server.types import ModelSpec, ParameterValue
 
 log = structlog.get_logger("control")
 
@@ -59,6 +60,15 @@ class _Version:
     tried: object = None
     engine: Engine | None = None
     served: Served | None = None
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A warm engine that was admitted, and how it is to be served."""
+
+    engine: Engine
+    options: ModelOptions
+    report: AdmissionReport | None
 
 
 class ModelControl:
@@ -276,8 +286,8 @@ class ModelControl:
         if plan.ignored:
             log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
         try:
-            engine, options = await self._off_loop(partial(self._load, plan, wanted))
-            served = await self._served(engine, options)
+            loaded = await self._off_loop(partial(self._load, plan, wanted, self._champion(plan.name)))
+            engine, served = loaded.engine, await self._served(loaded.engine, loaded.options)
         except TidegateError as error:
             self._load_failed(plan.name, current, error.message)
             return
@@ -289,13 +299,39 @@ class ModelControl:
         self._publish(plan.name)
         facts = _facts(engine)
         log.info("model_ready", model=plan.name, version=wanted.version, **facts)
-        self._audit("model.ready", f"{plan.name}:{wanted.version}", facts)
+        report = {} if loaded.report is None else {"admission": loaded.report.to_json()["checks"]}
+        self._audit("model.ready", f"{plan.name}:{wanted.version}", facts | report)
         if current.served is not None:
             self._retire([current])
 
-    def _load(self, plan: ModelPlan, version: VersionPlan) -> tuple[Engine, ModelOptions]:
+    def _champion(self, model: str) -> ModelSpec | None:
+        """What callers of this model are used to now."""
+        routes = self._gateway.table.models.get(model)
+        return None if routes is None else routes.versions[routes.stable].spec
+
+    def _load(self, plan: ModelPlan, version: VersionPlan, champion: ModelSpec | None) -> _Loaded:
+        """Load, warm and admit one version, on the loader thread. Raises ModelLoadError with one sentence."""
         request = plan.load_request(version)
-        return self._runtime.load(request), request.options
+        engine = self._runtime.load(request)
+        inspection = getattr(engine, "inspection", None)
+        if inspection is None:  # a backend without files of ours, such as an upstream
+            return _Loaded(engine, request.options, None)
+        try:
+            verdict = admit(
+                engine,
+                inspection,
+                declared_signature=plan.declared(version) if plan.declared else None,
+                champion=champion,
+                warmup=request.options.warmup,
+                folder=request.folder,
+                advisory=plan.declared is None,
+            )
+            if not verdict.admitted:
+                raise ModelLoadError(verdict.refusal)
+        except Exception:
+            engine.close()
+            raise
+        return _Loaded(engine, request.options, verdict.report)
 
     async def _served(self, engine: Engine, options: ModelOptions) -> Served:
         """The engine behind its batcher; an engine whose options do not fit it is closed again."""

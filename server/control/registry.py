@@ -26,6 +26,7 @@ from server.control.sources import Audit, ModelPlan, VersionPlan
 from server.errors import ModelLoadError
 from server.runtime.base import LoadRequest, ModelOptions
 from server.store.base import StoreError
+from server.types import ModelSpec, TensorSpec
 
 log = structlog.get_logger("control")
 
@@ -73,6 +74,7 @@ class RegistrySource:
             refused=refused,
             stable="" if champion is None else str(champion),
             request=lambda version: self._request(model, version),
+            declared=lambda version: self._declared(model, version),
         )
 
     def _request(self, model: str, plan: VersionPlan) -> LoadRequest:
@@ -87,6 +89,18 @@ class RegistrySource:
             log.warning("files_mended", model=model, version=plan.version, files=healed)
             self._audit("model.files_mended", f"{model}:{plan.version}", {"files": healed})
         return self._load_request(model, plan.version, found, fetched)
+
+    def _declared(self, model: str, plan: VersionPlan) -> ModelSpec | None:
+        """The signature of the manifest, when its publisher gave one."""
+        manifest = self._registry.version(model, int(plan.version)).manifest
+        signature = None if manifest is None else manifest.description.signature
+        if signature is None:
+            return None
+        inputs, outputs = (
+            tuple(TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in side)
+            for side in (signature.inputs, signature.outputs)
+        )
+        return ModelSpec(model, plan.version, inputs, outputs)
 
     def _load_request(self, model: str, version: str, found: Version, fetched: Fetched) -> LoadRequest:
         manifest = found.manifest

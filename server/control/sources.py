@@ -17,6 +17,7 @@ from router.registry.directory import FoundModel, Scan, ScanProblem, is_model_na
 from server.config.pbtxt import default_filename, read_pbtxt
 from server.errors import ConfigError, TidegateError
 from server.runtime.base import LoadRequest, ModelOptions
+from server.types import ModelSpec
 
 log = structlog.get_logger("control")
 
@@ -51,6 +52,8 @@ class ModelPlan:
     stable: str | None = None
     #: How a version becomes a load request, when files have to be fetched first.
     request: Callable[[VersionPlan], LoadRequest] | None = None
+    #: What a version was published as; None: nobody promised anything, and admission only advises.
+    declared: Callable[[VersionPlan], ModelSpec | None] | None = None
 
     def load_request(self, version: VersionPlan) -> LoadRequest:
         """What the runtime is asked for. May block on fetching files; raises ModelLoadError."""

@@ -1,6 +1,6 @@
 """The state file: one SQLite database that a server and any number of command lines share.
 
-Writers take turns, in this process by a lock and between processes by a lock file, for the whole transaction with its
+Writers take turns, in this process by a lock and between processes by lock files, for the whole transaction with its
 checkpoint. That spares them SQLite's busy polling, and keeps checkpoint and commit of different connections apart:
 SQLite up to 3.51.2 can damage a WAL file in that meeting (https://sqlite.org/wal.html#walresetbug). Readers never wait.
 
@@ -23,8 +23,8 @@ from typing import Final
 from server.store.base import StoreError
 from server.store.schema import APPLICATION_ID, MIGRATIONS, Migration
 
-#: Between looks at a lock file that another process holds: from the first up to the last, in seconds.
-_LOCK_POLL_S: Final = (0.001, 0.02)
+#: Between looks at a lock file that another process holds: the system offers no wait for one that has an end.
+_LOCK_POLL_S: Final = 0.002
 
 _REASONS: Final[dict[int, str]] = {
     sqlite3.SQLITE_FULL: "no space is left on the disk",
@@ -49,7 +49,7 @@ class SqliteStore:
     ) -> None:
         self.path = path.absolute()
         self._busy_timeout_s = busy_timeout_s
-        self._turn = _Turn(self.path.with_name(self.path.name + ".lock"), busy_timeout_s)
+        self._turn = _Turn(self.path, busy_timeout_s)
         self._idle: list[sqlite3.Connection] = []
         self._idle_lock = threading.Lock()
         self._closed = False
@@ -230,10 +230,16 @@ class _FrozenView(sqlite3.Connection):
 
 
 class _Turn:
-    """The right to write: one thread of one process at a time. The lock dies with the process that holds it."""
+    """The right to write: one thread of one process at a time. Locks die with the process that holds them.
+
+    Who wants to write first becomes the next in line, by a lock of its own, and only then tries for the turn. So a
+    process that writes again and again must line up behind those who wait; trying for one lock, it would win nearly
+    always, being awake when it becomes free.
+    """
 
     def __init__(self, path: Path, timeout_s: float) -> None:
-        self._path = path
+        self._next = path.with_name(path.name + ".next")
+        self._lock = path.with_name(path.name + ".lock")
         self._timeout_s = timeout_s
         self._thread_lock = threading.Lock()
         self._owner: int | None = None
@@ -244,9 +250,13 @@ class _Turn:
             raise RuntimeError("a write transaction was begun inside another one")
         deadline = time.monotonic() + self._timeout_s
         if not self._thread_lock.acquire(timeout=self._timeout_s):
-            raise StoreError(f"another thread has been writing the state store for more than {self._timeout_s:g} s")
+            raise self._timeout("thread")
         try:
-            self._file = _locked_file(self._path, deadline, self._timeout_s)
+            next_in_line = self._locked(self._next, deadline)
+            try:
+                self._file = self._locked(self._lock, deadline)
+            finally:
+                os.close(next_in_line)
         except BaseException:
             self._thread_lock.release()
             raise
@@ -257,31 +267,31 @@ class _Turn:
         os.close(self._file)
         self._thread_lock.release()
 
+    def _locked(self, path: Path, deadline: float) -> int:
+        """A descriptor that holds the lock; closing it gives the lock back."""
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(f"the state store cannot be written: {_os_reason(error)}") from error
+        try:
+            while not _try_lock(file):
+                if time.monotonic() > deadline:
+                    raise self._timeout("process")
+                time.sleep(_LOCK_POLL_S)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
 
-def _locked_file(path: Path, deadline: float, timeout_s: float) -> int:
-    """A descriptor that holds the lock; closing it gives the lock back."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StoreError(f"the state store cannot be written: {_os_reason(error)}") from error
-    try:
-        _wait_for_lock(file, deadline, timeout_s)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
+    def _timeout(self, who: str) -> StoreError:
+        return StoreError(f"another {who} has been writing the state store for more than {self._timeout_s:g} s")
 
 
-def _wait_for_lock(file: int, deadline: float, timeout_s: float) -> None:
-    pause, longest = _LOCK_POLL_S
-    while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        if time.monotonic() > deadline:
-            raise StoreError(f"another process has been writing the state store for more than {timeout_s:g} s")
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
+def _try_lock(file: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _make_folder(folder: Path) -> None:

@@ -19,6 +19,92 @@ _NS = 10**9
 _MODEL = ("model", "version")
 
 
+class ShadowInstruments:
+    """The families of shadow versions, which appear in no other. ``model``, ``version``: the shadow's own."""
+
+    def __init__(self, registry: MetricsRegistry) -> None:
+        self.requests = registry.counter("tidegate_shadow_requests_total", "Requests sent to a shadow.", _MODEL)
+        self.pairs = registry.counter("tidegate_shadow_pairs_total", "Answers compared with the primary's.", _MODEL)
+        self.dropped = registry.counter(
+            "tidegate_shadow_dropped_total",
+            "Sampled requests that were not compared (reason: queue, rps, body, load, timeout, no_model, "
+            "primary_failed or breaker).",
+            (*_MODEL, "reason"),
+        )
+        self.errors = registry.counter(
+            "tidegate_shadow_errors_total", "Requests that a shadow failed (code: the error's code).", (*_MODEL, "code")
+        )
+        self.disagreements = registry.counter(
+            "tidegate_shadow_disagreements_total",
+            "Pairs that disagree (kind: missing, datatype, shape, tolerance or argmax).",
+            (*_MODEL, "kind"),
+        )
+        self.nonfinite = registry.counter(
+            "tidegate_shadow_nonfinite_total", "Elements that only one of a pair has as NaN or infinite.", _MODEL
+        )
+        self.max_abs_diff = registry.gauge(
+            "tidegate_shadow_max_abs_diff", "Largest finite difference to the primary's outputs.", _MODEL, merge="max"
+        )
+        self.latency_ratio = registry.gauge(
+            "tidegate_shadow_latency_ratio",
+            "Mean compute time divided by the primary's, at equal batch sizes.",
+            _MODEL,
+            merge="max",
+        )
+
+
+class ShadowTelemetry:
+    """What one shadow version counts, bound once."""
+
+    __slots__ = ("_dropped", "_errors", "_instruments", "_labels", "_max_abs_diff", "_pairs", "_requests")
+
+    def __init__(self, instruments: ShadowInstruments, model: str, version: str) -> None:
+        self._instruments = instruments
+        self._labels = (model, version)
+        self._requests = instruments.requests.labels(model, version)
+        self._pairs = instruments.pairs.labels(model, version)
+        self._max_abs_diff = instruments.max_abs_diff.labels(model, version)
+        self._dropped: dict[str, Counter] = {}
+        self._errors: dict[str, Counter] = {}
+
+    def sent(self) -> None:
+        self._requests.inc()
+
+    def dropped(self, reason: str) -> None:
+        """One request that is not compared, by one of our own reasons."""
+        counter = self._dropped.get(reason)
+        if counter is None:
+            counter = self._dropped[reason] = self._instruments.dropped.labels(*self._labels, reason)
+        counter.inc()
+
+    def failed(self, code: str) -> None:
+        """One error of the shadow, by its code."""
+        counter = self._errors.get(code)
+        if counter is None:
+            counter = self._errors[code] = self._instruments.errors.labels(*self._labels, code)
+        counter.inc()
+
+    def compared(self, kinds: tuple[str, ...], max_abs: float, nonfinite: int, latency_ratio: float | None) -> None:
+        """One pair, with every way in which it disagrees. ``latency_ratio``: that of all pairs so far."""
+        self._pairs.inc()
+        for kind in kinds:
+            self._instruments.disagreements.labels(*self._labels, kind).inc()
+        if nonfinite:
+            self._instruments.nonfinite.labels(*self._labels).inc(nonfinite)
+        if max_abs > self._max_abs_diff.value:
+            self._max_abs_diff.set(max_abs)
+        if latency_ratio is not None:
+            self._instruments.latency_ratio.labels(*self._labels).set(latency_ratio)
+
+    def read(self) -> dict[str, object]:
+        """The counts so far: sent, dropped by reason, errors by code."""
+        return {
+            "sent": self._requests.value,
+            "dropped": {reason: counter.value for reason, counter in tuple(self._dropped.items())},
+            "errors": {code: counter.value for code, counter in tuple(self._errors.items())},
+        }
+
+
 class Instruments:
     """The metric families of ``surface``; one per registry."""
 
@@ -46,6 +132,7 @@ class Instruments:
         self.config_generation = registry.gauge(
             "tidegate_config_generation", "Configuration generation (kind: applied or seen).", ("kind",), merge="min"
         )
+        self.shadow = ShadowInstruments(registry)
         build = registry.gauge("tidegate_build_info", "What is running; always 1.", ("version", "python"), merge="max")
         build.labels(version, platform.python_version()).set(1)
 
@@ -129,6 +216,10 @@ class Telemetry:
         if bound is None:
             bound = self._models[key] = ModelTelemetry(ModelStats(model, version), self.instruments)
         return bound
+
+    def shadow(self, model: str, version: str) -> ShadowTelemetry:
+        """The counters of one version as a shadow; its requests are in none of the other counts."""
+        return ShadowTelemetry(self.instruments.shadow, model, version)
 
     def stats_for(self, model: str, version: str) -> ModelStats:
         return self.model(model, version).stats

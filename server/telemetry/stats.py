@@ -177,6 +177,7 @@ _REASONS: Final = {
     "input_rejected": "BACKEND",
     "out_of_memory": "BACKEND",
     "runtime_failure": "BACKEND",
+    "upstream_unavailable": "BACKEND",
 }
 REASONS: Final = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 

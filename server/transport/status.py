@@ -63,6 +63,7 @@ TABLE: Final[Mapping[str, Status]] = {
     "too_many_requests": _unavailable(),
     "unimplemented": Status(501, 12, "UNIMPLEMENTED"),
     "unsupported_encoding": Status(415, 12, "UNIMPLEMENTED"),
+    "upstream_unavailable": _unavailable(),
     "version_not_found": Status(404, 5, "NOT_FOUND"),
 }
 

@@ -8,6 +8,7 @@ Prints one JSON object: check name -> "" when it held, else its traceback. It im
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 import traceback
@@ -17,8 +18,9 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
-from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
-from kserve.inference_client import RESTConfig
+
+kserve: Any = importlib.import_module("kserve")
+RESTConfig: Any = importlib.import_module("kserve.inference_client").RESTConfig
 
 ADDRESSES: dict[str, str] = {}
 CHECKS: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -29,18 +31,18 @@ def check(run: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
     return run
 
 
-def rest() -> InferenceRESTClient:
-    return InferenceRESTClient(RESTConfig(protocol="v2", retries=0, timeout=20))
+def rest() -> Any:
+    return kserve.InferenceRESTClient(RESTConfig(protocol="v2", retries=0, timeout=20))
 
 
-def rpc() -> InferenceGRPCClient:
-    return InferenceGRPCClient(url=ADDRESSES["grpc"], timeout=20)
+def rpc() -> Any:
+    return kserve.InferenceGRPCClient(url=ADDRESSES["grpc"], timeout=20)
 
 
-def request(model: str, array: np.ndarray[Any, Any], datatype: str, *, binary: bool, name: str = "x") -> InferRequest:
-    given = InferInput(name, list(array.shape), datatype)
+def request(model: str, array: np.ndarray[Any, Any], datatype: str, *, binary: bool, name: str = "x") -> Any:
+    given = kserve.InferInput(name, list(array.shape), datatype)
     given.set_data_from_numpy(array, binary_data=binary)
-    return InferRequest(model_name=model, infer_inputs=[given], request_id="k-1")
+    return kserve.InferRequest(model_name=model, infer_inputs=[given], request_id="k-1")
 
 
 def values(answer: Any) -> np.ndarray[Any, Any]:
@@ -147,7 +149,8 @@ async def errors() -> None:
         asked = request(model, array, "FP32", binary=False)
         async with rpc() as over_grpc:
             calls = client.infer(base, asked, model_name=model), over_grpc.infer(asked)
-            over_http, over_rpc = await asyncio.gather(*calls, return_exceptions=True)
+            answers: Any = await asyncio.gather(*calls, return_exceptions=True)
+        over_http, over_rpc = answers
         assert isinstance(over_http, httpx.HTTPStatusError), over_http
         assert over_http.response.status_code == status
         assert word in over_http.response.json()["error"]

@@ -387,7 +387,8 @@ def test_control_bodies(steady: Steady, path: str) -> None:
     base = {
         "ready": True, "parameters": {"config": "{}", "file:1/model.onnx": "aa"},
         "trace_level": ["OFF"], "trace_rate": "1", "trace_count": "1", "log_frequency": "1",
-        "trace_file": "/etc/passwd", "log_file": "/etc/passwd", "log_info": True, "log_verbose_level": 1, "log_format": "default",
+        "trace_file": "/etc/passwd", "log_file": "/etc/passwd", "log_info": True,
+        "log_verbose_level": 1, "log_format": "default",
     }  # fmt: skip
     documents = [*({key: value} for key in base for value in hostile.VALUES), *hostile.VALUES]
     for document in documents:

@@ -221,3 +221,21 @@ def test_explicit_control_over_a_registry(place: Place) -> None:
         assert answer(server)[0] == 503
         assert call(server.http, "POST", "/v2/repository/models/m/load", {})[0] == 200
         assert answer(server)[1] == "1"
+
+
+def test_a_version_that_does_not_fit_the_champion_is_refused(server: Server, place: Place) -> None:
+    wide = models.affine(place.root / "wide.onnx", width=5)
+    cli("registry", "publish", "m", str(wide), "--alias", "challenger", "--state-dir", place.state)
+    failed = server.wait_for("model_load_failed", model="m", version="2")
+    assert "'x'" in failed["error"]
+    assert answer(server)[1] == "1"
+
+
+def test_a_version_that_is_not_what_was_declared_is_refused(server: Server, place: Place) -> None:
+    about = place.root / "about.json"
+    tensors = [{"name": "x", "datatype": "FP64", "shape": [-1, 4]}]
+    about.write_text(json.dumps({"signature": {"inputs": tensors, "outputs": tensors}}))
+    place.publish(9, "--alias", "champion", "--description", str(about))
+    failed = server.wait_for("model_load_failed", model="m", version="2")
+    assert failed["error"]
+    assert answer(server)[1] == "1"

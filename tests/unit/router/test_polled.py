@@ -47,21 +47,21 @@ def test_changed_bytes_are_another_digest(tmp_path: Path) -> None:
     registry = PolledRegistry(tmp_path)
     before = registry.fetch("a", 1)
     (tmp_path / "a/1/weights.bin").write_bytes(b"other")
-    with pytest.raises(StorageFailed, match="changed since"):
-        PolledRegistry.fetch(_unhashed(tmp_path, registry), "a", 1)
     registry.generation()
     after = registry.fetch("a", 1)
     assert after.digest != before.digest
     assert after.folder == before.folder == tmp_path / "a/1"
 
 
-def _unhashed(root: Path, like: PolledRegistry) -> PolledRegistry:
-    """A registry that has looked at ``root`` before its bytes changed, and hashed nothing."""
-    (root / "a/1/weights.bin").write_bytes(model_files(1)["weights.bin"])
-    fresh = PolledRegistry(root)
-    (root / "a/1/weights.bin").write_bytes(b"other")
-    assert fresh.models() == like.models()
-    return fresh
+def test_bytes_that_changed_after_the_look_are_not_taken_for_those_seen(tmp_path: Path) -> None:
+    add(tmp_path, "a", model_files(1))
+    registry = PolledRegistry(tmp_path)
+    (tmp_path / "a/1/weights.bin").write_bytes(b"other")
+    with pytest.raises(StorageFailed, match=r"'weights\.bin' changed since the directory was looked at"):
+        registry.fetch("a", 1)
+    (tmp_path / "a/1/weights.bin").unlink()
+    with pytest.raises(StorageFailed, match=r"'weights\.bin' cannot be read"):
+        registry.fetch("a", 1)
 
 
 def test_a_bare_file_is_version_one(tmp_path: Path) -> None:
@@ -87,7 +87,8 @@ def test_problems_are_told_and_spoil_nothing_else(tmp_path: Path) -> None:
     add(tmp_path, "a", model_files())
     (tmp_path / "b" / "1").mkdir(parents=True)
     registry = PolledRegistry(tmp_path)
-    assert registry.models() == ("a",)
+    assert [found.version for found in registry.versions("a")] == [1]
+    assert registry.versions("b") == ()
     assert [problem.model for problem in registry.problems] == ["b"]
 
 

@@ -139,7 +139,7 @@ def test_the_last_value_of_an_entry_counts_as_in_protobuf(tmp_path: Path) -> Non
     assert [tensor.location for tensor in facts(path).external] == ["b"]
 
 
-@pytest.mark.parametrize("value", ["-1", "1e3", "0x10", "", "9" * 20, "١"])
+@pytest.mark.parametrize("value", ["-1", "1e3", "0x10", "", "9" * 20, "\u0661"])
 @pytest.mark.parametrize("key", ["offset", "length"])
 def test_offsets_that_are_no_numbers(tmp_path: Path, key: str, value: str) -> None:
     model = helper.make_model(graph("g", constants=(outside("w", location="a", **{key: value}),)))
@@ -199,9 +199,8 @@ def test_millions_of_nodes_end_at_the_bound_of_fields(tmp_path: Path) -> None:
         facts(path)
 
 
-@pytest.mark.parametrize("count", [10_001])
-def test_operators_without_end_are_refused(tmp_path: Path, count: int) -> None:
-    many = graph("g", *(node(f"Op{i}", [], ["z"], domain="d") for i in range(count)))
+def test_operators_without_end_are_refused(tmp_path: Path) -> None:
+    many = graph("g", *(node(f"Op{i}", [], ["z"], domain="d") for i in range(10_001)))
     with pytest.raises(TooLarge, match="more than 10000 different operators"):
         facts(write(tmp_path / "model.onnx", helper.make_model(many)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import subprocess
 import sys
@@ -57,10 +58,16 @@ def test_what_is_committed_is_there_for_the_next_one(path: Path) -> None:
         assert get_meta(connection, "other") is None
 
 
+def write_and_fail(store: SqliteStore) -> None:
+    with store.transaction() as connection:
+        put_meta(connection, "k", "v")
+        raise KeyError
+
+
 def test_a_block_that_raises_leaves_nothing(path: Path) -> None:
     store = SqliteStore(path)
-    with pytest.raises(KeyError), store.transaction() as connection:
-        _ = put_meta(connection, "k", "v"), {}["missing"]
+    with pytest.raises(KeyError):
+        write_and_fail(store)
     with store.reading() as connection:
         assert get_meta(connection, "k") is None
     with store.transaction() as connection:
@@ -184,6 +191,35 @@ def test_waiting_for_a_foreign_writer_has_an_end(path: Path) -> None:
         with store.reading() as connection:
             assert get_meta(connection, "k") is None
     store.close()
+
+
+def is_locked(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_who_writes_again_lines_up_behind_who_waits(path: Path) -> None:
+    greedy, patient = SqliteStore(path), SqliteStore(path)
+    order: list[str] = []
+
+    def write(store: SqliteStore, name: str) -> None:
+        with store.transaction():
+            order.append(name)
+
+    waiting = threading.Thread(target=write, args=(patient, "patient"))
+    with greedy.transaction():
+        waiting.start()
+        while not is_locked(path.with_name("tidegate.db.next")):
+            pass
+    write(greedy, "greedy")
+    waiting.join()
+    assert order == ["patient", "greedy"]
+    greedy.close()
+    patient.close()
 
 
 def test_waiting_for_another_thread_has_an_end(path: Path) -> None:

@@ -1,0 +1,56 @@
+"""One decorator for every kernel, and the one place where kernels are compiled.
+
+A kernel names the argument types that it is called with. ``compile_all`` compiles them (from the cache on disk when
+there is one) and then closes the door: a call with other types is a TypeError and never a compilation, so that no
+request ever waits for the compiler.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+from numba import njit, types
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+#: The numba types of one call's arguments.
+Arguments: TypeAlias = tuple[Any, ...]
+
+_registered: list[tuple[Any, tuple[Arguments, ...]]] = []
+_compiling = threading.Lock()
+
+
+def read_only(element: Any) -> Any:
+    """A contiguous vector that is only read: what a received buffer gives. Writable arrays fit as well."""
+    return types.Array(element, 1, "C", readonly=True)
+
+
+def kernel(*signatures: Arguments) -> Callable[[Function], Function]:
+    """A function of arrays and scalars, run without the GIL. Not callable before ``compile_all`` is done."""
+
+    def decorate(function: Function) -> Function:
+        compiled = _decorated(function)
+        _registered.append((compiled, signatures))
+        return cast("Function", compiled)
+
+    return decorate
+
+
+def compile_all() -> None:
+    """Compile every kernel of the modules imported so far. Blocks for up to seconds; repeating it costs nothing."""
+    with _compiling:
+        while _registered:
+            compiled, signatures = _registered[-1]
+            if hasattr(compiled, "compile"):  # NUMBA_DISABLE_JIT leaves plain functions
+                for arguments in signatures:
+                    compiled.compile(arguments)
+                compiled.disable_compile()
+            _registered.pop()
+
+
+def _decorated(function: Callable[..., Any]) -> Any:
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder on this machine can hold the cache
+        return njit(nogil=True)(function)

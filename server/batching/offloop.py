@@ -1,0 +1,48 @@
+"""A batcher for engines that may hang or wait on a network: none of their runs is on the loop, and closing is bounded.
+
+A plain ``Batcher`` runs short batches on the loop, where a run that never ends would end the whole server.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any, Final
+
+from server.batching.batcher import Batcher
+
+#: How long ``close`` waits for runs that are going on.
+CLOSE_SECONDS: Final = 5.0
+
+
+class OffLoopBatcher(Batcher):
+    """As ``Batcher``, with every run on a thread of the engine's instance."""
+
+    def __init__(self, *arguments: Any, close_seconds: float = CLOSE_SECONDS, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._close_seconds = close_seconds
+        self._inline = False
+        self._start_workers()
+
+    def close(self) -> None:
+        """End the threads, waiting ``close_seconds`` at most for what they run: see ``hung``. Blocks that long."""
+        if self._planner.waiting():
+            raise RuntimeError(f"{self._planner.waiting()} requests still wait: drain before closing")
+        self._closed = True
+        for _, executions in self._workers:
+            executions.put(None)
+        end = time.monotonic() + self._close_seconds
+        for thread, _ in self._workers:
+            thread.join(max(0.0, end - time.monotonic()))
+        with suppress(RuntimeError):  # the loop may be closed already, and its timers with it
+            self._call_soon_threadsafe(self._drop_timer)
+
+    def hung(self) -> bool:
+        """After ``close``: a run has not come back. The engine must then be left as it is, not closed under the run.
+
+        The threads are daemons: they keep no process from ending.
+        """
+        return any(thread.is_alive() for thread, _ in self._workers)
+
+    def _learn(self, compute_ns: int) -> None:
+        """However short its runs are, this engine stays off the loop."""

@@ -1,0 +1,273 @@
+"""A version served by another server: the runtime's contract, every datatype, hostile answers, kill and return."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.errors import ConfigError, InputRejected, ModelLoadError, RuntimeFailure, UpstreamUnavailable
+from server.runtime.base import Batch, BatchingOptions, LoadRequest, ModelOptions
+from server.runtime.upstream import UpstreamEngine, UpstreamOptions, UpstreamRuntime
+from server.types import DATATYPES
+from tests.contracts.runtime_contract import Case, RuntimeContract, batch_of, expected, some_rows
+from tests.support import models
+from tests.support.server import Server, serving
+from tests.unit.runtime.graphs import affine
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("upstream")
+    for datatype in models.ELEMENT_TYPES:
+        models.identity(root / f"identity_{datatype.lower()}" / "1" / "model.onnx", datatype, width=3)
+    models.two_inputs(root / "simple" / "1" / "model.onnx")
+    models.across_rows(root / "across" / "1" / "model.onnx")
+    (root / "affine" / "3").mkdir(parents=True)
+    affine(root / "affine" / "3" / "model.onnx")
+    state = str(tmp_path_factory.mktemp("state"))
+    with serving("--model-repository", str(root), "--state-dir", state) as running:
+        yield running
+
+
+def request(name: str, instances: int = 1, **options: Any) -> LoadRequest:
+    return LoadRequest(name, "3", Path("none"), ModelOptions(instances=instances, **options))
+
+
+def load(address: str, name: str = "affine", instances: int = 1, **options: Any) -> UpstreamEngine:
+    return UpstreamRuntime(UpstreamOptions(f"http://{address}", **options)).load(request(name, instances))
+
+
+class TestContract(RuntimeContract):
+    @pytest.fixture(autouse=True)
+    def _served(self, upstream: Server) -> None:
+        self.address = upstream.http
+
+    def case(self, folder: Path) -> Case:
+        def broken() -> tuple[UpstreamRuntime, LoadRequest]:
+            return UpstreamRuntime(UpstreamOptions(f"http://{self.address}")), request("nobody")
+
+        runtime = UpstreamRuntime(UpstreamOptions(f"http://{self.address}", version="3"))
+        return Case(runtime, lambda instances: request("affine", instances), broken, refused=-7.0)
+
+
+@pytest.mark.parametrize("datatype", sorted(models.ELEMENT_TYPES))
+def test_every_datatype_comes_back_as_it_went(upstream: Server, datatype: str) -> None:
+    engine = load(upstream.http, f"identity_{datatype.lower()}")
+    assert engine.spec.inputs[0].datatype == datatype
+    if datatype == "BYTES":
+        parts: list[Any] = [[b"", b"a", b"\0\xff"], [b"x" * 1000, "ä".encode(), b"1"]]
+        (answer,) = engine.run(0, Batch(2, [(2, 3)], [parts]))
+        assert answer.data == parts[0] + parts[1]
+    else:
+        size = DATATYPES[datatype][1] * 3
+        raw = bytes([0, 1, 1] * 2) if datatype == "BOOL" else bytes(range(2 * size))
+        (answer,) = engine.run(0, Batch(2, [(2, 3)], [[raw[:size], raw[size:]]]))
+        assert bytes(answer.data) == raw  # type: ignore[arg-type]
+    assert (answer.name, answer.datatype, answer.shape) == ("y", datatype, (2, 3))
+    engine.close()
+
+
+def test_several_tensors_stand_in_the_order_of_the_signature(upstream: Server) -> None:
+    engine = load(upstream.http, "simple")
+    a, b = np.arange(16, dtype="<i4"), np.full(16, 3, "<i4")
+    total, difference = engine.run(0, Batch(1, [(1, 16), (1, 16)], [[a.tobytes()], [b.tobytes()]]))
+    assert (total.name, difference.name) == ("OUTPUT0", "OUTPUT1")
+    np.testing.assert_array_equal(total.array()[0], a + b)
+    np.testing.assert_array_equal(difference.array()[0], a - b)
+    engine.close()
+
+
+def test_the_batch_limit_is_the_upstreams_own(upstream: Server) -> None:
+    assert load(upstream.http, "affine").spec.max_batch_size == 64
+    assert load(upstream.http, "affine", max_batch_rows=4).spec.max_batch_size == 4
+    assert load(upstream.http, "across").spec.max_batch_size == 0
+    runtime = UpstreamRuntime(UpstreamOptions(f"http://{upstream.http}"))
+    gathered = runtime.load(request("affine", batching=BatchingOptions(max_rows=8)))
+    assert (gathered.spec.max_batch_size, gathered.spec.learned_batch_size) == (64, 8)
+    assert runtime.load(request("affine", max_batch_size=0)).spec.max_batch_size == 0
+
+
+def test_an_upstream_killed_in_mid_traffic_serves_again_after_its_return(tmp_path: Path) -> None:
+    (tmp_path / "models" / "affine" / "1").mkdir(parents=True)
+    affine(tmp_path / "models" / "affine" / "1" / "model.onnx")
+    arguments = ("--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state"))
+    outcomes: list[str] = []
+    stop, changed = threading.Event(), threading.Condition()
+
+    def traffic(engine: UpstreamEngine, instance: int) -> None:
+        values = some_rows(2, seed=instance)
+        while not stop.is_set():
+            try:
+                same = np.array_equal(engine.run(instance, batch_of(values))[0].array(), expected(values))
+                outcome = "right" if same else "wrong"
+            except Exception as error:
+                outcome = type(error).__name__
+            with changed:
+                outcomes.append(outcome)
+                changed.notify_all()
+            stop.wait(0.002)
+
+    def wait_for(outcome: str, count: int) -> None:
+        with changed:
+            start = len(outcomes)
+            assert changed.wait_for(lambda: outcomes[start:].count(outcome) >= count, 30), set(outcomes)
+
+    with serving(*arguments) as first:
+        address = first.http
+        engine = load(address, instances=2, timeout_s=5.0)
+        threads = [threading.Thread(target=traffic, args=(engine, i)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_for("right", 20)
+            first.process.kill()
+            first.process.wait(10)
+            wait_for("UpstreamUnavailable", 20)
+            with serving(*arguments, "--http", address):
+                wait_for("right", 20)
+                stop.set()
+                for thread in threads:
+                    thread.join()
+        finally:
+            stop.set()
+    assert set(outcomes) == {"right", "UpstreamUnavailable"}
+    engine.close()
+
+
+# --- upstreams that are wrong, against a socket that says what the test wants ---
+
+METADATA = {
+    "name": "m",
+    "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+    "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
+}
+
+
+def http(status: int, body: bytes, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def binary(outputs: Any, *contents: bytes, shift: int = 0) -> bytes:
+    head = json.dumps({"outputs": outputs}).encode()
+    return http(200, b"".join([head, *contents]), f"Inference-Header-Content-Length: {len(head) + shift}")
+
+
+def output(size: int = 16, **changed: Any) -> dict[str, Any]:
+    entry = {"name": "y", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": size}}
+    return entry | changed
+
+
+class Scripted:
+    """Answers metadata rightly and every inference with ``answer``, which may also act on the connection."""
+
+    def __init__(self, metadata: Any = METADATA, config: Any = None) -> None:
+        self.metadata, self.config = metadata, config if config is not None else {"max_batch_size": 8}
+        self.answer: bytes | Callable[[socket.socket], bool] = b""
+        self.connections = 0
+        self.requests = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as received:
+            while line := received.readline():
+                length = 0
+                while (header := received.readline()) not in (b"\r\n", b""):
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                received.read(length)
+                if not self._answer(connection, line):
+                    return
+
+    def _answer(self, connection: socket.socket, line: bytes) -> bool:
+        try:
+            if line.startswith(b"GET"):
+                value = self.config if b"/config" in line else self.metadata
+                connection.sendall(value if isinstance(value, bytes) else http(200, json.dumps(value).encode()))
+                return True
+            self.requests += 1
+            if callable(self.answer):
+                return self.answer(connection)
+            connection.sendall(self.answer)
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    server = Scripted()
+    yield server
+    server.close()
+
+
+ONE = some_rows(1)
+GOOD = binary([output()], ONE.tobytes())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http(200, b'{"outputs": []}'),
+        binary([]),
+        binary(7),
+        binary([7]),
+        binary([output(name="z")], bytes(16)),
+        binary([output(datatype="FP64")], bytes(16)),
+        binary([output(shape=[1, 5])], bytes(16)),
+        binary([output(shape=[2, 4], parameters={"binary_data_size": 32})], bytes(32)),
+        binary([output(shape=[4])], bytes(16)),
+        binary([output(shape=[1, -4])], bytes(16)),
+        binary([output(shape="1,4")], bytes(16)),
+        binary([output(shape=[1, True])], bytes(16)),
+        binary([output(size=12)], bytes(12)),
+        binary([output()], bytes(12)),
+        binary([output()], bytes(20)),
+        binary([output(size=-1)], bytes(16)),
+        binary([output(parameters={"binary_data_size": "16"})], bytes(16)),
+        binary([output(parameters={}, data=[1, 2, 3, 4])]),
+        binary([output(), output()], bytes(32)),
+        binary([output()], bytes(16), shift=-1),
+        binary([output()], bytes(16), shift=10**6),
+        binary([output()], bytes(16)).replace(b"Length: 1", b"Length: -1"),
+        http(500, b"secret: /etc/passwd"),
+        http(302, b"", "Location: http://127.0.0.1:1/"),
+        http(401, b""),
+    ],
+)  # fmt: skip
+def test_what_an_upstream_answers_is_checked(scripted: Scripted, answer: bytes) -> None:
+    engine = load(scripted.address, timeout_s=5.0)
+    scripted.answer = answer
+    with pytest.raises(RuntimeFailure) as caught:
+        engine.run(0, batch_of(ONE))
+    assert "/etc" not in caught.value.message
+    time.sleep(0) if not isinstance(caught.value, UpstreamUnavailable) else None
+    scripted.answer = GOOD
+    engine._held_off_until = 0.0
+    np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
+    engine.close()
