@@ -79,7 +79,7 @@ class ColumnProfile:
     @property
     def ordered(self) -> bool:
         """Whether KS says something: the values have an order and are many."""
-        return not self.column.discrete and len(self.knots) > FEW_VALUES
+        return not self.column.discrete and NEW_BIN not in self.bins
 
     @property
     def ks_resolution(self) -> float:
@@ -125,7 +125,7 @@ class ReferenceProfile:
             raise ProfileError(f"a profile needs at least 2 knots per column, got {knots}")
         if not 2 <= bins <= 1000:
             raise ProfileError(f"bins must be in 2..1000, got {bins}")
-        built = tuple([_build(column, _values(table, column), knots, bins) for column in columns])
+        built = tuple([_build(column, column_values(table, column), knots, bins) for column in columns])
         if len({found.rows for found in built}) > 1:
             raise ProfileError(f"columns differ in rows: { {found.column.name: found.rows for found in built} }")
         if not built[0].rows:
@@ -234,7 +234,7 @@ def kind_of(datatype: str) -> Kind:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _values(table: Mapping[str, Any], column: Column) -> Array:
+def column_values(table: Mapping[str, Any], column: Column) -> Array:
     """float64 values as the model is sent them (NaN: missing), or an object array of ``bytes`` (b"": missing)."""
     if column.name not in table:
         raise ProfileError(f"no column '{column.name}' in the data; there are {sorted(table)}")
@@ -287,15 +287,15 @@ def _build(column: Column, values: Array, knots: int | None, bins: int) -> Colum
     if column.datatype == BYTES:
         return _build_strings(column, values)
     present = np.sort(values[~np.isnan(values)])
-    chosen = _all_knots(column, present) if knots is None or column.discrete else quantile_knots(present, knots)
+    by_value = column.discrete or len(np.unique(present)) <= FEW_VALUES
+    chosen = _all_knots(column, present) if knots is None or by_value else quantile_knots(present, knots)
     counts = count_cells(values, chosen)
     finite = present[np.isfinite(present)]
     with np.errstate(over="ignore", invalid="ignore"):
         mean, sd = (float(np.mean(finite)), float(np.std(finite))) if finite.size else (0.0, 0.0)
     mean, sd = (mean if math.isfinite(mean) else 0.0), (sd if math.isfinite(sd) else 0.0)
-    labels = [f"{knot:g}" for knot in chosen] if column.discrete or len(chosen) <= FEW_VALUES else []
-    if column.discrete or len(chosen) <= FEW_VALUES:
-        bin_of, level_of, names, levels = _value_bins(counts, labels)
+    if by_value:
+        bin_of, level_of, names, levels = _value_bins(counts, [f"{knot:g}" for knot in chosen])
     else:
         bin_of, names = _quantile_bins(present, chosen, bins)
         level_of, levels = bin_of, len(names)

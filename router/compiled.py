@@ -167,6 +167,10 @@ class CompiledRoutes(Generic[T]):
             raise BadVersion(self.name, version)
         raise UnknownVersion(self.name, version, self.routes.ordered())
 
+    def spoken_of(self, version: str) -> bool:
+        """Whether a rule may send requests for this version, served or not, elsewhere."""
+        return any(test.holds(version) for test, _ in self._version_rules)
+
     def _named(self, choice: Choice[T], reason: str, generation: int) -> RouteDecision[T]:
         """A decision in which nothing was drawn: it enters no statistics, and no shadow sees the request."""
         return RouteDecision(

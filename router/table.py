@@ -50,6 +50,12 @@ class RoutingTable(Generic[T]):
         routes = self.compiled(model)
         return routes.pinned(version or routes.routes.stable).target
 
+    def check(self, model: str, version: str) -> None:
+        """Refuse, before a request has been read, what no rule could save: the errors of ``lookup``."""
+        routes = self.compiled(model)
+        if version and not routes.spoken_of(version):
+            routes.pinned(version)
+
     def routes(self, model: str) -> ModelRoutes[T]:
         """Routes of one model as configured, or UnknownModel."""
         return self.compiled(model).routes

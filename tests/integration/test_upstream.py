@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
@@ -47,17 +46,31 @@ def load(address: str, name: str = "affine", instances: int = 1, **options: Any)
     return UpstreamRuntime(UpstreamOptions(f"http://{address}", **options)).load(request(name, instances))
 
 
+class Remembering(UpstreamRuntime):
+    """Knows what it has loaded, so that a test's connections can be closed."""
+
+    def __init__(self, options: UpstreamOptions) -> None:
+        super().__init__(options)
+        self.engines: list[UpstreamEngine] = []
+
+    def load(self, request: LoadRequest) -> UpstreamEngine:
+        self.engines.append(super().load(request))
+        return self.engines[-1]
+
+
 class TestContract(RuntimeContract):
     @pytest.fixture(autouse=True)
-    def _served(self, upstream: Server) -> None:
-        self.address = upstream.http
+    def _served(self, upstream: Server) -> Iterator[None]:
+        self.runtime = Remembering(UpstreamOptions(f"http://{upstream.http}", version="3"))
+        yield
+        for engine in self.runtime.engines:
+            engine.close()
 
     def case(self, folder: Path) -> Case:
         def broken() -> tuple[UpstreamRuntime, LoadRequest]:
-            return UpstreamRuntime(UpstreamOptions(f"http://{self.address}")), request("nobody")
+            return self.runtime, request("nobody")
 
-        runtime = UpstreamRuntime(UpstreamOptions(f"http://{self.address}", version="3"))
-        return Case(runtime, lambda instances: request("affine", instances), broken, refused=-7.0)
+        return Case(self.runtime, lambda instances: request("affine", instances), broken, refused=-7.0)
 
 
 @pytest.mark.parametrize("datatype", sorted(models.ELEMENT_TYPES))
@@ -254,20 +267,226 @@ GOOD = binary([output()], ONE.tobytes())
         binary([output(), output()], bytes(32)),
         binary([output()], bytes(16), shift=-1),
         binary([output()], bytes(16), shift=10**6),
-        binary([output()], bytes(16)).replace(b"Length: 1", b"Length: -1"),
+        http(200, bytes(16), "Inference-Header-Content-Length: -1"),
+        http(200, b"[]", "Inference-Header-Content-Length: 2"),
+        http(200, b"{not json", "Inference-Header-Content-Length: 9"),
         http(500, b"secret: /etc/passwd"),
         http(302, b"", "Location: http://127.0.0.1:1/"),
         http(401, b""),
     ],
 )  # fmt: skip
 def test_what_an_upstream_answers_is_checked(scripted: Scripted, answer: bytes) -> None:
-    engine = load(scripted.address, timeout_s=5.0)
+    engine = load(scripted.address, timeout_s=5.0, hold_off_s=0.0)
     scripted.answer = answer
     with pytest.raises(RuntimeFailure) as caught:
         engine.run(0, batch_of(ONE))
     assert "/etc" not in caught.value.message
-    time.sleep(0) if not isinstance(caught.value, UpstreamUnavailable) else None
     scripted.answer = GOOD
-    engine._held_off_until = 0.0
     np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
     engine.close()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_input_carries_the_upstreams_words_without_its_paths(scripted: Scripted, status: int) -> None:
+    engine = load(scripted.address)
+    scripted.answer = http(
+        status, json.dumps({"error": "bad row in /srv/secret/model.onnx\nat 0x7fff12345678"}).encode()
+    )
+    with pytest.raises(InputRejected) as caught:
+        engine.run(0, batch_of(ONE))
+    assert "bad row in model.onnx" in caught.value.message
+    assert "\n" not in caught.value.message
+    for body in (b"<html>", b'{"error": 7}', b"[]", b"\xff"):
+        scripted.answer = http(status, body)
+        with pytest.raises(InputRejected, match="no reason was given"):
+            engine.run(0, batch_of(ONE))
+    engine.close()
+
+
+@pytest.mark.parametrize("status", [404, 408, 429, 502, 503, 504])
+def test_a_server_that_is_not_ready_is_unavailable_and_not_asked_twice(scripted: Scripted, status: int) -> None:
+    engine = load(scripted.address)
+    scripted.answer = http(status, b"{}")
+    with pytest.raises(UpstreamUnavailable, match=str(status)):
+        engine.run(0, batch_of(ONE))
+    assert scripted.requests == 1
+    scripted.answer = GOOD  # it has answered, so it is asked again at once
+    engine.run(0, batch_of(ONE))
+    engine.close()
+
+
+def trickle(connection: socket.socket) -> bool:
+    """One byte of a head now and then, for ever."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while True:
+        connection.sendall(b"x")
+        threading.Event().wait(0.02)
+
+
+def trickle_body(connection: socket.socket) -> bool:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while True:
+        connection.sendall(b"x")
+        threading.Event().wait(0.02)
+
+
+def silence(_: socket.socket) -> bool:
+    threading.Event().wait(3)
+    return False
+
+
+def hang_up(connection: socket.socket) -> bool:
+    connection.sendall(GOOD[:-3])
+    return False
+
+
+@pytest.mark.parametrize("act", [trickle, trickle_body, silence, hang_up])
+def test_the_whole_exchange_has_one_deadline(scripted: Scripted, act: Callable[[socket.socket], bool]) -> None:
+    engine = load(scripted.address, timeout_s=0.4, hold_off_s=0.0)
+    scripted.answer = act
+    began = time.monotonic()
+    with pytest.raises(UpstreamUnavailable):
+        engine.run(0, batch_of(ONE))
+    assert time.monotonic() - began < 2
+    scripted.answer = GOOD
+    np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
+    engine.close()
+
+
+def test_after_a_timeout_the_other_members_do_not_wait_for_one_each(scripted: Scripted) -> None:
+    engine = load(scripted.address, timeout_s=0.3, hold_off_s=30.0)
+    scripted.answer = silence
+    began = time.monotonic()
+    for _ in range(50):
+        with pytest.raises(UpstreamUnavailable):
+            engine.run(0, batch_of(ONE))
+    assert time.monotonic() - began < 2
+    assert scripted.requests == 1
+    engine.close()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_answer_over_the_limit_is_not_read_to_its_end(scripted: Scripted, announced: bool) -> None:
+    engine = load(scripted.address, max_response_bytes=1000, timeout_s=5.0)
+    head = "Content-Length: 10000000" if announced else "Connection: close"
+
+    def flood(connection: socket.socket) -> bool:
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + bytes(5000))
+        return announced
+
+    scripted.answer = flood
+    with pytest.raises(UpstreamUnavailable):
+        engine.run(0, batch_of(ONE))
+    engine.close()
+
+
+def test_a_connection_is_kept_and_one_closed_while_idle_is_replaced(scripted: Scripted) -> None:
+    engine = load(scripted.address)
+    scripted.answer = GOOD
+    opened = scripted.connections
+    for _ in range(5):
+        engine.run(0, batch_of(ONE))
+    assert scripted.connections == opened + 1
+    closed = threading.Event()
+
+    def answer_and_leave(connection: socket.socket) -> bool:
+        connection.sendall(GOOD)
+        connection.shutdown(socket.SHUT_RDWR)
+        closed.set()
+        return False
+
+    scripted.answer = answer_and_leave
+    engine.run(0, batch_of(ONE))
+    assert closed.wait(5)
+    scripted.answer = GOOD
+    np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
+    assert scripted.connections == opened + 2
+    engine.close()
+
+
+def test_outputs_may_come_in_any_order_with_others_among_them() -> None:
+    metadata = METADATA | {"outputs": [METADATA["outputs"][0], {"name": "s", "datatype": "BYTES", "shape": [-1, 1]}]}
+    server = Scripted(metadata)
+    engine = load(server.address)
+    text = {"name": "s", "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": 6}}
+    other = {"name": "more", "datatype": "FP8", "shape": [1], "parameters": {"binary_data_size": 1}}
+    server.answer = binary([other, text, output()], b"?", b"\2\0\0\0ab", ONE.tobytes())
+    y, s = engine.run(0, batch_of(ONE))
+    np.testing.assert_array_equal(y.array(), ONE)
+    assert s.data == [b"ab"]
+    for wrong in (b"\3\0\0\0ab", b"\1\0\0\0ab", b"\xff\xff\xff\xffab"):
+        server.answer = binary([text, output()], wrong, ONE.tobytes())
+        with pytest.raises(RuntimeFailure, match="BYTES"):
+            engine.run(0, batch_of(ONE))
+    engine.close()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (http(200, b"<html>"), "not JSON"),
+        (http(200, b"[]"), "not a JSON object"),
+        ({}, "no inputs"),
+        ({"inputs": METADATA["inputs"], "outputs": []}, "no outputs"),
+        ({"inputs": [7]}, "no object"),
+        ({"inputs": [{"name": "x", "datatype": "FP8", "shape": [1]}]}, "without name, datatype or shape"),
+        ({"inputs": [{"name": "x", "datatype": "FP32", "shape": [-2]}]}, "without name, datatype or shape"),
+        ({"inputs": METADATA["inputs"] * 2, "outputs": METADATA["outputs"]}, "twice"),
+        (http(503, b"{}"), "does not serve it"),
+        (b"HELO\r\n\r\n", "cannot be reached"),
+    ],
+)
+def test_metadata_that_is_wrong_is_a_load_error(metadata: Any, reason: str) -> None:
+    server = Scripted(metadata)
+    with pytest.raises(ModelLoadError, match=reason) as caught:
+        load(server.address, timeout_s=5.0)
+    assert server.address not in caught.value.message
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        (http(404, b"{}"), 0),
+        (http(501, b"<html>"), 0),
+        (http(200, b"<html>"), 0),
+        ({"max_batch_size": "8"}, 0),
+        ({"max_batch_size": 0}, 0),
+        ({"max_batch_size": 8}, 8),
+    ],
+)
+def test_without_a_batch_limit_nothing_is_combined(config: Any, rows: int) -> None:
+    server = Scripted(config=config)
+    spec = load(server.address).spec
+    assert (spec.max_batch_size, spec.learned_batch_size) == (rows, rows)
+    server.close()
+
+
+def test_an_upstream_with_a_fixed_first_dimension_is_not_batched() -> None:
+    server = Scripted(METADATA | {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4]}]})
+    spec = load(server.address).spec
+    assert spec.max_batch_size == 0
+    assert "not free" in spec.batching_note
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8000", "ftp://host:1", "http://", "http://host:0", "http://host:99999", "http://u:p@host:1",
+     "http://host:1/?q=1", "http://host:1/#f", "file:///etc/passwd"],
+)  # fmt: skip
+def test_an_address_that_cannot_be_one_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        UpstreamOptions(url)
+
+
+def test_nobody_at_the_address_is_a_load_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = "127.0.0.1:%d" % taken.getsockname()[1]
+    with pytest.raises(ModelLoadError, match="cannot be reached"):
+        load(address)
+
+
+def test_secrets_of_the_operator_are_not_shown() -> None:
+    assert "token" not in repr(UpstreamOptions("http://host:1", headers=(("authorization", "Bearer token"),)))

@@ -387,9 +387,10 @@ def test_commands_in_documents_exist() -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    for command, line in re.findall(r"^tidegate ([a-z-]+)(.*)$", code_in(ROOT / "README.md"), re.MULTILINE):
-        known = cli_help(command)
-        for flag in re.findall(r"--[a-z-]+", line):
+    lines = "".join(code_in(ROOT / name) for name in ("README.md", "docs/registry.md"))
+    for command, line in re.findall(r"^tidegate ((?:(?:registry|audit) )?[a-z-]+)(.*)$", lines, re.MULTILINE):
+        known = cli_help(*command.split())
+        for flag in re.findall(r"--[a-z-]+", line.partition("#")[0]):
             assert re.search(rf"{flag}\b", known), f"tidegate {command} has no {flag}"
 
 

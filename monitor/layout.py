@@ -1,0 +1,226 @@
+"""A profile made ready for counting: where each column's cells lie in one vector, and the tables of the search.
+
+A pane of counts is one int32 vector of ``cells`` entries, column after column. Everything that is derived here depends
+on the profile only, so counts made under equal profiles mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Final, cast
+
+import numpy as np
+
+from monitor.errors import ProfileError
+from monitor.kernels import codes
+from monitor.kernels._jit import compile_all
+from monitor.profile import ColumnProfile, ReferenceProfile, column_values
+from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source
+
+#: Buckets of the search table, and the shares of knots that may lie in each of its two end buckets.
+_BUCKETS: Final = 2048
+_TAILS: Final = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class _Tables:
+    """Arguments of ``codes.count_cells`` for the columns of one tensor."""
+
+    columns: Array
+    knots: Array
+    knot_start: Array
+    table: Array
+    knot_count: Array
+    origin: Array
+    scale: Array
+    steps: Array
+
+
+class TensorPlan:
+    """How the rows of one tensor are read and counted."""
+
+    __slots__ = ("_dtype", "_lookups", "_tables", "carrier", "columns", "datatype", "name", "places", "source", "width")
+
+    def __init__(self, profiles: Sequence[ColumnProfile], places: Sequence[int]) -> None:
+        first = profiles[0].column
+        self.name, self.source, self.width, self.datatype = first.tensor, first.source, first.width, first.datatype
+        self.places = tuple(places)
+        self.columns = [found.column.index for found in profiles]
+        self.carrier = first.carrier
+        self._dtype = DATATYPES[self.datatype][0]
+        self._tables = _tables(profiles, self.carrier, self._read_columns())
+        self._lookups = [_lookup(found) for found in profiles] if self.datatype == BYTES else []
+
+    def _read_columns(self) -> Array:
+        """Which columns of the matrix made by ``rows_of`` are the monitored ones."""
+        if self.datatype == BYTES or self._dtype != self.carrier:
+            return np.arange(len(self.columns), dtype="i8")
+        return np.array(self.columns, "i8")
+
+    def rows_of(self, parts: Parts, rows: int) -> Array | None:
+        """A matrix of the carrier type with ``rows`` rows, or None when the contents do not have that many.
+
+        Only monitored columns are converted; contents already in the carrier type are not copied when in one piece.
+        """
+        if self.datatype == BYTES:
+            return self._strings(parts, rows)
+        pieces = cast("Sequence[bytes]", parts)
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if memoryview(data).nbytes != rows * self.width * self._dtype.itemsize:
+            return None
+        read = np.frombuffer(data, self._dtype).reshape(rows, self.width)
+        if self._dtype == self.carrier:
+            return read
+        picked = read[:, self.columns]
+        if self.datatype == "BF16":
+            return (picked.astype("u4") << 16).view("f4")
+        return picked.astype(self.carrier)
+
+    def _strings(self, parts: Parts, rows: int) -> Array | None:
+        pieces = cast("Sequence[list[bytes]]", parts)
+        values = pieces[0] if len(pieces) == 1 else [value for piece in pieces for value in piece]
+        if len(values) != rows * self.width:
+            return None
+        out = np.empty((rows, len(self.columns)), "f4")
+        for place, (index, lookup) in enumerate(zip(self.columns, self._lookups, strict=True)):
+            out[:, place] = np.fromiter(map(lookup.get, values[index :: self.width], repeat(-1.0)), "f4", rows)
+        return out
+
+    def count(self, rows: Array, cell_start: Array, counts: Array) -> None:
+        """Add the rows of a matrix made by ``rows_of`` to ``counts`` (int32, the layout's cells)."""
+        t = self._tables
+        places = (t.columns, t.knots, t.knot_start, t.table, t.knot_count, t.origin, t.scale)
+        codes.count_cells(rows, *places, _BUCKETS, t.steps, cell_start, counts)
+
+
+class Layout:
+    """All tensors of one profile. Making one compiles the kernels when nobody has before: never do it in a request."""
+
+    def __init__(self, profile: ReferenceProfile) -> None:
+        compile_all()
+        groups: dict[tuple[Source, str], list[ColumnProfile]] = {}
+        for found in profile.columns:
+            groups.setdefault((found.column.source, found.column.tensor), []).append(found)
+        #: Columns in the layout's order: tensor by tensor, in the order of their first appearance in the profile.
+        ordered = [found for group in groups.values() for found in group]
+        self.profile = profile
+        self.sha256 = profile.sha256
+        self.columns = tuple(ordered)
+        self.names = tuple([found.column.name for found in ordered])
+        self.start = _starts([len(found.counts) for found in ordered])
+        self.cells = int(self.start[-1])
+        self.reference = _joined([found.counts for found in ordered], "i8")
+        self.bin_start = _starts([len(found.bins) for found in ordered])
+        self.bin_of = _joined([f.bin_of + s for f, s in zip(ordered, self.bin_start, strict=False)], "i4")
+        self.level_start = _starts([found.levels for found in ordered])
+        self.level_of = _joined([f.level_of + s for f, s in zip(ordered, self.level_start, strict=False)], "i4")
+        self.knots = _joined([found.knots for found in ordered], "f8")
+        self.knot_start = _starts([len(found.knots) for found in ordered])
+        self.tensors: list[TensorPlan] = []
+        self._starts: list[Array] = []
+        place = 0
+        for group in groups.values():
+            _check_group([found.column for found in group])
+            self.tensors.append(TensorPlan(group, range(place, place + len(group))))
+            self._starts.append(np.ascontiguousarray(self.start[place : place + len(group) + 1]))
+            place += len(group)
+
+    def count(self, matrices: Sequence[Array], counts: Array) -> None:
+        """Add rows to ``counts`` (int32, ``cells``): one matrix per tensor, as ``TensorPlan.rows_of`` makes them."""
+        for plan, start, rows in zip(self.tensors, self._starts, matrices, strict=True):
+            plan.count(rows, start, counts)
+
+    def count_table(self, table: dict[str, Array]) -> Array:
+        """int64 counts of one 1-D array per column: for calibration and reports, not for traffic.
+
+        Values are cast as ``ReferenceProfile.from_table`` casts them.
+        """
+        return np.concatenate([np.bincount(code, minlength=n) for code, n in self.codes_of(table)]).astype("i8")
+
+    def codes_of(self, table: dict[str, Array]) -> list[tuple[Array, int]]:
+        """(cell of each row, number of cells) per column, in the layout's order."""
+        return [(cells_of(found, table), len(found.counts)) for found in self.columns]
+
+
+def cells_of(found: ColumnProfile, table: dict[str, Array]) -> Array:
+    """The cell of each value of one column, by plain search."""
+    values = column_values(table, found.column)
+    if found.column.datatype == BYTES:
+        lookup = _lookup(found)
+        values = np.array([lookup.get(value, -1.0) for value in values.tolist()])
+    missing = np.isnan(values)
+    below = np.searchsorted(found.knots, values)
+    padded = np.append(found.knots, np.nan)
+    code = 2 * np.minimum(below, len(found.knots)) + (padded[below] == values)
+    return np.where(missing, 2 * len(found.knots) + 1, code)
+
+
+def _lookup(found: ColumnProfile) -> dict[bytes, float]:
+    """String -> knot; what is not in it is new, the empty string is missing."""
+    lookup = {string: float(code) for code, string in enumerate(found.categories)}
+    lookup.update(dict.fromkeys(found.rare, float(len(found.categories))))
+    lookup[b""] = float("nan")
+    return lookup
+
+
+def _check_group(columns: Sequence[Column]) -> None:
+    first = columns[0]
+    for column in columns:
+        if (column.width, column.datatype) != (first.width, first.datatype):
+            raise ProfileError(f"columns of tensor '{first.tensor}' disagree on its width or datatype")
+
+
+def _starts(sizes: Sequence[int]) -> Array:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype("i8")
+
+
+def _joined(parts: Sequence[Array], dtype: str) -> Array:
+    return np.concatenate([np.empty(0), *parts]).astype(dtype)
+
+
+# --- the tables of the search ----------------------------------------------------------------------------------------
+
+
+def _tables(profiles: Sequence[ColumnProfile], carrier: np.dtype[Any], columns: Array) -> _Tables:
+    searches = [_search(found.knots.astype(carrier)) for found in profiles]
+    padded = [
+        np.concatenate([found.knots.astype(carrier), np.full(1 << steps, np.nan, carrier)])
+        for found, (_, _, _, steps) in zip(profiles, searches, strict=True)
+    ]
+    return _Tables(
+        columns,
+        np.concatenate(padded),
+        _starts([len(knots) for knots in padded]),
+        np.concatenate([below for below, _, _, _ in searches]),
+        np.array([len(found.knots) for found in profiles], "i8"),
+        np.array([origin for _, origin, _, _ in searches], carrier),
+        np.array([scale for _, _, scale, _ in searches], carrier),
+        np.array([steps for _, _, _, steps in searches], "u4"),
+    )
+
+
+def _search(knots: Array) -> tuple[Array, Any, Any, int]:
+    """(knots below each bucket, origin, scale, halvings): the range of buckets with the fewest halvings."""
+    zero = knots.dtype.type(0)
+    #: Scale 0 puts everything into bucket 0: always right, and all there is when the knots have no range.
+    best = (np.zeros(_BUCKETS + 1, "u4"), zero, zero, _halvings(len(knots)))
+    finite = knots[np.isfinite(knots)]
+    for tail in _TAILS if len(finite) > 1 else ():
+        low, high = finite[int(tail * len(finite))], finite[int((1 - tail) * (len(finite) - 1))]
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            scale = knots.dtype.type(_BUCKETS / (float(high) - float(low)))
+        if not (np.isfinite(scale) and scale > 0):
+            continue
+        place = np.empty(len(knots), "i8")
+        codes.buckets(knots, low, scale, _BUCKETS, place)
+        ends = np.searchsorted(place, np.arange(_BUCKETS + 2))
+        halvings = _halvings(int(np.diff(ends).max()))
+        if halvings < best[3]:
+            best = (ends[:-1].astype("u4"), low, scale, halvings)
+    return best
+
+
+def _halvings(knots: int) -> int:
+    return knots.bit_length()

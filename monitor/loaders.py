@@ -1,0 +1,136 @@
+"""Tables from files: ``.csv`` and ``.csv.gz`` (standard library), ``.npz`` (numpy), ``.parquet`` (pyarrow or duckdb)."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import importlib.util
+import zipfile
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from monitor.errors import MissingReader, ProfileError
+from monitor.types import Array
+
+#: What stands for a missing value in text files, lower case.
+MISSING_TEXTS: Final = frozenset({"", "na", "nan", "null", "none", "n/a"})
+_BOOLEANS: Final = {"true": True, "false": False}
+
+
+def read_table(path: Path, columns: Collection[str] | None = None) -> dict[str, Array]:
+    """Column name -> values of one file, all rows; ``columns`` picks some. Raises ProfileError, or OSError.
+
+    Text columns become integers where every value is one, floats where every value is a number or missing, booleans
+    where every value is true or false, and strings otherwise. Arrays of several dimensions (npz) stay as they are.
+    """
+    name = path.name.lower()
+    if name.endswith((".csv", ".csv.gz")):
+        table = _read_csv(path, columns)
+    elif name.endswith(".npz"):
+        table = _read_npz(path, columns)
+    elif name.endswith((".parquet", ".pq")):
+        table = _read_parquet(path, columns)
+    else:
+        raise ProfileError(f"{path.name}: wanted a .csv, .csv.gz, .npz or .parquet file")
+    absent = sorted(set(columns or ()) - set(table))
+    if absent:
+        raise ProfileError(f"{path.name} has no column {', '.join(absent)}; it has {', '.join(table) or 'none'}")
+    return table
+
+
+def _read_csv(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
+    try:
+        with _open_text(path) as file:
+            lines = csv.reader(file)
+            head = next(lines, [])
+            if len(set(head)) != len(head) or not head:
+                raise ProfileError(f"{path.name}: the first line must name the columns, each once")
+            wanted = [(place, name) for place, name in enumerate(head) if columns is None or name in columns]
+            texts: list[list[str]] = [[] for _ in wanted]
+            for number, line in enumerate(_full_lines(lines), start=2):
+                if len(line) != len(head):
+                    raise ProfileError(f"{path.name}: row {number} has {len(line)} values, wanted {len(head)}")
+                for values, (place, _) in zip(texts, wanted, strict=True):
+                    values.append(line[place])
+    except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as failure:
+        raise ProfileError(f"{path.name}: not a readable CSV file ({failure})") from None
+    return {name: _parsed(values) for (_, name), values in zip(wanted, texts, strict=True)}
+
+
+def _open_text(path: Path) -> Any:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _full_lines(lines: Iterable[list[str]]) -> Iterator[list[str]]:
+    return (line for line in lines if line)
+
+
+def _parsed(texts: list[str]) -> Array:
+    lowered = [text.strip().lower() for text in texts]
+    if lowered and all(text in _BOOLEANS for text in lowered):
+        return np.array([_BOOLEANS[text] for text in lowered])
+    try:
+        return np.array([int(text) for text in lowered], dtype="i8")
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return np.array([np.nan if text in MISSING_TEXTS else float(text) for text in lowered])
+    except ValueError:
+        out = np.empty(len(texts), object)
+        out[:] = [None if text == "" else text for text in texts]
+        return out
+
+
+def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if columns is None or name in columns}
+    except (ValueError, zipfile.BadZipFile, EOFError) as failure:
+        raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None
+
+
+def _read_parquet(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
+    picked = sorted(columns) if columns is not None else None
+    if importlib.util.find_spec("pyarrow") is not None:
+        return _through_pyarrow(path, picked)
+    if importlib.util.find_spec("duckdb") is not None:
+        return _through_duckdb(path, picked)
+    raise MissingReader(f"{path.name}: reading Parquet needs pyarrow or duckdb; install one of them, or give csv or npz")
+
+
+def _through_pyarrow(path: Path, columns: list[str] | None) -> dict[str, Array]:
+    arrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    try:
+        names = parquet.read_schema(path).names
+        table = parquet.read_table(path, columns=None if columns is None else [c for c in columns if c in names])
+    except arrow.ArrowException as failure:
+        raise ProfileError(f"{path.name}: not a readable Parquet file ({failure})") from None
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def _through_duckdb(path: Path, columns: list[str] | None) -> dict[str, Array]:
+    duckdb = importlib.import_module("duckdb")
+    with duckdb.connect() as connection:
+        try:
+            found = connection.execute("SELECT * FROM read_parquet(?)", [str(path)]).fetchnumpy()
+        except duckdb.Error as failure:
+            raise ProfileError(f"{path.name}: not a readable Parquet file ({failure})") from None
+    return {name: _filled(values) for name, values in found.items() if columns is None or name in columns}
+
+
+def _filled(values: Any) -> Array:
+    """A masked array's missing values as NaN, or None among objects."""
+    if not np.ma.isMaskedArray(values):
+        return np.asarray(values)
+    if not values.mask.any():
+        return np.asarray(values.data)
+    if values.dtype.kind == "O":
+        return np.asarray(values.filled(None))
+    return np.asarray(values.astype("f8").filled(np.nan))
