@@ -31,6 +31,7 @@ from server.state import State, open_state
 from server.store.base import StoreError
 from server.telemetry.instruments import ModelTelemetry, Telemetry
 from server.telemetry.otel import OtlpExport, OtlpOptions
+from server.telemetry.snapshot import FamilySnapshot, Value
 from server.telemetry.trace import SpanSink, TraceGate
 from server.transport.admin import admin_app, is_loopback
 from server.transport.answers import HttpSettings
@@ -66,6 +67,7 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         call_soon=loop.call_soon,
         call_later=loop.call_later,
     )
+    telemetry.metrics.collect(lambda: [_in_flight(gateway)])
     state, deferred, audit = _state(settings, models)
     control = ModelControl(
         source=_source(settings, models, state, audit),
@@ -118,6 +120,12 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         close=close,
         drain_seconds=settings.drain_seconds,
     )
+
+
+def _in_flight(gateway: Gateway) -> FamilySnapshot:
+    """The permits that are out: what the limit of admission counts."""
+    held: dict[tuple[str, ...], Value] = {(): gateway.requests_in_flight}
+    return FamilySnapshot("tidegate_requests_in_flight", "Requests admitted and not over yet.", "gauge", (), held)
 
 
 def _listeners(settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry) -> list[Listener]:

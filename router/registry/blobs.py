@@ -28,6 +28,7 @@ MAX_FILE_BYTES: Final = 16 * 2**30
 TEMP_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
 _LOCK_NAME: Final = "lock"
+_LOCK_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -166,9 +167,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     """A new folder in ``parent``, removed with all that is still in it when the block ends. Raises StorageFailed."""
     with storage("no temporary folder could be made"):
         parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=parent))
-        lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, lock = _held_folder(parent)
     try:
         yield folder
     finally:
@@ -176,29 +175,36 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _held_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds it; another try when a sweep took it for abandoned before."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".tidegate-", dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(folder / _LOCK_NAME, _LOCK_FLAGS, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / _LOCK_NAME).exists():
+                return folder, lock
+            os.close(lock)
+
+
 def sweep_staging(parent: Path, older_than_s: float) -> int:
     """Remove the staging folders in ``parent`` that nobody holds and that are older than this; returns how many."""
-    oldest, swept = time.time() - older_than_s, 0
-    for folder in list(parent.glob("*")):
-        with suppress(OSError):
-            if folder.stat().st_mtime <= oldest and not _held(folder):
-                shutil.rmtree(folder)
-                swept += 1
-    return swept
+    oldest = time.time() - older_than_s
+    return sum(_swept(folder, oldest) for folder in list(parent.glob("*")) if folder.is_dir())
 
 
-def _held(folder: Path) -> bool:
-    """Does a living process work in this staging folder?"""
-    try:
-        lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _swept(folder: Path, oldest: float) -> bool:
+    """Remove one staging folder if it is old and no living process works in it. What cannot be removed stays."""
+    with suppress(OSError):
+        if folder.stat().st_mtime > oldest:
+            return False
+        lock = os.open(folder / _LOCK_NAME, _LOCK_FLAGS, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
         return True
-    finally:
-        os.close(lock)
     return False
 
 

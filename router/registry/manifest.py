@@ -367,7 +367,8 @@ def _signature(top: _Keys) -> Signature | None:
     if top.got("signature") is None:
         top.take("signature", None)
         return None
-    return top.inner("signature", lambda keys: Signature(_tensors(keys, "inputs"), _tensors(keys, "outputs")))
+    found = top.inner("signature", lambda keys: Signature(_tensors(keys, "inputs"), _tensors(keys, "outputs")))
+    return found if found.inputs or found.outputs else None
 
 
 def _tensors(keys: _Keys, key: str) -> tuple[TensorEntry, ...]:

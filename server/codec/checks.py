@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from server.errors import InvalidArgument, Unimplemented
+from server.errors import InvalidArgument
 from server.types import ALL_DATATYPES, DATATYPES, ParameterValue, RequestedOutput, element_count
 
 #: Bytes that no tensor may claim, whatever its zero dimensions: numpy and ONNX Runtime count in signed 64 bits.
@@ -92,9 +92,9 @@ def check_element_count(name: str, shape: tuple[int, ...], count: int) -> None:
 
 
 def refuse_shared_memory(kind: str, name: str, parameters: Mapping[str, object]) -> None:
-    """Raise Unimplemented when a tensor's contents are said to lie in, or to go to, a shared memory region."""
+    """Raise InvalidArgument when a tensor's contents are said to lie in, or to go to, a shared memory region."""
     if "shared_memory_region" in parameters:
-        raise Unimplemented(f"{kind} {shown(name)}: shared memory regions are not offered by this server")
+        raise InvalidArgument(f"{kind} {shown(name)}: shared memory regions are not offered by this server")
 
 
 def requested_output(name: str, parameters: Mapping[str, ParameterValue]) -> RequestedOutput:

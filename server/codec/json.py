@@ -58,7 +58,7 @@ def decode_infer(
 
     ``json_size`` comes from :func:`server.codec.binary.parse_header_length`; for 0 see
     :func:`server.codec.binary.decode_raw`. Tensors with binary contents are views on ``body``. Anything wrong raises
-    InvalidArgument; shared memory raises Unimplemented.
+    InvalidArgument, shared memory too.
     """
     size = len(body) if json_size is None else json_size
     if size > len(body):

@@ -71,7 +71,7 @@ def decode_infer(raw: bytes, limits: RequestLimits) -> InferenceRequest:
     """The request in ``raw``; raw contents may stay views on it.
 
     Ordinary requests are read by :func:`server.codec.scan.scan`, all others by :func:`decode_message`. Anything wrong
-    raises InvalidArgument; shared memory raises Unimplemented.
+    raises InvalidArgument, shared memory too.
     """
     return scan(raw, limits) or decode_message(raw, limits)
 

@@ -25,6 +25,7 @@ from tests.support.server import Server, serving
 from tests.support.v2 import call, get, infer, tensor
 from tests.support.wire import Steady, Wire, post
 
+STREAM_MIB = 320  # what one unread stream may leave behind in the allocators
 BOUND = 8  # requests that may wait for the bounded model
 CONFIG = """
 apiVersion: tidegate/v1
@@ -203,6 +204,41 @@ def test_clients_that_never_read(server: Server) -> None:
         # Each may hold one answer being written and what was read ahead of it, not twenty.
         assert resident_mib(server) - before < 6 * 10 * 4
     assert fast_latency_ms(server, 50) < 200
+
+
+def test_a_stream_that_is_not_read_is_bounded_and_its_memory_returns(server: Server) -> None:
+    """Each round sends 4 MiB messages that nobody reads answers of, then cancels."""
+    shape = (1, 1 << 20)
+    request = pb.ModelInferRequest(model_name="wide")
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    request.raw_input_contents.append(np.ones(shape, np.float32).tobytes())
+    raw = request.SerializeToString()
+    before = resident_mib(server)
+    peaks, rests = [], []
+    for _ in range(4):
+        sent = threading.Semaphore(0)
+        enough = threading.Event()
+
+        def messages(sent: threading.Semaphore = sent, enough: threading.Event = enough) -> Iterator[bytes]:
+            for _ in range(64):
+                if enough.is_set():
+                    return
+                sent.release()
+                yield raw
+
+        with grpc.insecure_channel(server.grpc) as channel:
+            stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(messages())
+            while sent.acquire(timeout=1.0):  # until flow control holds the sender back
+                pass
+            peaks.append(resident_mib(server))
+            enough.set()
+            stream.cancel()
+        until = time.monotonic() + 5
+        while resident_mib(server) > before + STREAM_MIB and time.monotonic() < until:
+            time.sleep(0.05)
+        rests.append(resident_mib(server))
+    assert max(peaks) < before + 2 * STREAM_MIB, (before, peaks)
+    assert max(rests) < before + STREAM_MIB, (before, rests)
 
 
 def test_overload_is_refused_with_advice_and_passes(server: Server) -> None:

@@ -229,7 +229,6 @@ INVALID: dict[str, pb.ModelInferRequest | bytes] = {
 EXPECTED = {
     "empty": grpc.StatusCode.NOT_FOUND,
     "no model": grpc.StatusCode.NOT_FOUND,
-    "shared memory": grpc.StatusCode.UNIMPLEMENTED,
 }
 
 

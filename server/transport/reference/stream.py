@@ -1,7 +1,7 @@
 """One ``ModelStreamInfer`` call: many requests under one permit, answered in the order they came.
 
-The reader hands each message to the port as soon as it comes, up to a bound in flight; the writer sends what is
-finished, first in first out. The error of one request is one message and does not end the stream.
+The reader hands each message to the port as soon as it comes, up to bounds in flight by number and by bytes; the writer
+sends what is finished, first in first out. The error of one request is one message and does not end the stream.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _FINAL: Final = "triton_final_response"
 class _Slot:
     """Reply of one message: the answers still to be sent, and whether more may come."""
 
-    __slots__ = ("_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "ticket")
+    __slots__ = ("_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "size", "ticket")
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], size: int) -> None:
         self._wake = wake
+        self.size = size  # bytes of the message
         self.id = self.model = ""
         self.empty_final = False
         self.answers: deque[InferenceResponse] = deque()
@@ -46,6 +47,7 @@ class _Slot:
     def finish(self, error: TidegateError | None) -> None:
         self.error = error
         self.finished = True
+        self.ticket = None  # it refers to this reply: apart, both go with the last reference
         self._wake()
 
 
@@ -66,7 +68,9 @@ class StreamSession:
         self._read = read
         self._write = write
         self._max_in_flight = max_in_flight
+        self._max_bytes = port.limits.max_body_bytes
         self._slots: deque[_Slot] = deque()
+        self._bytes = 0
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._log = structlog.get_logger("tidegate.grpc")
@@ -83,23 +87,29 @@ class StreamSession:
             for slot in self._slots:
                 if slot.ticket is not None:
                     slot.ticket.cancel()
+                    slot.ticket = None
+            self._slots.clear()
 
     async def _read_all(self) -> None:
         while (raw := await self._read()) is not None:
             self._take(raw)
-            while len(self._slots) >= self._max_in_flight:
+            del raw
+            while len(self._slots) >= self._max_in_flight or self._bytes >= self._max_bytes:
                 self._room.clear()
                 await self._room.wait()
 
     def _take(self, raw: bytes) -> None:
-        slot = _Slot(self._changed.set)
+        slot = _Slot(self._changed.set, len(raw))
         self._slots.append(slot)
+        self._bytes += slot.size
         try:
             request = protobuf.decode_infer(raw, self._port.limits)
             slot.id, slot.model = request.id, request.model
             check_version(request.version)
             slot.empty_final = request.parameters.pop(_EMPTY_FINAL, False) is True
-            slot.ticket = self._port.handle(self._permit, request, slot)
+            ticket = self._port.handle(self._permit, request, slot)
+            if not slot.finished:
+                slot.ticket = ticket
         except TidegateError as error:
             slot.finish(error)
         except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
@@ -109,7 +119,7 @@ class StreamSession:
     async def _write_all(self, reading: asyncio.Task[None]) -> None:
         while self._slots or not reading.done():
             if self._slots and await self._write_slot(self._slots[0]):
-                self._slots.popleft()
+                self._bytes -= self._slots.popleft().size
                 self._room.set()
             else:
                 await self._changed.wait()

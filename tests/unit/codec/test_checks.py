@@ -18,7 +18,7 @@ from server.codec.checks import (
     shown,
     whole_number,
 )
-from server.errors import InvalidArgument, Unimplemented
+from server.errors import InvalidArgument
 from server.types import RequestedOutput
 
 
@@ -83,7 +83,7 @@ def test_requested_output() -> None:
     for wrong in ({"binary_data": 1}, {"classification": -1}, {"classification": "3"}, {"classification": True}):
         with pytest.raises(InvalidArgument, match="output 'y'"):
             requested_output("y", wrong)
-    with pytest.raises(Unimplemented, match="shared memory"):
+    with pytest.raises(InvalidArgument, match="shared memory"):
         refuse_shared_memory("output", "y", {"shared_memory_region": "r"})
 
 

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from server.codec.json import decode_infer, encode_infer
-from server.errors import InvalidArgument, Unimplemented
+from server.errors import InvalidArgument
 from server.types import InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 
 LIMITS = RequestLimits()
@@ -204,7 +204,7 @@ def test_wrong_documents(document: Any, text: str) -> None:
 
 
 def test_shared_memory_is_not_offered() -> None:
-    with pytest.raises(Unimplemented, match="shared memory"):
+    with pytest.raises(InvalidArgument, match="shared memory"):
         tensor_of(parameters={"shared_memory_region": "r"})
 
 

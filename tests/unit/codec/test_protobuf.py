@@ -9,7 +9,7 @@ import pytest
 
 from server._pb import inference_pb2 as pb
 from server.codec.protobuf import decode_infer, encode_infer, encode_stream_error, encode_stream_infer
-from server.errors import InvalidArgument, Unimplemented
+from server.errors import InvalidArgument
 from server.types import InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 
 LIMITS = RequestLimits()
@@ -149,9 +149,9 @@ def test_parameters_and_outputs() -> None:
 
 def test_shared_memory_is_not_offered() -> None:
     region = {"shared_memory_region": pb.InferParameter(string_param="r")}
-    with pytest.raises(Unimplemented, match="shared memory"):
+    with pytest.raises(InvalidArgument, match="shared memory"):
         decode(inputs=[INT8 | {"parameters": region}])
-    with pytest.raises(Unimplemented, match="output 'y'"):
+    with pytest.raises(InvalidArgument, match="output 'y'"):
         decode(inputs=[INT8], raw_input_contents=[b"ab"], outputs=[{"name": "y", "parameters": region}])
 
 

@@ -66,7 +66,10 @@ def test_the_first_rule_in_order_wins() -> None:
 
 
 def test_a_rule_may_lead_to_an_arm_and_then_has_its_fallback() -> None:
-    rules = (Rule("testers", Match(header={"a": PRESENT}), "a2"), Rule("back", Match(header={"b": PRESENT}), "stable"))
+    rules: tuple[Rule[str], ...] = (
+        Rule("testers", Match(header={"a": PRESENT}), "a2"),
+        Rule("back", Match(header={"b": PRESENT}), "stable"),
+    )
     decision = decide(rules, ask(headers={"a": ""}))
     assert (decision.arm, decision.version, decision.propensity, decision.counted) == ("a2", "2", 1.0, False)
     fallen = decision.fall_back()
@@ -82,7 +85,7 @@ def test_rules_without_a_version_never_see_a_request_that_names_one() -> None:
 
 
 def test_rules_on_versions() -> None:
-    rules = (
+    rules: tuple[Rule[str], ...] = (
         Rule("retired", Match(version=one_of("42")), to("7")),
         Rule("guests", Match(version=PRESENT, header={"x-guest": PRESENT}), "stable"),
         Rule("explicit", Match(version=PRESENT), "requested"),
@@ -100,7 +103,7 @@ def test_a_rule_may_lead_to_another_model() -> None:
     assert (decision.model, decision.version, decision.public_name) == ("n", "12", "m")
 
 
-BAD = [
+BAD: list[tuple[Rule[str], tuple[str | int, ...]]] = [
     (Rule("", Match(tenant=PRESENT), "stable"), ("rules", 0, "name")),
     (Rule("split", Match(tenant=PRESENT), "stable"), ("rules", 0, "name")),
     (Rule("r", Match(), "stable"), ("rules", 0, "match")),
@@ -122,7 +125,7 @@ def test_rules_that_make_no_sense(rule: Rule[str], where: tuple[str | int, ...])
 
 
 def test_tenants_need_their_header_and_names_are_not_taken_twice() -> None:
-    rule = Rule("r", Match(tenant=PRESENT), "stable")
+    rule: Rule[str] = Rule("r", Match(tenant=PRESENT), "stable")
     with pytest.raises(BadRoutes) as caught:
         RoutingTable({"m": routes(rules=(rule, rule))}, 1)
     places = [problem.where for problem in caught.value.problems]

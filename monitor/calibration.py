@@ -1,0 +1,244 @@
+"""When is a difference more than chance: levels, tails, and how much rows depend on each other.
+
+**Level.** A window is looked at once per pane. With one false alarm allowed per ``ERT`` looks, F columns and S windows,
+a column's test may fire by chance once in ERT x F x S looks. Columns with an order have two tests, PSI and KS, each at
+half of that; the others have PSI alone and all of it. Neighbouring looks share rows, which only makes alarms rarer.
+
+**Tails**, closed form. Under no drift, with n rows against m of the reference:
+
+* ``sqrt(n m / (n + m)) D`` is at most Kolmogorov's distribution (less with ties);
+* ``PSI / (1/n + 1/m)`` is chi-square with one degree of freedom fewer than there are bins.
+
+**Dependence.** Both hold for independent rows. Rows that follow each other in time are often alike; counts then vary
+more, as if there were fewer rows. ``calibrate`` measures it on time-ordered traffic without drift: the traffic is cut
+into blocks longer than the dependence, and the variance of the blocks' sums is compared with that of independent rows
+(it is, exactly, the variance that a block bootstrap gives, without its noise of resampling). The tail of a supremum is
+ruled by the place that varies most, so KS is deflated by the largest inflation of the distribution function; PSI is a
+sum of squares with weights, the eigenvalues of the bins' covariance, and is compared with the largest weight times a
+chi-square of equal mean. ``Inflation`` watches the same on live traffic, so that nobody takes p-values of dependent
+rows for calibrated ones unwarned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from monitor.errors import CalibrationError
+from monitor.kernels import tails
+from monitor.kernels.distances import chi_square
+from monitor.kernels.folding import fold
+from monitor.layout import Layout
+from monitor.types import HOUR_NS, AlarmRules, Array, Window, WindowCounts
+
+#: Above this, p-values that assume independent rows are not called calibrated.
+INFLATION_LIMIT: Final = 1.5
+#: Blocks that a calibration is based on: the relative error of a variance is about sqrt(2 / blocks).
+_BLOCKS: Final = 128
+_LEAST_BLOCK: Final = 16
+#: Variance may still grow by this from half the block length; by more, and the blocks are too short.
+_STILL_GROWING: Final = 1.25
+#: Places of the distribution function that are looked at: shares 0.05, 0.10, ... of the rows.
+_PLACES: Final = np.arange(1, 20) / 20
+#: Degrees of freedom times pairs of panes before a live inflation is believed.
+_ENOUGH: Final = 400
+
+
+def looks_per_false_alarm(rules: AlarmRules, window: Window, counts: WindowCounts) -> float:
+    """The ERT in looks of this window, at least 1. Where its unit is not the window's, by the window's own traffic."""
+    span_ns = max(1, counts.end_ns - counts.start_ns)
+    if rules.ert_hours:
+        look_ns = window.pane if window.unit == "time" else span_ns * window.pane / window.length
+        return max(1.0, rules.ert_hours * HOUR_NS / look_ns)
+    look_rows = window.pane if window.unit == "rows" else counts.rows * window.pane / window.length
+    return max(1.0, rules.ert_rows / max(1.0, look_rows))
+
+
+def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, columns: int, windows: int) -> float:
+    """ln of the p that one column of one look may have by chance; halve it for each of two tests."""
+    return -math.log(looks_per_false_alarm(rules, window, counts) * max(1, columns) * max(1, windows))
+
+
+def kolmogorov_log_p(distance: Array, n: Array, m: Array, inflation: Array) -> Array:
+    """ln p of two-sample distances; 0 where a distance is NaN."""
+    return log_tail_kolmogorov(distance * np.sqrt(_effective(n, m) / inflation))
+
+
+def psi_log_p(index: Array, n: Array, m: Array, degrees: Array, inflation: Array) -> Array:
+    """ln p of PSIs over bins with ``degrees`` + 1 occupied bins; 0 where a PSI is NaN."""
+    return log_tail_chi_square(index * _effective(n, m) / inflation, degrees)
+
+
+def log_tail_kolmogorov(x: Array) -> Array:
+    out = np.empty(len(x))
+    tails.kolmogorov_log_tail(np.ascontiguousarray(x, "f8"), out)
+    return out
+
+
+def log_tail_chi_square(x: Array, degrees: Array) -> Array:
+    out = np.empty(len(x))
+    tails.chi_square_log_tail(np.ascontiguousarray(x, "f8"), np.ascontiguousarray(degrees, "f8"), out)
+    return out
+
+
+def _effective(n: Array, m: Array) -> Array:
+    """n m / (n + m), 0 where a side is empty."""
+    wide_n, wide_m = np.asarray(n, "f8"), np.asarray(m, "f8")
+    return np.asarray(wide_n * wide_m / np.maximum(wide_n + wide_m, 1.0))
+
+
+# --- dependence ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Calibration:
+    """Inflation per column of the layout, 1 for independent rows.
+
+    ``psi_degrees`` is the share of the nominal degrees of freedom to be used with ``psi``. ``settled`` is False where
+    longer blocks still varied more: rows depend on each other over more rows than the traffic given can show.
+    """
+
+    sha256: str
+    rows: int
+    block_rows: int
+    ks: Array
+    psi: Array
+    psi_degrees: Array
+    settled: Array
+
+    @classmethod
+    def none(cls, layout: Layout) -> Calibration:
+        """What holds for independent rows."""
+        one = np.ones(len(layout.columns))
+        return cls(layout.sha256, 0, 0, one, one, one, one > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "block_rows": self.block_rows,
+            **{name: getattr(self, name).tolist() for name in ("ks", "psi", "psi_degrees", "settled")},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Calibration:
+        """Raises CalibrationError when the values are not what ``to_dict`` gives."""
+        try:
+            vectors = [np.array(found[name], "f8") for name in ("ks", "psi", "psi_degrees")]
+            settled = np.array(found["settled"], bool)
+            sizes = {vector.shape for vector in (*vectors, settled)}
+            if len(sizes) != 1 or not all(np.isfinite(v).all() and (v > 0).all() for v in vectors):
+                raise ValueError("vectors")
+            return cls(str(found["sha256"]), int(found["rows"]), int(found["block_rows"]), *vectors, settled)
+        except (KeyError, TypeError, ValueError):
+            raise CalibrationError("the calibration is damaged") from None
+
+
+def calibrate(layout: Layout, table: Mapping[str, Any]) -> Calibration:
+    """Measure dependence on drift-free traffic in the order of time: one 1-D array per column, by column name.
+
+    Raises CalibrationError when there are too few rows.
+    """
+    rows = min((len(values) for values in table.values()), default=0)
+    block = rows // _BLOCKS
+    if block < _LEAST_BLOCK:
+        raise CalibrationError(f"calibration needs at least {_BLOCKS * _LEAST_BLOCK} rows in order, got {rows}")
+    estimates = [_column_inflation(layout, place, codes, block) for place, (codes, _) in enumerate(_codes(layout, table))]
+    ks, psi, degrees, settled = (np.array(values) for values in zip(*estimates, strict=True))
+    return Calibration(layout.sha256, rows, block, ks, psi, degrees, settled)
+
+
+def _codes(layout: Layout, table: Mapping[str, Any]) -> list[tuple[Array, int]]:
+    return layout.codes_of(dict(table))
+
+
+def _column_inflation(layout: Layout, place: int, codes: Array, block: int) -> tuple[float, float, float, bool]:
+    found = layout.columns[place]
+    bins = found.bin_of[codes]
+    below = _indicators(codes[codes < len(found.counts) - 1], len(found.counts) - 1)
+    ks = _variance_ratio(below, block)
+    half = _variance_ratio(below, block // 2)
+    psi, degrees = _psi_inflation(bins, len(found.bins), block)
+    settled = ks <= max(INFLATION_LIMIT, _STILL_GROWING * half)
+    return max(1.0, ks), max(1.0, psi), degrees, settled
+
+
+def _indicators(codes: Array, cells: int) -> Array:
+    """(rows, places) 0/1: is the value at or below the cell where the distribution function passes each place."""
+    if not len(codes):
+        return np.zeros((0, 1))
+    share = np.cumsum(np.bincount(codes, minlength=cells)) / len(codes)
+    edges = np.unique(np.searchsorted(share, _PLACES))
+    edges = edges[share[edges] < 1]
+    return (codes[:, None] <= edges[None, :]).astype("f8")
+
+
+def _variance_ratio(indicators: Array, block: int) -> float:
+    """The largest variance of block sums over a quarter of a row each: what Kolmogorov's tail assumes is 1 at most."""
+    sums = _block_sums(indicators, block)
+    if len(sums) < 2 or not sums.shape[1]:
+        return 1.0
+    return float(sums.var(axis=0, ddof=1).max() / (block * 0.25))
+
+
+def _psi_inflation(bins: Array, count: int, block: int) -> tuple[float, float]:
+    """(largest weight, share of the degrees of freedom) of the bins' standardised covariance."""
+    shares = np.bincount(bins, minlength=count) / len(bins)
+    used = np.flatnonzero(shares > 0)
+    if len(used) < 2:
+        return 1.0, 1.0
+    one_hot = (bins[:, None] == used[None, :]).astype("f8")
+    sums = _block_sums(one_hot, block) / np.sqrt(block * shares[used])
+    weights = np.linalg.eigvalsh(np.cov(sums, rowvar=False))
+    largest = max(1.0, float(weights[-1]))
+    total = max(float(weights.sum()), float(len(used) - 1))
+    return largest, min(1.0, max(total / largest, 1.0) / (len(used) - 1))
+
+
+def _block_sums(values: Array, block: int) -> Array:
+    """Sums of whole consecutive blocks: (blocks, places)."""
+    blocks = len(values) // block
+    return np.asarray(values[: blocks * block].reshape(blocks, block, -1).sum(axis=1))
+
+
+class Inflation:
+    """Live: how much more consecutive panes differ than panes of independent rows would, per column.
+
+    The mean of Pearson's statistic between neighbours over its degrees of freedom; slow changes hardly count. Covers
+    dependence shorter than a pane.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._before: Array | None = None
+        self._sum = np.zeros(len(layout.columns))
+        self._degrees = np.zeros(len(layout.columns))
+
+    def add(self, pane: Array) -> None:
+        """One closed pane's counts of cells; panes without rows are passed over."""
+        bins = np.empty(int(self._layout.bin_start[-1]), "i8")
+        fold(pane.astype("i8"), self._layout.bin_of, bins)
+        before, self._before = self._before, bins
+        if before is None:
+            return
+        statistic = np.empty(len(self._sum))
+        occupied = np.empty(len(self._sum), "i8")
+        chi_square(before, bins, self._layout.bin_start, statistic, occupied)
+        known = ~np.isnan(statistic)
+        self._sum[known] += statistic[known]
+        self._degrees[known] += occupied[known] - 1
+
+    def estimate(self) -> Array:
+        """Per column, 1 while too little was seen."""
+        known = self._degrees >= _ENOUGH
+        return np.asarray(np.where(known, self._sum / np.maximum(self._degrees, 1.0), 1.0))
+
+    def state(self) -> Sequence[list[float]]:
+        return self._sum.tolist(), self._degrees.tolist()
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        self._sum, self._degrees = np.array(state[0], "f8"), np.array(state[1], "f8")

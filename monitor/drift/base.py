@@ -1,0 +1,62 @@
+"""What a drift statistic is, and the pair of samples that all of them are computed from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from monitor.kernels.folding import fold
+from monitor.layout import Layout
+from monitor.types import Array
+
+
+class Pair:
+    """Counts of two samples under one layout: a reference, and a window held against it. int64, by cell.
+
+    Either may come from anywhere: the profile, a season, another arm.
+    """
+
+    def __init__(self, layout: Layout, reference: Array, window: Array) -> None:
+        self.layout = layout
+        self.reference = np.ascontiguousarray(reference, "i8")
+        self.window = np.ascontiguousarray(window, "i8")
+
+    @cached_property
+    def bins(self) -> tuple[Array, Array]:
+        """(reference, window) counts of the PSI bins, column after column (``layout.bin_start``)."""
+        return self._folded(self.layout.bin_of, int(self.layout.bin_start[-1]))
+
+    @cached_property
+    def levels(self) -> tuple[Array, Array]:
+        """The same for levels (``layout.level_start``)."""
+        return self._folded(self.layout.level_of, int(self.layout.level_start[-1]))
+
+    @cached_property
+    def rows(self) -> tuple[Array, Array]:
+        """(reference, window) rows per column, missing ones with them."""
+        starts = self.layout.bin_start[:-1]
+        return np.add.reduceat(self.bins[0], starts), np.add.reduceat(self.bins[1], starts)
+
+    @cached_property
+    def missing(self) -> tuple[Array, Array]:
+        """(reference, window) missing values per column."""
+        last = self.layout.start[1:] - 1
+        return self.reference[last], self.window[last]
+
+    def _folded(self, bin_of: Array, count: int) -> tuple[Array, Array]:
+        folded = np.empty(count, "i8"), np.empty(count, "i8")
+        fold(self.reference, bin_of, folded[0])
+        fold(self.window, bin_of, folded[1])
+        return folded
+
+
+class DriftStatistic(Protocol):
+    """A number per column. Counts are merged before they get here, so a statistic has no state."""
+
+    name: str
+
+    def score(self, pair: Pair) -> Array:
+        """float64 per column of the layout; NaN where it is undefined."""
+        ...

@@ -1,0 +1,28 @@
+"""The Kolmogorov-Smirnov distance per column, as a certain interval."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from monitor.drift.base import Pair
+from monitor.kernels.ks import ks_interval
+from monitor.types import Array
+
+
+class KolmogorovSmirnov:
+    """Over values that are present, of columns whose values have an order; NaN for discrete columns."""
+
+    name = "ks"
+
+    def score(self, pair: Pair) -> Array:
+        """The certain lower end, equal to D when all distinct reference values are knots."""
+        return self.interval(pair)[0]
+
+    def interval(self, pair: Pair) -> tuple[Array, Array]:
+        """(low, high) with low <= D <= high."""
+        columns = pair.layout.columns
+        low, high = np.empty(len(columns)), np.empty(len(columns))
+        ks_interval(pair.reference, pair.window, pair.layout.start, low, high)
+        discrete = np.array([found.column.discrete for found in columns], bool)
+        low[discrete] = high[discrete] = np.nan
+        return low, high

@@ -1,0 +1,400 @@
+"""Counts in panes, and windows that move by adding the newest pane and subtracting the oldest.
+
+One ``PaneStore`` counts one arm under one layout. Rows are counted once, into ``fresh``; when a pane of any series is
+full or over, ``fresh`` is added to the open pane of every series and begun anew. A pane is never changed after it was
+closed, and a window is always exactly the sum of its panes. Memory per series: cells x 4 bytes for each pane of the
+longest window, and cells x 8 bytes for each window.
+
+Windows of time have panes that begin at whole multiples of their length, so those of several processes line up; windows
+of rows are lined up by age (the newest pane of each process, the one before, ...).
+
+Nothing here reads a clock: ``now_ns`` is ns since the epoch. Not thread safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from monitor.errors import StateError
+from monitor.kernels.folding import accumulate
+from monitor.layout import Layout
+from monitor.types import HOUR_NS, Array, Window, WindowCounts
+
+#: Called when a window was moved and holds something to be judged.
+OnLook: TypeAlias = Callable[[WindowCounts], None]
+#: Called with each closed pane of the first series: (rows, counts); the counts must not be kept.
+OnPane: TypeAlias = Callable[[int, Array], None]
+
+HOURS_OF_WEEK: Final = 168
+
+
+@dataclass(slots=True, eq=False)
+class SeriesState:
+    """Closed panes of one series, oldest first. ``index``: the pane's place in time, or minus its age for rows.
+
+    ``rows``, ``dropped``, ``start_ns``, ``end_ns``: int64 per pane; ``counts`` (panes, cells); ``closed``: how many
+    panes were ever closed.
+    """
+
+    unit: Literal["rows", "time"]
+    pane: int
+    closed: int
+    index: Array
+    rows: Array
+    dropped: Array
+    start_ns: Array
+    end_ns: Array
+    counts: Array
+
+    def window(self, window: Window) -> WindowCounts:
+        """The newest panes of a window together, empty when there are none."""
+        newest = int(self.index[-1]) if len(self.index) else 0
+        own = self.index > newest - window.panes
+        held = self.rows[own] > 0
+        full = self.closed >= window.panes
+        rows, dropped = int(self.rows[own].sum()), int(self.dropped[own].sum())
+        start = int(self.start_ns[own][held].min()) if held.any() else 0
+        end = int(self.end_ns[own][held].max()) if held.any() else 0
+        cells = self.counts[own].sum(axis=0, dtype="i8")
+        return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, cells)
+
+
+@dataclass(slots=True, eq=False)
+class ArmState:
+    """What one arm's counts are, without the panes that are still open. ``total`` int64: everything ever counted."""
+
+    rows: int
+    dropped: int
+    refused: int
+    total: Array
+    series: list[SeriesState]
+
+    def window(self, window: Window) -> WindowCounts:
+        for found in self.series:
+            if (found.unit, found.pane) == (window.unit, window.pane):
+                return found.window(window)
+        raise StateError(f"the state has no panes for the window {window.name}")
+
+
+def merge_arms(states: Sequence[ArmState]) -> ArmState:
+    """The counts of several processes together: sums of integers, the same in any order and grouping."""
+    series = [_merge_series([state.series[place] for state in states]) for place in range(len(states[0].series))]
+    return ArmState(
+        sum(state.rows for state in states),
+        sum(state.dropped for state in states),
+        sum(state.refused for state in states),
+        np.sum([state.total for state in states], axis=0, dtype="i8"),
+        series,
+    )
+
+
+def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
+    first = parts[0]
+    if any((part.unit, part.pane) != (first.unit, first.pane) for part in parts):
+        raise StateError("states made with other windows cannot be merged")
+    index = np.unique(np.concatenate([part.index for part in parts]))
+    cells = first.counts.shape[1]
+    far = np.iinfo("i8")
+    merged = SeriesState(
+        first.unit,
+        first.pane,
+        max(part.closed for part in parts),
+        index,
+        np.zeros(len(index), "i8"),
+        np.zeros(len(index), "i8"),
+        np.full(len(index), far.max),
+        np.full(len(index), far.min),
+        np.zeros((len(index), cells), "i8"),
+    )
+    for part in parts:
+        at = np.searchsorted(index, part.index)
+        merged.rows[at] += part.rows
+        merged.dropped[at] += part.dropped
+        merged.start_ns[at] = np.minimum(merged.start_ns[at], part.start_ns)
+        merged.end_ns[at] = np.maximum(merged.end_ns[at], part.end_ns)
+        merged.counts[at] += part.counts
+    return merged
+
+
+class _Series:
+    """Panes of one length, in a ring, and the windows made of them."""
+
+    def __init__(self, unit: Literal["rows", "time"], pane: int, windows: Sequence[Window], cells: int) -> None:
+        self.unit: Literal["rows", "time"] = unit
+        self.pane = pane
+        self.windows = sorted(windows, key=lambda window: window.length)
+        self.capacity = max(window.panes for window in windows)
+        self.closed = 0
+        self.rows = 0  # of the open pane
+        self.index = -1  # of the open pane; -1: no row or tick has come
+        self.start_ns = 0
+        self.end_ns = 0
+        self._dropped = 0
+        self._open = np.zeros(cells, "i4")
+        self._panes = np.zeros((self.capacity, cells), "i4")
+        #: Per pane of the ring: rows, dropped, start, end, index.
+        self._facts = np.zeros((self.capacity, 5), "i8")
+        self._sums = [np.zeros(cells, "i8") for _ in windows]
+
+    def room(self) -> int:
+        """Rows that fit into the open pane; unbounded for time."""
+        return self.pane - self.rows if self.unit == "rows" else np.iinfo("i8").max
+
+    def begin(self, rows: int, now_ns: int) -> None:
+        if not self.rows:
+            self.start_ns = now_ns
+        self.end_ns = now_ns
+        self.rows += rows
+
+    def drop(self, rows: int) -> None:
+        self._dropped += rows
+
+    def add(self, fresh: Array) -> None:
+        self._open += fresh
+
+    def close(self) -> Array:
+        """Close the open pane and move the windows. The pane's counts, valid until the next close."""
+        slot = self.closed % self.capacity
+        for window, total in zip(self.windows, self._sums, strict=True):
+            if self.closed >= window.panes:
+                accumulate(total, self._panes[(self.closed - window.panes) % self.capacity], -1)
+            accumulate(total, self._open, 1)
+        self._panes[slot] = self._open
+        self._facts[slot] = (self.rows, self._dropped, self.start_ns, self.end_ns, self.index)
+        self.closed += 1
+        self.index += 1
+        self.rows = self._dropped = self.start_ns = self.end_ns = 0
+        self._open[:] = 0
+        return self._panes[slot]
+
+    def looks(self) -> list[WindowCounts]:
+        """The windows as they are now; ``cells`` are views that the next close changes."""
+        return [self._counts(window, total) for window, total in zip(self.windows, self._sums, strict=True)]
+
+    def _counts(self, window: Window, total: Array) -> WindowCounts:
+        facts = self._facts[self._slots(window.panes)]
+        held = facts[facts[:, 0] > 0]
+        start, end = (int(held[:, 2].min()), int(held[:, 3].max())) if len(held) else (0, 0)
+        rows, dropped = int(facts[:, 0].sum()), int(facts[:, 1].sum())
+        full = self.closed >= window.panes
+        return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, total)
+
+    def _slots(self, panes: int) -> Array:
+        """Ring places of the newest closed panes, oldest first."""
+        held = min(self.closed, panes)
+        return np.arange(self.closed - held, self.closed) % self.capacity
+
+    def skip_to(self, index: int) -> None:
+        """Forget everything: no row came for longer than the longest window."""
+        self.closed += index - self.index
+        self.index = index
+        self._panes[:] = 0
+        self._facts[:] = 0
+        self._facts[:, 4] = (index - 1) - (self.closed - 1 - np.arange(self.capacity)) % self.capacity
+        for total in self._sums:
+            total[:] = 0
+
+    def state(self) -> SeriesState:
+        slots = self._slots(self.capacity)
+        facts = self._facts[slots]
+        index = facts[:, 4] if self.unit == "time" else np.arange(1 - len(slots), 1)
+        columns = [np.ascontiguousarray(facts[:, place]) for place in range(4)]
+        counts = self._panes[slots]
+        return SeriesState(self.unit, self.pane, self.closed, index.copy(), *columns, counts)
+
+    def restore(self, state: SeriesState) -> None:
+        held = min(len(state.rows), self.capacity)
+        if held < min(state.closed, self.capacity):
+            raise StateError("the state has fewer panes than its windows need")
+        self.closed = state.closed
+        slots = self._slots(held)
+        recent = slice(len(state.rows) - held, None)
+        self._panes[slots] = state.counts[recent]
+        columns = (state.rows, state.dropped, state.start_ns, state.end_ns, state.index)
+        self._facts[slots] = np.stack([column[recent] for column in columns], axis=1)
+        if self.unit == "time" and held:
+            self.index = int(state.index[-1]) + 1
+        for place, window in enumerate(self.windows):
+            self._sums[place] = self._panes[self._slots(min(window.panes, held))].sum(axis=0, dtype="i8")
+
+
+class PaneStore:
+    """Counts of one arm. ``on_look`` is called for each window that a closed pane moved and that is to be judged."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        windows: Sequence[Window],
+        *,
+        min_rows: int = 1,
+        on_look: OnLook | None = None,
+        on_pane: OnPane | None = None,
+        on_fresh: Callable[[Array, int, int], None] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.rows = 0
+        self.dropped = 0
+        self.refused = 0
+        self._min_rows = min_rows
+        self._on_look = on_look
+        self._on_pane = on_pane
+        self._on_fresh = on_fresh
+        self._fresh = np.zeros(layout.cells, "i4")
+        self._fresh_rows = 0
+        self._total = np.zeros(layout.cells, "i8")
+        self._now_ns = 0
+        keys = list(dict.fromkeys((window.unit, window.pane) for window in windows))
+        self._series = [_Series(*key, [w for w in windows if (w.unit, w.pane) == key], layout.cells) for key in keys]
+
+    def add(self, matrices: Sequence[Array], rows: int, now_ns: int) -> None:
+        """Count rows: one matrix per tensor of the layout (``TensorPlan.rows_of``), all with ``rows`` rows."""
+        self.tick(now_ns)
+        done = 0
+        while done < rows:
+            take = min(rows - done, *[series.room() for series in self._series])
+            self.layout.count([matrix[done : done + take] for matrix in matrices], self._fresh)
+            done += take
+            self.rows += take
+            self._fresh_rows += take
+            for series in self._series:
+                series.begin(take, now_ns)
+            self._close([series for series in self._series if series.room() == 0])
+
+    def drop(self, rows: int) -> None:
+        """Rows that were offered but are not counted: the open panes are marked as sampled."""
+        self.dropped += rows
+        for series in self._series:
+            series.drop(rows)
+
+    def refuse(self, rows: int) -> None:
+        """Rows whose contents do not have the shape of the profile."""
+        self.refused += rows
+
+    def tick(self, now_ns: int) -> None:
+        """Close the panes of time that are over. Time never runs backwards here: an earlier ``now_ns`` does nothing."""
+        if now_ns < self._now_ns:
+            return
+        self._now_ns = now_ns
+        for series in self._series:
+            if series.unit == "time":
+                self._pass_time(series, now_ns // series.pane)
+
+    def _pass_time(self, series: _Series, index: int) -> None:
+        if series.index < 0:
+            series.index = index
+        if index - series.index > series.capacity:
+            self._close([series])
+            series.skip_to(index)
+        while series.index < index:
+            self._close([series])
+
+    def _close(self, series: Iterable[_Series]) -> None:
+        due = list(series)
+        if not due:
+            return
+        self._flush()
+        for one in due:
+            pane_rows = one.rows
+            pane = one.close()
+            if self._on_pane is not None and one is self._series[0]:
+                self._on_pane(pane_rows, pane)
+            self._look(one)
+
+    def _look(self, series: _Series) -> None:
+        if self._on_look is None:
+            return
+        for counts in series.looks():
+            if counts.rows >= self._min_rows and (counts.full or series.unit == "time"):
+                self._on_look(counts)
+
+    def _flush(self) -> None:
+        """Give the fresh rows to the open pane of every series."""
+        if not self._fresh_rows:
+            return
+        for series in self._series:
+            series.add(self._fresh)
+        self._total += self._fresh
+        if self._on_fresh is not None:
+            self._on_fresh(self._fresh, self._fresh_rows, self._now_ns)
+        self._fresh[:] = 0
+        self._fresh_rows = 0
+
+    def state(self) -> ArmState:
+        """A copy of all counts but those of open panes; ``total`` and the rows have everything."""
+        self._flush()
+        return ArmState(
+            self.rows, self.dropped, self.refused, self._total.copy(), [series.state() for series in self._series]
+        )
+
+    def restore(self, state: ArmState) -> None:
+        """Go on from a state of the same layout and windows. Raises StateError when it is of others."""
+        mine = [(series.unit, series.pane) for series in self._series]
+        if [(series.unit, series.pane) for series in state.series] != mine:
+            raise StateError("the state was made with other windows")
+        if any(array.shape[-1] != self.layout.cells for array in (state.total, *[s.counts for s in state.series])):
+            raise StateError("the state has another number of cells than the profile")
+        self.rows, self.dropped, self.refused = state.rows, state.dropped, state.refused
+        self._total = state.total.astype("i8")
+        for series, saved in zip(self._series, state.series, strict=True):
+            series.restore(saved)
+
+
+class Seasonal:
+    """Past traffic as a reference: the same hour of last week, or the last week without the current hour.
+
+    One vector of counts per hour of the week, cells x 4 bytes each. ``reference`` is None until there are enough rows:
+    then the profile is used.
+    """
+
+    def __init__(self, mode: Literal["trailing_week", "hour_of_week"], cells: int, min_rows: int) -> None:
+        self._mode = mode
+        self._min_rows = min_rows
+        self._hour = -1
+        self._current = np.zeros(cells, "i4")
+        self._slots = np.zeros((HOURS_OF_WEEK, cells), "i4")
+        self._rows = np.zeros(HOURS_OF_WEEK, "i8")
+        self._written = np.full(HOURS_OF_WEEK, -1, "i8")  # the hour that a slot holds
+        self._current_rows = 0
+        self._reference: Array | None = None
+
+    def add(self, fresh: Array, rows: int, now_ns: int) -> None:
+        """Counts that were made by ``now_ns``."""
+        self._turn(now_ns // HOUR_NS)
+        self._current += fresh
+        self._current_rows += rows
+
+    def reference(self, now_ns: int) -> Array | None:
+        """int64 counts to hold a window that ends now against, or None. Not to be changed."""
+        self._turn(now_ns // HOUR_NS)
+        return self._reference
+
+    def _turn(self, hour: int) -> None:
+        if hour <= self._hour:
+            return
+        if self._hour >= 0:
+            slot = self._hour % HOURS_OF_WEEK
+            self._slots[slot] = self._current
+            self._rows[slot], self._written[slot] = self._current_rows, self._hour
+        self._current[:] = 0
+        self._current_rows = 0
+        self._hour = hour
+        if self._mode == "hour_of_week":
+            own = self._written == hour - HOURS_OF_WEEK
+        else:
+            own = (self._written >= hour - HOURS_OF_WEEK) & (self._written >= 0)
+        enough = int(self._rows[own].sum()) >= self._min_rows
+        self._reference = self._slots[own].sum(axis=0, dtype="i8") if enough else None
+
+    def state(self) -> tuple[Array, Array, Array]:
+        """(slots, rows, hours written): copies; the current hour is left out."""
+        return self._slots.copy(), self._rows.copy(), self._written.copy()
+
+    def restore(self, slots: Array, rows: Array, written: Array) -> None:
+        if slots.shape != self._slots.shape or rows.shape != self._rows.shape or written.shape != self._written.shape:
+            raise StateError("the seasonal reference was made with another profile")
+        self._slots, self._rows, self._written = slots.astype("i4"), rows.astype("i8"), written.astype("i8")
+        self._hour = -1
