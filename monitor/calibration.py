@@ -59,8 +59,9 @@ def looks_per_false_alarm(rules: AlarmRules, window: Window, counts: WindowCount
 
 
 def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, columns: int, windows: int) -> float:
-    """ln of the p that one column of one look may have by chance; halve it for each of two tests."""
-    return -math.log(looks_per_false_alarm(rules, window, counts) * max(1, columns) * max(1, windows))
+    """ln of the p that one column of one look may have by chance, never over 0.05; halve it for each of two tests."""
+    looks = looks_per_false_alarm(rules, window, counts) * max(1, columns) * max(1, windows)
+    return -math.log(max(looks, 20.0))
 
 
 def kolmogorov_log_p(distance: Array, n: Array, m: Array, inflation: Array) -> Array:
@@ -128,12 +129,12 @@ class Calibration:
     def from_dict(cls, found: Mapping[str, Any]) -> Calibration:
         """Raises CalibrationError when the values are not what ``to_dict`` gives."""
         try:
-            vectors = [np.array(found[name], "f8") for name in ("ks", "psi", "psi_degrees")]
+            ks, psi, degrees = vectors = [np.array(found[name], "f8") for name in ("ks", "psi", "psi_degrees")]
             settled = np.array(found["settled"], bool)
             sizes = {vector.shape for vector in (*vectors, settled)}
             if len(sizes) != 1 or not all(np.isfinite(v).all() and (v > 0).all() for v in vectors):
                 raise ValueError("vectors")
-            return cls(str(found["sha256"]), int(found["rows"]), int(found["block_rows"]), *vectors, settled)
+            return cls(str(found["sha256"]), int(found["rows"]), int(found["block_rows"]), ks, psi, degrees, settled)
         except (KeyError, TypeError, ValueError):
             raise CalibrationError("the calibration is damaged") from None
 
@@ -147,7 +148,9 @@ def calibrate(layout: Layout, table: Mapping[str, Any]) -> Calibration:
     block = rows // _BLOCKS
     if block < _LEAST_BLOCK:
         raise CalibrationError(f"calibration needs at least {_BLOCKS * _LEAST_BLOCK} rows in order, got {rows}")
-    estimates = [_column_inflation(layout, place, codes, block) for place, (codes, _) in enumerate(_codes(layout, table))]
+    estimates = [
+        _column_inflation(layout, place, codes, block) for place, (codes, _) in enumerate(_codes(layout, table))
+    ]
     ks, psi, degrees, settled = (np.array(values) for values in zip(*estimates, strict=True))
     return Calibration(layout.sha256, rows, block, ks, psi, degrees, settled)
 
@@ -158,31 +161,29 @@ def _codes(layout: Layout, table: Mapping[str, Any]) -> list[tuple[Array, int]]:
 
 def _column_inflation(layout: Layout, place: int, codes: Array, block: int) -> tuple[float, float, float, bool]:
     found = layout.columns[place]
-    bins = found.bin_of[codes]
-    below = _indicators(codes[codes < len(found.counts) - 1], len(found.counts) - 1)
-    ks = _variance_ratio(below, block)
-    half = _variance_ratio(below, block // 2)
-    psi, degrees = _psi_inflation(bins, len(found.bins), block)
+    places, count = _places(codes[codes < len(found.counts) - 1], len(found.counts) - 1)
+    ks, half = (_variance_ratio(places, count, size) for size in (block, block // 2))
+    psi, degrees = _psi_inflation(found.bin_of[codes], len(found.bins), block)
     settled = ks <= max(INFLATION_LIMIT, _STILL_GROWING * half)
     return max(1.0, ks), max(1.0, psi), degrees, settled
 
 
-def _indicators(codes: Array, cells: int) -> Array:
-    """(rows, places) 0/1: is the value at or below the cell where the distribution function passes each place."""
+def _places(codes: Array, cells: int) -> tuple[Array, int]:
+    """Which of ``_PLACES`` intervals of the distribution each value is in, and how many intervals there are."""
     if not len(codes):
-        return np.zeros((0, 1))
+        return codes, 1
     share = np.cumsum(np.bincount(codes, minlength=cells)) / len(codes)
     edges = np.unique(np.searchsorted(share, _PLACES))
     edges = edges[share[edges] < 1]
-    return (codes[:, None] <= edges[None, :]).astype("f8")
+    return np.searchsorted(edges, codes), len(edges) + 1
 
 
-def _variance_ratio(indicators: Array, block: int) -> float:
+def _variance_ratio(places: Array, count: int, block: int) -> float:
     """The largest variance of block sums over a quarter of a row each: what Kolmogorov's tail assumes is 1 at most."""
-    sums = _block_sums(indicators, block)
-    if len(sums) < 2 or not sums.shape[1]:
+    below = np.cumsum(_block_sums(places, count, block), axis=1)[:, :-1]
+    if len(below) < 2 or not below.shape[1]:
         return 1.0
-    return float(sums.var(axis=0, ddof=1).max() / (block * 0.25))
+    return float(below.var(axis=0, ddof=1).max() / (block * 0.25))
 
 
 def _psi_inflation(bins: Array, count: int, block: int) -> tuple[float, float]:
@@ -191,18 +192,18 @@ def _psi_inflation(bins: Array, count: int, block: int) -> tuple[float, float]:
     used = np.flatnonzero(shares > 0)
     if len(used) < 2:
         return 1.0, 1.0
-    one_hot = (bins[:, None] == used[None, :]).astype("f8")
-    sums = _block_sums(one_hot, block) / np.sqrt(block * shares[used])
+    sums = _block_sums(bins, count, block)[:, used] / np.sqrt(block * shares[used])
     weights = np.linalg.eigvalsh(np.cov(sums, rowvar=False))
     largest = max(1.0, float(weights[-1]))
     total = max(float(weights.sum()), float(len(used) - 1))
     return largest, min(1.0, max(total / largest, 1.0) / (len(used) - 1))
 
 
-def _block_sums(values: Array, block: int) -> Array:
-    """Sums of whole consecutive blocks: (blocks, places)."""
+def _block_sums(values: Array, count: int, block: int) -> Array:
+    """How often each of ``count`` values is in each whole block of consecutive rows: (blocks, count)."""
     blocks = len(values) // block
-    return np.asarray(values[: blocks * block].reshape(blocks, block, -1).sum(axis=1))
+    of = np.arange(blocks * block) // block
+    return np.bincount(of * count + values[: blocks * block], minlength=blocks * count).reshape(blocks, count)
 
 
 class Inflation:

@@ -1,4 +1,4 @@
-"""Tables from files: ``.csv`` and ``.csv.gz`` (standard library), ``.npz`` (numpy), ``.parquet`` (pyarrow or duckdb)."""
+"""Tables from files: ``.csv``, ``.csv.gz`` (standard library), ``.npz`` (numpy), ``.parquet`` (pyarrow or duckdb)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def _read_parquet(path: Path, columns: Collection[str] | None) -> dict[str, Arra
         return _through_pyarrow(path, picked)
     if importlib.util.find_spec("duckdb") is not None:
         return _through_duckdb(path, picked)
-    raise MissingReader(f"{path.name}: reading Parquet needs pyarrow or duckdb; install one of them, or give csv or npz")
+    raise MissingReader(
+        f"{path.name}: reading Parquet needs pyarrow or duckdb; install one of them, or give csv or npz"
+    )
 
 
 def _through_pyarrow(path: Path, columns: list[str] | None) -> dict[str, Array]:
@@ -127,10 +129,8 @@ def _through_duckdb(path: Path, columns: list[str] | None) -> dict[str, Array]:
 
 def _filled(values: Any) -> Array:
     """A masked array's missing values as NaN, or None among objects."""
-    if not np.ma.isMaskedArray(values):
+    if not np.ma.is_masked(values):
         return np.asarray(values)
-    if not values.mask.any():
-        return np.asarray(values.data)
     if values.dtype.kind == "O":
         return np.asarray(values.filled(None))
     return np.asarray(values.astype("f8").filled(np.nan))

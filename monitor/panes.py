@@ -169,7 +169,7 @@ class _Series:
         self.index += 1
         self.rows = self._dropped = self.start_ns = self.end_ns = 0
         self._open[:] = 0
-        return self._panes[slot]
+        return np.asarray(self._panes[slot])
 
     def looks(self) -> list[WindowCounts]:
         """The windows as they are now; ``cells`` are views that the next close changes."""
@@ -202,9 +202,9 @@ class _Series:
         slots = self._slots(self.capacity)
         facts = self._facts[slots]
         index = facts[:, 4] if self.unit == "time" else np.arange(1 - len(slots), 1)
-        columns = [np.ascontiguousarray(facts[:, place]) for place in range(4)]
+        rows, dropped, start, end = (np.ascontiguousarray(facts[:, place]) for place in range(4))
         counts = self._panes[slots]
-        return SeriesState(self.unit, self.pane, self.closed, index.copy(), *columns, counts)
+        return SeriesState(self.unit, self.pane, self.closed, index.copy(), rows, dropped, start, end, counts)
 
     def restore(self, state: SeriesState) -> None:
         held = min(len(state.rows), self.capacity)

@@ -19,6 +19,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -120,7 +121,9 @@ class ReferenceProfile:
             raise ProfileError("a profile needs at least one column")
         names = [column.name for column in columns]
         if len(set(names)) != len(names):
-            raise ProfileError(f"column names must differ, got {sorted({n for n in names if names.count(n) > 1})} twice")
+            raise ProfileError(
+                f"column names must differ, got {sorted({n for n in names if names.count(n) > 1})} twice"
+            )
         if knots is not None and knots < 2:
             raise ProfileError(f"a profile needs at least 2 knots per column, got {knots}")
         if not 2 <= bins <= 1000:
@@ -306,7 +309,9 @@ def _all_knots(column: Column, present: Array) -> Array:
     found = np.unique(present)
     limit = MAX_KNOWN if column.discrete else MAX_KNOTS
     if len(found) > limit:
-        raise ProfileError(f"column '{column.name}' has {len(found)} distinct values, at most {limit} can be kept apart")
+        raise ProfileError(
+            f"column '{column.name}' has {len(found)} distinct values, at most {limit} can be kept apart"
+        )
     return found
 
 
@@ -337,7 +342,7 @@ def _quantile_bins(ordered: Array, knots: Array, bins: int) -> tuple[Array, tupl
     bin_of = np.searchsorted(2 * places + 1, np.arange(2 * len(knots) + 2)).astype("i4")
     bin_of[-1] = len(places) + 1
     edges = [f"{knots[place]:g}" for place in places]
-    inner = [f"({low}, {high}]" for low, high in zip(edges, edges[1:], strict=False)]
+    inner = [f"({low}, {high}]" for low, high in pairwise(edges)]
     ends = [f"<= {edges[0]}", *inner, f"> {edges[-1]}"] if edges else ["any"]
     return bin_of, (*ends, MISSING_BIN)
 
@@ -346,7 +351,7 @@ def _value_bins(counts: Array, labels: Sequence[str]) -> tuple[Array, Array, tup
     """(bin_of, level_of, names of bins, levels): a bin per frequent value, rare ones together, new ones, missing."""
     known = counts[1:-1:2]
     frequent = np.flatnonzero(known >= max(1.0, RARE_SHARE * int(counts[:-1].sum())))
-    names = [labels[j] for j in frequent]
+    names = [labels[int(j)] for j in frequent]
     place = np.full(len(known), len(names), "i4")
     place[frequent] = np.arange(len(frequent))
     if len(frequent) < len(known):

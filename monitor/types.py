@@ -236,19 +236,19 @@ class ColumnScore:
 
 @dataclass(slots=True, frozen=True)
 class Verdict:
-    """A score held against the rules. ``ratio`` is log p / log level, the larger of the two tests: over 1 is real."""
+    """A score held against the rules. ``over``: one test is both real (p under ``level``) and large (its effect).
+
+    ``ratio`` is ln p / ln level of the stronger test (``test``): over 1 is real.
+    """
 
     column: str
+    over: bool
     real: bool
     large: bool
     quiet: bool
     ratio: float
     test: str
     level: float
-
-    @property
-    def over(self) -> bool:
-        return self.real and self.large
 
 
 @dataclass(slots=True, frozen=True)

@@ -137,10 +137,11 @@ class CompiledRoutes(Generic[T]):
                 raise KeyMissing(self.name, self.routes.key.sources)
             else:
                 choice = self._choices[bisect_right(self._edges, draw)]
+        shadows = self._sampled(choice, draw) if self._samplers else ()
         arm, model, version, target, propensity, fallback = choice
         return RouteDecision(
             model, version, arm, reason, generation, target, self.name, counted,
-            propensity if counted else 1.0, unit, key_hash, fallback, self._sampled(choice, draw),
+            propensity if counted else 1.0, unit, key_hash, fallback, shadows,
         )  # fmt: skip
 
     def _sampled(self, choice: Choice[T], draw: int) -> tuple[ShadowRoute[T], ...]:

@@ -46,7 +46,8 @@ class Move:
 class Movement:
     """``moves`` in order of size. ``reshuffled`` has those by which keys leave an arm that goes on without them.
 
-    Leaving is in order when the arm only gives keys back to stable, when it ends, or when its version becomes stable.
+    Leaving is in order when the arm only gives keys back to stable, or when it ends because no arm has its version any
+    more: aborted, promoted, or followed by the next rollout.
     """
 
     moves: tuple[Move, ...]
@@ -125,8 +126,6 @@ def _reshuffled(moves: Iterable[Move], new: CompiledRoutes[Any], kept_draw: bool
         if arm == STABLE_ARM:
             continue
         to_stable = move.new.arm == STABLE_ARM
-        if to_stable and (model, version) == move.new[1:]:
-            continue  # promoted
         goes_on = any(place.arm != STABLE_ARM and place[1:] == (model, version) for place in going_on)
         shrinks = to_stable and move.old not in gaining
         ends = not goes_on and (to_stable or not kept_draw)

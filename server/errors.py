@@ -98,6 +98,12 @@ class DeadlineExceeded(TidegateError):
     code = "deadline_exceeded"
 
 
+class VersionTimeout(TidegateError):
+    """A version did not answer within the time that its policy gives an attempt."""
+
+    code = "version_timeout"
+
+
 class Cancelled(TidegateError):
     """The caller went away."""
 

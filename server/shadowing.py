@@ -1,7 +1,8 @@
 """The shadow lane: copies of answered requests go to another version, and its answers are compared with the primary's.
 
-Owns the bounded queue, the budget, the breaker and the hand-over to the comparison. Sampling is the router's, comparing
-is ``monitor.compare``'s, and the target has a batcher and an engine of its own, apart from those that answer callers.
+The shell around ``router.shadow`` (what waits, what goes, what is dropped and why) and ``router.breaker``: it reads the
+clock, copies, sends, times and hands over. Sampling is the router's, comparing is ``monitor.compare``'s, and the target
+has a batcher and an engine of its own, apart from those that answer callers.
 
 **What a caller can notice: nothing.** ``offer`` comes after the answer and does a few checks, one copy of what is a
 view on a larger buffer, and an append; sending starts on a later turn of the loop, runs are on the target's threads,
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from typing import Any, Final, Protocol, TypeAlias
 import structlog
 
 from monitor.compare import CompareSpec, Pair, PairedComparison, Verdict
+from router.breaker import REFUSED, Breaker, BreakerPolicy, Outcome
+from router.shadow import ShadowBudget
+from router.shadow import ShadowLane as Waiting
 from server.batching.batcher import CallLater, CallSoon, TimerHandle, Work
 from server.checks import fit_inputs
 from server.errors import Draining, QueueFull, TidegateError
@@ -38,77 +42,15 @@ from server.types import Clock, ModelSpec, Tensor
 log = structlog.get_logger("shadow")
 
 _NS: Final = 10**9
-#: A second's worth of the budget may come at once in this part of a second.
-_BURST_NS: Final = _NS // 10
+#: While the primary is loaded, how often the lane looks whether it still is.
+_LOOK_AGAIN_S: Final = 0.05
+#: A hanging shadow gives few outcomes: five, within a minute, are enough to judge it by, and one probe to try it again.
+SHADOW_BREAKER: Final = BreakerPolicy(window_ns=60 * _NS, min_requests=5, probes=1, open_ns=30 * _NS)
 #: What an element of a BYTES tensor takes beside its characters.
 _ELEMENT_BYTES: Final = 64
 
 #: Runs one job later, on another thread; False when it has no room, and the job is never run.
 Offload: TypeAlias = Callable[[Callable[[], None]], bool]
-
-
-@dataclass(slots=True, frozen=True)
-class ShadowBudget:
-    """What a shadow may cost. ``max_body_bytes`` bounds one request's inputs and the primary's outputs together;
-    ``yield_above_load``: over this load of the primary (0..1) the shadow stands back."""
-
-    rps: float = 50.0
-    in_flight: int = 4
-    queue: int = 256
-    max_body_bytes: int = 1024 * 1024
-    timeout_s: float = 2.0
-    yield_above_load: float = 0.7
-
-
-@dataclass(slots=True, frozen=True)
-class BreakerSpec:
-    """Opens after ``consecutive`` failures, or ``failures`` among the last 32 outcomes; one probe after ``open_s``."""
-
-    consecutive: int = 5
-    failures: int = 16
-    open_s: float = 30.0
-
-
-class Breaker:
-    """Whether a shadow is asked at all. Pure: times are given in monotonic ns."""
-
-    def __init__(self, spec: BreakerSpec) -> None:
-        self._spec = spec
-        self._history = 0  # one bit per outcome, the newest lowest; 1 is a failure
-        self._open_until_ns = 0  # 0: closed
-        self._probing = False
-
-    def allows(self, now: int) -> bool:
-        """Closed, or open for long enough that one request may try."""
-        return not self._open_until_ns or (now >= self._open_until_ns and not self._probing)
-
-    def started(self) -> None:
-        """A request that was allowed is on its way."""
-        self._probing = self._open_until_ns != 0
-
-    def ended(self, now: int, *, failed: bool) -> None:
-        """How a request ended. Whatever was sent before the breaker opened no longer matters after it closed."""
-        if self._open_until_ns and not failed:
-            self._close()
-            return
-        self._history = ((self._history << 1) | failed) & 0xFFFFFFFF
-        if self._open_until_ns or self._over():
-            self._open_until_ns = now + int(self._spec.open_s * _NS)
-            self._probing = False
-
-    def state(self, now: int) -> str:
-        """closed | open | half_open, for reports."""
-        if not self._open_until_ns:
-            return "closed"
-        return "half_open" if now >= self._open_until_ns else "open"
-
-    def _over(self) -> bool:
-        newest = (1 << self._spec.consecutive) - 1
-        return self._history & newest == newest or self._history.bit_count() >= self._spec.failures
-
-    def _close(self) -> None:
-        self._history = self._open_until_ns = 0
-        self._probing = False
 
 
 class ShadowBatcher(Protocol):
@@ -138,6 +80,15 @@ class _Item:
     compute_ns: int
     batch_rows: int
 
+    def own(self) -> None:
+        """Let go of the received body and the whole batch that its tensors may be views on."""
+        self.inputs = [_owned(tensor) for tensor in self.inputs]
+        self.outputs = [_owned(tensor) for tensor in self.outputs]
+
+    def size(self) -> int:
+        """Bytes held, once it owns them."""
+        return sum([_size(tensor.data) for tensor in self.inputs]) + sum([_size(t.data) for t in self.outputs])
+
 
 @dataclass(slots=True, eq=False)
 class _Flight:
@@ -145,6 +96,7 @@ class _Flight:
 
     item: _Item | None
     batcher: ShadowBatcher
+    term: int
     work: Work | None = None
     timer: TimerHandle | None = None
 
@@ -168,7 +120,7 @@ class ShadowLane:
         call_later: CallLater,
         load: Callable[[], float],
         offload: Offload,
-        breaker: BreakerSpec = BreakerSpec(),
+        breaker: BreakerPolicy = SHADOW_BREAKER,
     ) -> None:
         self.target = target
         self.budget = budget
@@ -181,12 +133,12 @@ class ShadowLane:
         self._load = load
         self._offload = offload
         self._breaker = Breaker(breaker)
-        self._queue: deque[_Item] = deque()
+        #: What waits, and how many places are taken: on their way, or being compared.
+        self._waiting: Waiting[_Item] = Waiting(budget)
         self._flights: set[_Flight] = set()
-        self._comparing = 0
-        self._interval_ns = int(_NS / budget.rps)
-        self._due_ns = 0
+        self._published: Counter[str] = Counter()
         self._pump_due = False
+        self._look: TimerHandle | None = None
         self._closed = False
 
     # --- for the gateway -------------------------------------------------------------------------------------
@@ -196,98 +148,91 @@ class ShadowLane:
 
         ``work``: what the primary's batcher has answered.
         """
-        outputs = work.outputs
         if self._closed:
             return
-        if outputs is None:
-            self._telemetry.dropped("primary_failed")
-            return
-        refusal = self._refusal(work, outputs)
-        if refusal:
-            self._telemetry.dropped(refusal)
-            return
-        if len(self._queue) >= self.budget.queue:
-            self._queue.popleft()
-            self._telemetry.dropped("queue")
-        inputs = [_owned(tensor) for tensor in work.inputs if tensor is not None]
-        compute_ns = work.computed_ns - work.assembled_ns
-        self._queue.append(
-            _Item(tidegate_id, inputs, work.rows > 0, [_owned(t) for t in outputs], compute_ns, work.batch_rows)
-        )
-        if not self._pump_due:
-            self._pump_due = True
-            self._call_soon(self._pump)
+        if work.outputs is None:
+            self._drop("primary_failed")
+        elif self.target is None:
+            self._drop("no_model")
+        else:
+            self._offer(_item(tidegate_id, work, work.outputs))
 
     def primary_failed(self) -> None:
         """A sampled request that the primary has not answered: there is nothing to compare with."""
         if not self._closed:
-            self._telemetry.dropped("primary_failed")
+            self._drop("primary_failed")
 
-    def _refusal(self, work: Work, outputs: list[Tensor]) -> str:
-        """Why this request is not taken; "" when it is, and a place in the rate is then used."""
-        now = self._clock()
-        if self.target is None:
-            return "no_model"
-        if not self._breaker.allows(now):
-            return "breaker"
-        if now < self._due_ns - _BURST_NS:
-            return "rps"
-        if self._load() > self.budget.yield_above_load:
-            return "load"
-        if _held_bytes(work.inputs) + _held_bytes(outputs) > self.budget.max_body_bytes:
-            return "body"
-        self._due_ns = max(self._due_ns, now) + self._interval_ns
-        return ""
+    def _offer(self, item: _Item) -> None:
+        refused = self._waiting.offer(item, item.size(), self._load(), self._clock())
+        if refused:
+            self._publish(refused)
+            return
+        item.own()
+        self._pump_soon()
 
     # --- sending ---------------------------------------------------------------------------------------------
 
+    def _pump_soon(self) -> None:
+        if not self._pump_due:
+            self._pump_due = True
+            self._call_soon(self._pump)
+
     def _pump(self) -> None:
-        """Send while there is room. What cannot go now because of the primary or the shadow is not kept for later."""
+        """Send while there is room."""
         self._pump_due = False
-        while self._queue and self._busy() < self.budget.in_flight:
-            item = self._queue.popleft()
-            reason = self._hindrance()
-            if reason:
-                self._telemetry.dropped(reason)
-            else:
-                self._send(item)
+        if self._closed:
+            return
+        while (item := self._waiting.take(self._load(), self._clock())) is not None:
+            self._send(item)
+        if self._waiting and self._waiting.in_flight < self.budget.in_flight and self._look is None:
+            self._look = self._call_later(_LOOK_AGAIN_S, self._look_again)  # the primary is loaded: nothing wakes us
+        for reason in self._waiting.dropped:
+            self._publish(reason)
 
-    def _busy(self) -> int:
-        return len(self._flights) + self._comparing
-
-    def _hindrance(self) -> str:
-        if self.target is None:
-            return "no_model"
-        if not self._breaker.allows(self._clock()):
-            return "breaker"
-        return "load" if self._load() > self.budget.yield_above_load else ""
+    def _look_again(self) -> None:
+        self._look = None
+        self._pump()
 
     def _send(self, item: _Item) -> None:
-        target = self.target
-        if target is None:
+        """Hand an item that has a place to the shadow's batcher, or count why not and give the place back."""
+        target, term = self.target, self._breaker.admit(self._clock())
+        if target is None or term == REFUSED:
+            self._waiting.drop("no_model" if target is None else "breaker")
+            self._settle(term, Outcome.UNKNOWN)
+            self._waiting.done()
             return
-        flight = _Flight(item, target.batcher)
+        flight = _Flight(item, target.batcher, term)
         try:
             inputs, rows = fit_inputs(target.spec, item.inputs)
             flight.work = Work(inputs, rows, partial(self._answered, flight))
             flight.batcher.submit(flight.work)
-        except QueueFull:
-            self._telemetry.dropped("queue")
-        except Draining:
-            self._telemetry.dropped("no_model")
-        except TidegateError as error:  # a signature that does not take what the primary takes
+        except TidegateError as error:
+            self._not_taken(error)
+            self._settle(term, Outcome.UNKNOWN)
+            self._waiting.done()
+            return
+        self._telemetry.sent()
+        self._flights.add(flight)
+        flight.timer = self._call_later(self.budget.timeout_ns / _NS, partial(self._expired, flight))
+
+    def _not_taken(self, error: TidegateError) -> None:
+        if isinstance(error, QueueFull):
+            self._waiting.drop("queue")
+        elif isinstance(error, Draining):
+            self._waiting.drop("no_model")
+        else:  # a signature that does not take what the primary takes
             self._telemetry.failed(error.code)
-        else:
-            self._telemetry.sent()
-            self._breaker.started()
-            self._flights.add(flight)
-            flight.timer = self._call_later(self.budget.timeout_s, partial(self._expired, flight))
+
+    def _settle(self, term: int, outcome: Outcome) -> None:
+        if term != REFUSED:
+            self._breaker.settle(term, outcome, self._clock())
 
     def _expired(self, flight: _Flight) -> None:
-        """Too slow: its slot and its memory are free again, whatever the engine does."""
+        """Too slow: its place and its memory are free again, whatever the engine does."""
         if self._withdraw(flight):
-            self._telemetry.dropped("timeout")
-            self._breaker.ended(self._clock(), failed=True)
+            self._waiting.drop("timeout")
+            self._settle(flight.term, Outcome.FAILED)
+            self._waiting.done()
             self._pump()
 
     def _withdraw(self, flight: _Flight) -> bool:
@@ -306,22 +251,23 @@ class ShadowLane:
     # --- answers ---------------------------------------------------------------------------------------------
 
     def _answered(self, flight: _Flight, work: Work) -> None:
-        item, now = flight.item, self._clock()
+        item = flight.item
         if item is None or not self._withdraw(flight):
             return
         if work.outputs is None:
             self._telemetry.failed(work.error.code if work.error is not None else "internal")
-            self._breaker.ended(now, failed=True)
+            self._settle(flight.term, Outcome.FAILED)
+            self._waiting.done()
         else:
-            self._breaker.ended(now, failed=False)
+            self._settle(flight.term, Outcome.OK)
             self._hand_over(_pair(item, work))
         self._pump()
 
     def _hand_over(self, pair: Pair) -> None:
-        if self._offload(partial(self._compare, pair)):
-            self._comparing += 1
-        else:
-            self._telemetry.dropped("queue")
+        """To the worker; the place is taken until it has compared."""
+        if not self._offload(partial(self._compare, pair)):
+            self._waiting.drop("queue")
+            self._waiting.done()
 
     def _compare(self, pair: Pair) -> None:
         """On the worker: compare, and tell the loop."""
@@ -334,35 +280,52 @@ class ShadowLane:
             self._call_soon_threadsafe(self._compared, verdict)
 
     def _compared(self, verdict: Verdict | None) -> None:
-        self._comparing -= 1
         if verdict is None:
             self._telemetry.failed("internal")
         else:
             self._telemetry.compared(verdict.kinds, verdict.max_abs, verdict.nonfinite, verdict.latency_ratio)
+        self._waiting.done()
         self._pump()
+
+    # --- counting --------------------------------------------------------------------------------------------
+
+    def _drop(self, reason: str) -> None:
+        self._waiting.drop(reason)
+        self._publish(reason)
+
+    def _publish(self, reason: str) -> None:
+        """Bring the metric up to what was counted where the decisions are made."""
+        counted = self._waiting.dropped[reason]
+        if counted != self._published[reason]:
+            self._telemetry.dropped(reason, counted - self._published[reason])
+            self._published[reason] = counted
 
     # --- for the operator ------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """Everything that is known of this shadow, as plain values; from any thread."""
+        flying = len(self._flights)
         return {
-            "breaker": self._breaker.state(self._clock()),
-            "queued": len(self._queue),
-            "in_flight": len(self._flights),
-            "comparing": self._comparing,
+            "breaker": self._breaker.state.value,
+            "queued": len(self._waiting),
+            "in_flight": flying,
+            "comparing": max(0, self._waiting.in_flight - flying),
             **self._telemetry.read(),
             "comparison": self.comparison.report(),
         }
 
     def held_bytes(self) -> int:
         """Bytes of tensors that the lane holds, queued and on their way."""
-        flying = [flight.item for flight in self._flights if flight.item is not None]
-        return sum(_held_bytes(item.inputs) + _held_bytes(item.outputs) for item in [*self._queue, *flying])
+        flying = [flight.item.size() for flight in self._flights if flight.item is not None]
+        return self._waiting.waiting_bytes + sum(flying)
 
     def close(self) -> None:
         """Forget what is queued and on its way, and take nothing more; the target's batcher may be closed then."""
         self._closed = True
-        self._queue.clear()
+        self._waiting.clear("no_model")
+        self._publish("no_model")
+        if self._look is not None:
+            self._look.cancel()
         for flight in tuple(self._flights):
             self._withdraw(flight)
 
@@ -394,6 +357,11 @@ class CompareWorker:
             del job  # an idle worker keeps no tensors
 
 
+def _item(tidegate_id: str, work: Work, outputs: list[Tensor]) -> _Item:
+    inputs = [tensor for tensor in work.inputs if tensor is not None]
+    return _Item(tidegate_id, inputs, work.rows > 0, outputs, work.computed_ns - work.assembled_ns, work.batch_rows)
+
+
 def _pair(item: _Item, work: Work) -> Pair:
     return Pair(
         item.id,
@@ -405,10 +373,6 @@ def _pair(item: _Item, work: Work) -> Pair:
         shadow_ns=work.computed_ns - work.assembled_ns,
         shadow_batch_rows=work.batch_rows,
     )
-
-
-def _held_bytes(tensors: list[Tensor | None] | list[Tensor]) -> int:
-    return sum([_size(tensor.data) for tensor in tensors if tensor is not None])
 
 
 def _size(data: Any) -> int:

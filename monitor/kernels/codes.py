@@ -1,8 +1,8 @@
 """From values to counts of cells.
 
-A column with sorted distinct knots ``k_0 < ... < k_{K-1}`` divides the numbers into ``2K + 2`` cells: ``2j`` is the open
-gap below knot j (``2K``: above the last one), ``2j + 1`` is knot j itself, ``2K + 1`` is missing (NaN). Cells of numbers
-are monotone in the value and depend on the knots only, so counts of cells from anywhere can be added and subtracted.
+A column's sorted distinct knots ``k_0 < ... < k_{K-1}`` divide the numbers into ``2K + 2`` cells: ``2j`` is the open
+gap below knot j (``2K``: above the last one), ``2j + 1`` is knot j itself, ``2K + 1`` is missing (NaN). Cells of
+numbers are monotone in the value and depend on the knots only, so counts from anywhere can be added and subtracted.
 
 **Search.** The range of the knots is divided into equal buckets; ``table[b]`` is the number of knots in buckets below
 b. Because the bucket is monotone in the value, a value in bucket b has at least that many knots below it, and at most

@@ -49,6 +49,6 @@ def ks_interval(reference: Array, window: Array, start: Array, low: Array, high:
             w += np.float64(window[c]) * fm
             least = max(least, abs(r - w))
             if (c - first) & 1 == 0:
-                most = max(most, max(r - w_before, w - r_before))
+                most = max(most, r - w_before, w - r_before)
         low[f] = least / (fm * fn)
         high[f] = max(least, most) / (fm * fn)

@@ -17,7 +17,9 @@ _OUT = types.Array(types.float64, 1, "C")
 
 
 @kernel((_I64, _I64, _I64, types.int64, _OUT, _OUT, types.Array(types.int64, 1, "C")))
-def psi(reference: Array, window: Array, start: Array, leave_out: int, out: Array, part: Array, occupied: Array) -> None:
+def psi(
+    reference: Array, window: Array, start: Array, leave_out: int, out: Array, part: Array, occupied: Array
+) -> None:
     """``out[f]`` = sum over bins of (q - p) ln(q / p), in nats; ``part[b]`` is bin b's own summand.
 
     p and q are shares after 1/2 was added to the counts of both sides, in the ``occupied[f]`` bins where either side

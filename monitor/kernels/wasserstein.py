@@ -19,7 +19,14 @@ _OUT = types.Array(types.float64, 1, "C")
 
 @kernel((_I64, _I64, _I64, _F64, _I64, _OUT, _OUT, _OUT))
 def wasserstein(
-    reference: Array, window: Array, start: Array, knots: Array, knot_start: Array, low: Array, middle: Array, high: Array
+    reference: Array,
+    window: Array,
+    start: Array,
+    knots: Array,
+    knot_start: Array,
+    low: Array,
+    middle: Array,
+    high: Array,
 ) -> None:
     """The integral of |F - G| between the first and the last finite knot of column f, within ``low`` and ``high``.
 

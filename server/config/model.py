@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -26,6 +27,14 @@ MAX_PRIORITY_LEVELS: Final = 1024
 
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
 _REGISTRY_PREFIX: Final = "registry:"
+_VERSION_PATTERN: Final = "[1-9][0-9]{0,17}"
+_ALIAS_PATTERN: Final = "[a-z][a-z0-9_-]{0,62}"
+_ARM_PATTERN: Final = "[A-Za-z_][A-Za-z0-9_.-]{0,62}"
+#: "8", "@alias", "model:8" or "model@alias".
+_TARGET_PATTERN: Final = f"(({MODEL_NAME_PATTERN}):)?{_VERSION_PATTERN}|({MODEL_NAME_PATTERN})?@{_ALIAS_PATTERN}"
+_TARGET: Final = re.compile(_TARGET_PATTERN, re.ASCII)
+_OWN_TARGET: Final = re.compile(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}", re.ASCII)
+_ARM: Final = re.compile(_ARM_PATTERN, re.ASCII)
 _NAME_WANTED: Final = "letters, digits, '.', '_' or '-', at most 255, with no leading dot"
 
 T = TypeVar("T")
@@ -56,10 +65,15 @@ def _text(value: object) -> str:
 
 @dataclass(slots=True, frozen=True)
 class Source:
-    """Where a model lies: a path, or (``path`` None) an entry of the model repository."""
+    """Where a model or a version lies: a path, or (``path`` None) an entry of the registry.
+
+    A version's entry says which one it is, by ``version`` or by ``alias`` (without its "@").
+    """
 
     path: Path | None = None
     entry: str = ""
+    version: str = ""
+    alias: str = ""
 
 
 def _source(value: object, info: ValidationInfo) -> Source:
@@ -67,6 +81,22 @@ def _source(value: object, info: ValidationInfo) -> Source:
     if not text.startswith(_REGISTRY_PREFIX):
         return Source(_path(text, info))
     return Source(entry=_model_name(text.removeprefix(_REGISTRY_PREFIX)))
+
+
+def _version_source(value: object, info: ValidationInfo) -> Source:
+    text = _text(value)
+    if not text.startswith(_REGISTRY_PREFIX):
+        return Source(_path(text, info))
+    entry, mark, which = _partition(text.removeprefix(_REGISTRY_PREFIX))
+    if not _OWN_TARGET.fullmatch(f"@{which}" if mark == "@" else which):
+        raise ValueError(f"wanted a path, registry:NAME/VERSION or registry:NAME@ALIAS, got {units.show(value)}")
+    name = _model_name(entry)
+    return Source(entry=name, alias=which) if mark == "@" else Source(entry=name, version=which)
+
+
+def _partition(text: str) -> tuple[str, str, str]:
+    """The name, the mark behind it ("/" or "@") and the rest."""
+    return text.partition("@") if "@" in text else text.partition("/")
 
 
 def _path(value: object, info: ValidationInfo) -> Path:
@@ -117,6 +147,78 @@ def _version(value: object) -> str:
     if not isinstance(text, str) or not is_version(text):
         raise ValueError(f"wanted a version (a positive integer), got {units.show(value)}")
     return text
+
+
+def _word(value: object) -> object:
+    """Version numbers may stand without quotes."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _target(value: object) -> str:
+    text = _word(value)
+    if not isinstance(text, str) or not _TARGET.fullmatch(text):
+        raise ValueError(
+            f"wanted a version, such as 8, @challenger, other:8 or other@champion, got {units.show(value)}"
+        )
+    return text
+
+
+def _own_target(value: object) -> str:
+    text = _word(value)
+    if not isinstance(text, str) or not _OWN_TARGET.fullmatch(text):
+        raise ValueError(
+            f"wanted one of the model's versions or aliases, such as 8 or @champion, got {units.show(value)}"
+        )
+    return text
+
+
+def _rule_target(value: object) -> str:
+    text = _word(value)
+    if isinstance(text, str) and _ARM.fullmatch(text):
+        return text
+    if not isinstance(text, str) or not _TARGET.fullmatch(text):
+        wanted = "wanted requested, stable, an arm's name or a version, such as 8, @challenger or other:8"
+        raise ValueError(f"{wanted}; got {units.show(value)}")
+    return text
+
+
+def _arm_name(value: object) -> str:
+    if not isinstance(value, str) or not _ARM.fullmatch(value):
+        raise ValueError(
+            f"wanted an arm's name (letters, digits, '.', '_' or '-', not a number), got {units.show(value)}"
+        )
+    return value
+
+
+def _share(value: object) -> int:
+    """Whole hundredths of a percent of "5%" or "0.25%"."""
+    units.parse_percent(value)
+    hundredths = Fraction(str(value).removesuffix("%")) * 100
+    if hundredths.denominator != 1:
+        raise ValueError(f"wanted a percentage in steps of 0.01%, got {units.show(value)}")
+    return int(hundredths)
+
+
+def _scalar_text(value: object) -> str:
+    """A value as requests carry it: numbers and booleans as the text that they are compared as."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else _text(value)
+
+
+def _value_test(value: object) -> object:
+    if isinstance(value, list):
+        raise ValueError("wanted a value or a mapping; a list of values is written {in: [...]}")
+    test = value if isinstance(value, dict) else {"exact": _scalar_text(value)}
+    if len(test) != 1:
+        raise ValueError(
+            f"wanted exactly one of exact, in, prefix and present, got {', '.join(map(str, test)) or 'none'}"
+        )
+    return test
+
+
+def _version_test(value: object) -> object:
+    return {"present": True} if value == "any" else _value_test(value)
 
 
 def _option(value: object) -> str:
@@ -172,6 +274,10 @@ def _default(text: str, parse: Callable[[object], Any]) -> Any:
     return Field(default=parse(text), json_schema_extra={"default": text})
 
 
+def _target_schema(pattern: str) -> dict[str, Any]:
+    return {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^({pattern})$"}]}
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
 ModelSource = Annotated[Source, PlainValidator(_source), WithJsonSchema({"type": "string", "minLength": 1})]
@@ -182,6 +288,21 @@ _VERSION_SCHEMA: Final = {
     "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}]
 }
 Version = Annotated[str, BeforeValidator(_version), WithJsonSchema(_VERSION_SCHEMA)]
+VersionKey = Annotated[str, BeforeValidator(_version), _pattern(f"^{_VERSION_PATTERN}$")]
+VersionSource = Annotated[Source, PlainValidator(_version_source), WithJsonSchema({"type": "string", "minLength": 1})]
+Target = Annotated[str, BeforeValidator(_target), WithJsonSchema(_target_schema(_TARGET_PATTERN))]
+OwnTarget = Annotated[
+    str, BeforeValidator(_own_target), WithJsonSchema(_target_schema(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}"))
+]
+RuleTarget = Annotated[
+    str, BeforeValidator(_rule_target), WithJsonSchema(_target_schema(f"{_TARGET_PATTERN}|{_ARM_PATTERN}"))
+]
+ArmName = Annotated[str, BeforeValidator(_arm_name), _pattern(f"^{_ARM_PATTERN}$")]
+#: Hundredths of a percent.
+Share = Annotated[int, BeforeValidator(_share), _pattern(r"^[0-9]{1,3}(\.[0-9]{1,2}0*)?%$")]
+KeySource = Annotated[Text, _pattern("^(header:.+|parameter:.+|request:id)$")]
+RouteId = Annotated[Text, Field(min_length=1, max_length=255)]
+ValueText = Annotated[str, BeforeValidator(_scalar_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]
 _OPTION_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
 Option = Annotated[str, BeforeValidator(_option), WithJsonSchema(_OPTION_SCHEMA)]
 Datatype = Annotated[str, BeforeValidator(_datatype), WithJsonSchema({"enum": sorted(ALL_DATATYPES)})]
@@ -197,6 +318,10 @@ _SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
 Delay = Annotated[int, _bounded(units.parse_duration, "0s", "60s"), _DURATION_SCHEMA]
 Timeout = Annotated[int, _bounded(units.parse_duration, "0s", "1h"), _DURATION_SCHEMA]
 Interval = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATION_SCHEMA]
+AttemptTime = Annotated[int, _bounded(units.parse_duration, "1ms", "1h"), _DURATION_SCHEMA]
+Window = Annotated[int, _bounded(units.parse_duration, "100ms", "1h"), _DURATION_SCHEMA]
+OutcomeWindow = Annotated[int, _bounded(units.parse_duration, "1s", "90d"), _DURATION_SCHEMA]
+CopySize = Annotated[int, _bounded(units.parse_size, "1B", "2GiB"), _SIZE_SCHEMA]
 BodySize = Annotated[int, _bounded(units.parse_size, "1KiB", "2GiB"), _SIZE_SCHEMA]
 HeaderSize = Annotated[int, _bounded(units.parse_size, "1KiB", "1MiB"), _SIZE_SCHEMA]
 IdSize = Annotated[int, _bounded(units.parse_size, "1B", "64KiB"), _SIZE_SCHEMA]
@@ -458,11 +583,206 @@ class Defaults(Section):
     version_policy: PolicyChoice = Field(default=VersionPolicy(latest=1), json_schema_extra={"default": {"latest": 1}})
 
 
+# --- routing ------------------------------------------------------------------------------------------------------
+
+
+class ModelVersion(Section):
+    """One version: a model file, a folder of one version, ``registry:NAME/VERSION`` or ``registry:NAME@ALIAS``."""
+
+    source: VersionSource
+
+
+class RoutingKey(Section):
+    """Where the key of a request is found, the first present; and what becomes of requests without one."""
+
+    from_: Annotated[Many[KeySource], Field(alias="from")] = ()
+    missing: Literal["random", "stable", "reject"] = "random"
+
+
+class ValueTest(Section):
+    """What a value must be; exactly one of the keys. In the file a plain value means ``exact``."""
+
+    exact: ValueText | None = None
+    in_: Annotated[Many[ValueText], Field(alias="in", min_length=1)] | None = None
+    prefix: Annotated[Text, Field(min_length=1)] | None = None
+    present: Literal[True] | None = None
+
+
+_SCALAR_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
+_VALUE_TEST_SCHEMA: Final = {
+    "anyOf": [
+        _SCALAR_SCHEMA,
+        {
+            "type": "object",
+            "properties": {
+                "exact": _SCALAR_SCHEMA,
+                "in": {"type": "array", "items": _SCALAR_SCHEMA, "minItems": 1},
+                "prefix": {"type": "string", "minLength": 1},
+                "present": {"const": True},
+            },
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+        },
+    ]
+}
+ValueChoice = Annotated[ValueTest, BeforeValidator(_value_test), WithJsonSchema(_VALUE_TEST_SCHEMA)]
+#: ``any``, a version, or a test of it.
+VersionChoice = Annotated[ValueTest, BeforeValidator(_version_test), WithJsonSchema(_VALUE_TEST_SCHEMA)]
+
+
+class RuleMatch(Section):
+    """Conditions that must all hold. Without ``version``, a request that names a version never matches."""
+
+    version: VersionChoice | None = None
+    header: dict[Text, ValueChoice] = Field(default_factory=dict)
+    parameter: dict[Text, ValueChoice] = Field(default_factory=dict)
+    tenant: ValueChoice | None = None
+
+
+class RoutingRule(Section):
+    """Requests that match go where it says, before any split, and enter no statistics."""
+
+    name: RouteId
+    match: RuleMatch
+    to: RuleTarget
+
+
+class Rollout(Section):
+    """A candidate beside stable. ``id`` is also the salt: the same id draws the same users."""
+
+    id: RouteId
+    candidate: Target
+    weight: Share
+    control: Literal["matched", "all"] = "matched"
+    secret: Secret | None = Field(default=None, repr=False)
+
+
+class ExperimentArm(Section):
+    """One arm: the version it leads to, and its share of the keys covered."""
+
+    to: Target
+    share: Share
+
+
+class Outcome(Section):
+    """What is measured through feedback. ``silence``: whether units that nothing was heard of count as 0."""
+
+    name: RouteId
+    kind: Literal["binary", "number"]
+    window: OutcomeWindow = _default("24h", units.parse_duration)
+    silence: Literal["zero", "skip"] = "zero"
+
+
+class Experiment(Section):
+    """Arms compared on a part of the keys, which may only grow; the others are stable's. A new arm is a new ``id``."""
+
+    id: RouteId
+    arms: Annotated[
+        dict[ArmName, ExperimentArm], Field(min_length=2, json_schema_extra={"additionalProperties": False})
+    ]
+    coverage: Share = _default("100%", _share)
+    outcome: Outcome | None = None
+    secret: Secret | None = Field(default=None, repr=False)
+
+
+class ShadowLimits(Section):
+    """What a shadow may cost. It stands back while the primary is over ``yield_above_load`` of what it can take."""
+
+    rps: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
+    in_flight: Annotated[int, Field(ge=1, le=1024)] = 4
+    queue: Annotated[int, Field(ge=1, le=65_536)] = 256
+    max_body: CopySize = _default("1MiB", units.parse_size)
+    timeout: AttemptTime = _default("2s", units.parse_duration)
+    yield_above_load: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+
+class Comparison(Section):
+    """What is compared. ``outputs`` empty: all. Floats differ when ``|p - s| > abs_tol + rel_tol * |p|``."""
+
+    outputs: Many[Text] = ()
+    abs_tol: Annotated[float, Field(ge=0)] = 1e-6
+    rel_tol: Annotated[float, Field(ge=0)] = 1e-5
+    argmax: bool = True
+    ks: bool = True
+    keep_worst: Annotated[int, Field(ge=0, le=10_000)] = 100
+
+
+class Shadow(Section):
+    """A version that gets copies of a sample of the requests and whose answers nobody waits for."""
+
+    to: Target
+    sample: Share
+    budget: ShadowLimits = Field(default_factory=ShadowLimits)
+    compare: Comparison = Field(default_factory=Comparison)
+
+
+class CircuitBreaker(Section):
+    """Opens when ``open_at`` of at least ``min`` attempts in ``window`` failed; after ``open_for``, ``half_open`` try."""
+
+    window: Window = _default("10s", units.parse_duration)
+    min: PositiveInt = 20
+    open_at: Share = _default("50%", _share)
+    half_open: Annotated[int, Field(ge=1, le=10_000)] = 5
+    open_for: Window = _default("10s", units.parse_duration)
+
+
+class Retry(Section):
+    """Another attempt at the same version, for errors that pass. ``budget``: a share of the requests."""
+
+    on: Annotated[
+        Many[
+            Literal[
+                "unavailable", "draining", "internal", "model_not_ready", "out_of_memory", "queue_full",
+                "queue_timeout", "runtime_failure", "upstream_unavailable", "version_timeout",
+            ]
+        ],
+        Field(min_length=1),
+    ]  # fmt: skip
+    max: Annotated[int, Field(ge=1, le=10)] = 1
+    budget: Share = _default("10%", _share)
+    min_concurrency: Count = 3
+
+
+class Resilience(Section):
+    """What follows a failed attempt. ``timeout`` bounds each attempt; ``fallback``: who answers for a failed arm."""
+
+    timeout: AttemptTime | None = None
+    breaker: CircuitBreaker | None = None
+    fallback: Literal["stable", "none"] = "stable"
+    retry: Retry | None = None
+
+
+# --- a model ------------------------------------------------------------------------------------------------------
+
+
 class Model(Defaults):
-    """One model. Without ``source`` it is the registry's entry of the same name; ``registry:NAME`` is another entry."""
+    """One public name: what it serves, and how requests are spread.
+
+    It has one of ``source``, ``versions`` and ``model`` (another name's versions under this name). Without any it is
+    the registry's entry of the same name; ``registry:NAME`` is another entry. ``aliases`` are further public names.
+    """
 
     source: ModelSource | None = None
+    versions: (
+        Annotated[
+            dict[VersionKey, ModelVersion], Field(min_length=1, json_schema_extra={"additionalProperties": False})
+        ]
+        | None
+    ) = None
+    model: ModelName | None = None
+    aliases: Many[ModelName] = ()
     warmup: Many[Warmup] = ()
+    stable: OwnTarget | None = None
+    key: RoutingKey = Field(default_factory=RoutingKey)
+    tenant_header: Text = ""
+    rules: Many[RoutingRule] = ()
+    rollout: Rollout | None = None
+    experiment: Experiment | None = None
+    shadow: Many[Shadow] = ()
+    resilience: Resilience = Field(default_factory=Resilience)
+    #: Allow a reload to take keys from an arm that goes on.
+    reshuffle: bool = False
 
 
 class Config(Section):

@@ -56,6 +56,7 @@ class UpstreamOptions:
     ``url``: scheme, host, port and perhaps a path prefix. ``model``, ``version``: the upstream's names for it ("": the
     load request's name, and the version that the upstream chooses). ``timeout_s`` bounds one whole exchange.
     ``max_batch_rows``: at most so many rows in one request (0: what the upstream takes). ``headers`` are sent along.
+    ``ca_file``: PEM file of the authorities trusted for https ("": the system's).
     """
 
     url: str
@@ -67,6 +68,7 @@ class UpstreamOptions:
     max_response_bytes: int = 256 * 1024 * 1024
     max_batch_rows: int = 0
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    ca_file: str = ""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -141,7 +143,7 @@ class _Connection:
         self._options = options
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = _tls_context(options.ca_file) if parts.scheme == "https" else None
         self._prefix = parts.path.rstrip("/")
         self._client: http.client.HTTPConnection | None = None
         self._wire: _DeadlineSocket | None = None
@@ -188,6 +190,13 @@ class _Connection:
         self._client.sock = self._wire
         self._client.auto_open = 0
         return self._client, self._wire
+
+
+def _tls_context(ca_file: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:
+        raise ConfigError(f"the file of trusted authorities of an upstream cannot be used: {error.strerror}") from None
 
 
 def _has_spoken(sock: socket.socket) -> bool:
@@ -437,7 +446,10 @@ class UpstreamRuntime:
 
     def load(self, request: LoadRequest) -> UpstreamEngine:
         """An engine whose connection works, or ModelLoadError."""
-        connection = _Connection(self.options)
+        try:
+            connection = _Connection(self.options)
+        except ConfigError as error:
+            raise ModelLoadError(f"The upstream of {_label(request)}: {error.message}.") from None
         try:
             return self._load(request, connection)
         except (OSError, http.client.HTTPException) as error:

@@ -65,7 +65,46 @@ _AUDIT_1: Final = (
     """,
 )
 
+_HISTORY_2: Final = (
+    # A generation whose text was let go keeps its row: the number must not be given again.
+    """
+    CREATE TABLE config_generation (
+        generation INTEGER PRIMARY KEY CHECK (generation > 0),
+        ts TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        restores INTEGER REFERENCES config_generation (generation),
+        sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+        text BLOB,
+        models TEXT,
+        CHECK ((text IS NULL) = (models IS NULL))
+    )
+    """,
+    "CREATE INDEX config_generation_kept ON config_generation (generation) WHERE text IS NOT NULL",
+    """
+    CREATE TRIGGER config_generation_follows BEFORE INSERT ON config_generation
+    WHEN NEW.generation IS NOT (SELECT coalesce(max(generation), 0) + 1 FROM config_generation)
+    BEGIN SELECT RAISE(ABORT, 'a generation of the configuration follows the one before'); END
+    """,
+    """
+    CREATE TRIGGER config_generation_starts_whole BEFORE INSERT ON config_generation WHEN NEW.text IS NULL
+    BEGIN SELECT RAISE(ABORT, 'a generation of the configuration starts with its text'); END
+    """,
+    """
+    CREATE TRIGGER config_generation_only_forgets BEFORE UPDATE ON config_generation
+    WHEN NEW.text IS NOT NULL
+        OR (NEW.generation, NEW.ts, NEW.actor, NEW.reason, NEW.sha256)
+            IS NOT (OLD.generation, OLD.ts, OLD.actor, OLD.reason, OLD.sha256)
+        OR NEW.restores IS NOT OLD.restores
+    BEGIN SELECT RAISE(ABORT, 'a generation of the configuration can only let go of its text'); END
+    """,
+    """
+    CREATE TRIGGER config_generation_stays BEFORE DELETE ON config_generation
+    BEGIN SELECT RAISE(ABORT, 'generations of the configuration are never deleted'); END
+    """,
+)
+
 Migration = tuple[str, ...]
 
 #: Each is one transaction, statement by statement.
-MIGRATIONS: Final[tuple[Migration, ...]] = ((*_META_1, *_AUDIT_1, *REGISTRY_1),)
+MIGRATIONS: Final[tuple[Migration, ...]] = ((*_META_1, *_AUDIT_1, *REGISTRY_1), _HISTORY_2)

@@ -70,12 +70,12 @@ class ShadowTelemetry:
     def sent(self) -> None:
         self._requests.inc()
 
-    def dropped(self, reason: str) -> None:
-        """One request that is not compared, by one of our own reasons."""
+    def dropped(self, reason: str, count: int = 1) -> None:
+        """Requests that are not compared, by one of our own reasons."""
         counter = self._dropped.get(reason)
         if counter is None:
             counter = self._dropped[reason] = self._instruments.dropped.labels(*self._labels, reason)
-        counter.inc()
+        counter.inc(count)
 
     def failed(self, code: str) -> None:
         """One error of the shadow, by its code."""
@@ -129,6 +129,11 @@ class Instruments:
             ("reason",),
         )
         self.route = registry.counter("tidegate_route_total", "Routing decisions.", (*_MODEL, "arm", "reason"))
+        self.attempts = registry.counter(
+            "tidegate_attempts_total",
+            "Attempts by how they ended, before any retry or fallback (code: ok or the error's code).",
+            (*_MODEL, "arm", "code"),
+        )
         self.config_generation = registry.gauge(
             "tidegate_config_generation", "Configuration generation (kind: applied or seen).", ("kind",), merge="min"
         )

@@ -64,6 +64,7 @@ TABLE: Final[Mapping[str, Status]] = {
     "unimplemented": Status(501, 12, "UNIMPLEMENTED"),
     "unsupported_encoding": Status(415, 12, "UNIMPLEMENTED"),
     "upstream_unavailable": _unavailable(),
+    "version_timeout": Status(504, 4, "DEADLINE_EXCEEDED"),
     "version_not_found": Status(404, 5, "NOT_FOUND"),
 }
 

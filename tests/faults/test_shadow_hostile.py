@@ -1,4 +1,4 @@
-"""Shadows that crash, hang, crawl or answer garbage behind a real gateway: callers notice nothing, memory is bounded."""
+"""Shadows that crash, hang, crawl or answer garbage behind a real gateway: callers notice nothing, memory bounded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from monitor.compare import CompareSpec, prepare
+from router.breaker import BreakerPolicy
+from router.shadow import ShadowBudget
 from router.types import ModelRoutes
 from server.batching.batcher import Batcher, Work
 from server.batching.offloop import OffLoopBatcher
@@ -21,11 +23,12 @@ from server.errors import RuntimeFailure, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.runtime.base import Batch, BatchingOptions, Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
-from server.shadowing import BreakerSpec, CompareWorker, ShadowBudget, ShadowLane
+from server.shadowing import CompareWorker, ShadowLane
 from server.telemetry.instruments import Telemetry
 from server.types import Decision, InferenceRequest, InferenceResponse, RequestHead, RequestLimits, Tensor
 
-NEVER = BreakerSpec(consecutive=32, failures=33)
+MS = 10**6
+NEVER = BreakerPolicy(min_requests=10**9)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +75,7 @@ class Tapped:
 class Rig:
     """Model ``m``: version 1 answers ``y = 2 x + 1``, version 2 is ``shadow``, an engine of the test's."""
 
-    def __init__(self, shadow: Engine, breaker: BreakerSpec = NEVER, **budget: Any) -> None:
+    def __init__(self, shadow: Engine, breaker: BreakerPolicy = NEVER, **budget: Any) -> None:
         self.loop = asyncio.get_running_loop()
         #: Set after everything that may change the lane's report.
         self.changed = asyncio.Event()
@@ -96,7 +99,7 @@ class Rig:
         self.worker = CompareWorker()
         self.lane = self.tapped.lane = ShadowLane(
             self.served(shadow, self.shadow_batcher),
-            budget=ShadowBudget(**({"rps": 1e6, "timeout_s": 0.1} | budget)),
+            budget=ShadowBudget(**({"rps": 1e6, "timeout_ns": 100 * MS} | budget)),
             compare=CompareSpec(),
             telemetry=self.telemetry.shadow("m", "2"),
             clock=time.monotonic_ns,
@@ -215,7 +218,11 @@ def raising(error: BaseException) -> Callable[[Batch, Tensor], list[Tensor]]:
 )
 def test_a_shadow_that_fails_is_counted_and_then_left_alone(error: Exception, code: str) -> None:
     async def body() -> None:
-        rig = Rig(Hostile(raising(error)), BreakerSpec(consecutive=5, open_s=3600), timeout_s=20.0)
+        rig = Rig(
+            Hostile(raising(error)),
+            BreakerPolicy(min_requests=5, probes=1, open_ns=3_600_000 * MS),
+            timeout_ns=20_000 * MS,
+        )
         await rig.traffic(200)
         report = await rig.until(lambda found: found["queued"] == found["in_flight"] == 0)
         assert 5 <= report["errors"][code] <= 5 + rig.lane.budget.in_flight
@@ -235,20 +242,25 @@ def test_a_shadow_that_hangs_costs_its_slots_for_its_time_and_nothing_else() -> 
             go.wait(60)
             return [right]
 
-        rig = Rig(Hostile(hang), BreakerSpec(consecutive=5, open_s=0.3), in_flight=2, queue=16, max_body_bytes=32)
-        most = 0
-        for _ in range(10):
+        rig = Rig(
+            Hostile(hang),
+            BreakerPolicy(min_requests=5, probes=1, open_ns=300 * MS),
+            in_flight=2,
+            queue=16,
+            max_body_bytes=32,
+        )
+        most = asked = 0
+        while (report := rig.lane.report())["breaker"] == "closed":
             await rig.traffic(40)
+            asked += 40
             most = max(most, rig.lane.held_bytes())
-        report = await rig.until(lambda found: found["breaker"] != "closed")
         assert report["dropped"]["timeout"] >= 5
         assert report["dropped"]["queue"] > 0
         assert 0 < most <= (16 + 2) * 32
         await rig.until(lambda found: found["in_flight"] == found["queued"] == 0)
         assert rig.lane.held_bytes() == 0
-        rig.check_callers_saw_nothing(400)
+        rig.check_callers_saw_nothing(asked)
         go.set()  # it comes back: a probe finds out
-        asked = 400
         while rig.lane.report()["comparison"]["pairs"] == 0:
             await rig.ask(1.0)
             asked += 1
@@ -291,7 +303,7 @@ def test_a_slow_shadow_drops_what_it_cannot_take_and_is_never_on_the_loop() -> N
             return [right]
 
         engine = Hostile(slow)
-        rig = Rig(engine, queue=4, in_flight=1, timeout_s=10.0)
+        rig = Rig(engine, queue=4, in_flight=1, timeout_ns=10_000 * MS)
         lane, quiet, shadowed = rig.lane, [], []
         for _ in range(6):  # blocks in turn, so that what else the machine does falls on both
             rig.tapped.lane = None
@@ -324,7 +336,7 @@ def test_a_slow_shadow_drops_what_it_cannot_take_and_is_never_on_the_loop() -> N
 )
 def test_garbage_is_a_finding(garble: Callable[[Tensor], list[Tensor]], kind: str) -> None:
     async def body() -> None:
-        rig = Rig(Hostile(lambda _, right: garble(right)), in_flight=64, timeout_s=10.0)
+        rig = Rig(Hostile(lambda _, right: garble(right)), in_flight=64, timeout_ns=10_000 * MS)
         await rig.traffic(40)
         report = await rig.until(lambda found: found["comparison"]["pairs"] == 40)
         assert report["comparison"]["disagreeing"] == 40
@@ -339,7 +351,7 @@ def test_garbage_is_a_finding(garble: Callable[[Tensor], list[Tensor]], kind: st
 @pytest.mark.parametrize("answer", [None, [None], 7])
 def test_what_is_no_answer_at_all_is_an_error_of_the_shadow(answer: Any) -> None:
     async def body() -> None:
-        rig = Rig(Hostile(lambda *_: answer), in_flight=64, timeout_s=10.0)
+        rig = Rig(Hostile(lambda *_: answer), in_flight=64, timeout_ns=10_000 * MS)
         await rig.traffic(4)
         report = await rig.until(lambda found: found["in_flight"] == found["comparing"] == found["queued"] == 0)
         assert sum(report["errors"].values()) == 4
@@ -355,7 +367,7 @@ def test_a_right_shadow_agrees_and_a_perturbed_one_is_measured() -> None:
             return [Tensor("y", "FP32", right.shape, (right.array() + np.float32(0.25)).tobytes())]
 
         for act, difference in ((lambda _, right: [right], 0.0), (perturb, 0.25)):
-            rig = Rig(Hostile(act), in_flight=64, timeout_s=10.0)
+            rig = Rig(Hostile(act), in_flight=64, timeout_ns=10_000 * MS)
             await rig.traffic(64)
             report = await rig.until(lambda found: found["comparison"]["pairs"] == 64)
             assert report["comparison"]["outputs"]["y"]["max_abs_diff"] == difference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -485,6 +486,36 @@ def test_nobody_at_the_address_is_a_load_error() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ModelLoadError, match="cannot be reached"):
         load(address)
+
+
+def test_an_upstream_behind_tls_is_trusted_by_its_authority_only(tmp_path: Path) -> None:
+    command = [
+        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+        "-keyout", f"{tmp_path}/key.pem", "-out", f"{tmp_path}/cert.pem", "-subj", "/CN=127.0.0.1",
+        "-addext", "subjectAltName=IP:127.0.0.1",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    affine(tmp_path / "m.onnx")
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"apiVersion: tidegate/v1\n"
+        f"server:\n  tls: {{certificate: {tmp_path}/cert.pem, private_key: {tmp_path}/key.pem}}\n"
+        f"models:\n  affine: {{source: {tmp_path}/m.onnx}}\n"
+    )
+    with serving(str(path), "--state-dir", str(tmp_path / "state")) as running:
+        trusting = UpstreamOptions(f"https://{running.http}", ca_file=f"{tmp_path}/cert.pem")
+        engine = UpstreamRuntime(trusting).load(request("affine"))
+        values = some_rows(3)
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(0, batch_of(values))[0].array(), expected(values))
+        engine.close()
+        for options, reason in (
+            (UpstreamOptions(f"https://{running.http}"), "cannot be reached"),
+            (UpstreamOptions(f"https://{running.http}", ca_file=f"{tmp_path}/none.pem"), "trusted authorities"),
+            (UpstreamOptions(f"http://{running.http}"), "cannot be reached"),
+        ):
+            with pytest.raises(ModelLoadError, match=reason):
+                UpstreamRuntime(options).load(request("affine"))
 
 
 def test_secrets_of_the_operator_are_not_shown() -> None:

@@ -115,3 +115,19 @@ def test_probes_that_never_end_do_not_block_for_ever() -> None:
 def test_policies_that_make_no_sense(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="wanted"):
         BreakerPolicy(**bad)
+
+
+def test_it_closes_with_clean_counts() -> None:
+    breaker = Breaker(BreakerPolicy(window_ns=60 * S, min_requests=20, open_at=5_000, probes=1, open_ns=S))
+    feed(breaker, "x" * 20, 0)
+    assert feed(breaker, ".", S) == [State.CLOSED]
+    assert set(feed(breaker, "x" * 19, S)) == {State.CLOSED}
+
+
+def test_late_ends_without_a_verdict_make_no_places() -> None:
+    breaker = opened()
+    late = [breaker.admit(10 * S) for _ in range(3)]
+    assert breaker.admit(20 * S) != REFUSED
+    for term in late:
+        breaker.settle(term, Outcome.UNKNOWN, 20 * S)
+    assert [breaker.admit(20 * S) != REFUSED for _ in range(4)] == [True, True, True, False]

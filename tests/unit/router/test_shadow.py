@@ -105,3 +105,10 @@ def test_the_shells_own_drops_and_clearing() -> None:
 def test_budgets_that_make_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive bounds"):
         ShadowBudget(**bad)
+
+
+def test_an_idle_lane_saves_up_no_more_than_a_tenth_of_a_second() -> None:
+    copies = lane(rps=100.0)
+    copies.offer(0, 1, 0.0, 0)
+    taken = sum(copies.offer(0, 1, 0.0, 100 * S) == "" for _ in range(1_000))
+    assert taken == 10

@@ -1,0 +1,175 @@
+"""The hot path's end of the monitor: a bounded queue of batches that may drop, never blocks and never raises.
+
+One producer and one consumer per tap: give every thread that runs batches a tap of its own. Each counter has one
+writer, so they are exact without a lock: ``offered == taken + waiting + dropped + refused`` at rest.
+
+Contents are copied (one join per tensor), because the buffers of a request are the transport's again once it was
+answered. Strings of BYTES tensors are immutable and only referred to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+from monitor.types import STABLE, HasData, Parts, Source
+
+#: A monitored tensor.
+Key: TypeAlias = tuple[Source, str]
+#: What a string of a BYTES tensor costs beside its contents.
+_STRING_OVERHEAD: Final = 40
+
+
+class Item(NamedTuple):
+    """One batch. ``data[k]``: contents of the tap's ``keys[k]`` in pieces, None where an optional input was absent."""
+
+    now_ns: int
+    arm: str
+    rows: int
+    size: int
+    data: list[list[Any] | None]
+
+
+class Tap:
+    """Made by ``Monitor.tap``. ``offer`` is for one thread, ``take`` for one other; counters may be read by anyone.
+
+    ``offered``, ``taken``, ``dropped`` and ``refused`` are rows since the tap was made; ``dropped_by_arm`` likewise.
+    """
+
+    __slots__ = (
+        "_bytes_in",
+        "_bytes_out",
+        "_half",
+        "_inputs",
+        "_max_bytes",
+        "_max_rows",
+        "_outputs",
+        "_queue",
+        "_texts",
+        "_wake",
+        "dropped",
+        "dropped_by_arm",
+        "keys",
+        "offered",
+        "refused",
+        "taken",
+    )
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[str, int, bool]],
+        outputs: Sequence[tuple[str, int, bool]],
+        *,
+        max_rows: int,
+        max_bytes: int,
+        wake: Callable[[], object] | None = None,
+    ) -> None:
+        """``inputs`` and ``outputs``: (name, place in the model's order, is it BYTES) of the monitored tensors.
+
+        ``wake`` is called when the queue becomes half full: it must be cheap and must not raise.
+        """
+        self.keys: tuple[Key, ...] = (*[("input", n) for n, _, _ in inputs], *[("output", n) for n, _, _ in outputs])
+        self._inputs = [place for _, place, text in inputs if not text]
+        self._outputs = [place for _, place, text in outputs if not text]
+        texts = [text for _, _, text in (*inputs, *outputs)]
+        #: The general way is taken as soon as one tensor is BYTES: (from outputs, place, is it BYTES).
+        self._texts = (
+            [(k >= len(inputs), place, text) for k, (_, place, text) in enumerate((*inputs, *outputs))]
+            if any(texts)
+            else []
+        )
+        self._max_rows, self._max_bytes, self._wake = max_rows, max_bytes, wake
+        self._half = max_rows // 2
+        self._queue: deque[Item] = deque()
+        self._bytes_in = self._bytes_out = 0
+        self.offered = self.taken = self.dropped = self.refused = 0
+        self.dropped_by_arm: dict[str, int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Rows in the queue."""
+        return self.offered - self.taken - self.dropped - self.refused
+
+    def offer(
+        self,
+        rows: int,
+        inputs: Sequence[Parts | None],
+        outputs: Sequence[HasData],
+        now_ns: int,
+        arm: str = STABLE,
+    ) -> bool:
+        """Hand in one batch after it was run; False when it was dropped. Never blocks, never raises.
+
+        ``inputs[i]``: contents of the model's input i in pieces, as a batch has them; ``outputs[j].data``: of output j.
+        ``rows`` 0 (a model that does not batch) counts as one row.
+        """
+        count = rows or 1
+        self.offered += count
+        waiting = self.offered - self.taken - self.dropped - self.refused
+        if waiting > self._max_rows or self._bytes_in - self._bytes_out > self._max_bytes:
+            self.dropped += count
+            self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
+            return False
+        try:
+            if self._texts:
+                data, size = self._copy_general(inputs, outputs)
+            else:
+                data, size = self._copy(inputs, outputs)
+        except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
+            self.refused += count
+            return False
+        self._bytes_in += size
+        self._queue.append(Item(now_ns, arm, count, size, data))
+        if waiting > self._half and self._wake is not None:
+            self._wake()
+        return True
+
+    def _copy(self, inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> tuple[list[list[Any] | None], int]:
+        data: list[list[Any] | None] = []
+        size = 0
+        for place in self._inputs:
+            parts = inputs[place]
+            if parts is None:
+                data.append(None)
+                continue
+            joined = b"".join(cast("Sequence[bytes]", parts))
+            size += len(joined)
+            data.append([joined])
+        for place in self._outputs:
+            joined = b"".join((cast("bytes", outputs[place].data),))
+            size += len(joined)
+            data.append([joined])
+        return data, size
+
+    def _copy_general(
+        self, inputs: Sequence[Parts | None], outputs: Sequence[HasData]
+    ) -> tuple[list[list[Any] | None], int]:
+        data: list[list[Any] | None] = []
+        size = 0
+        for of_output, place, text in self._texts:
+            parts = [outputs[place].data] if of_output else inputs[place]
+            if parts is None:
+                data.append(None)
+            elif text:
+                lists = cast("list[list[bytes]]", list(parts))
+                size += sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in lists])
+                data.append(lists)
+            else:
+                joined = b"".join(cast("Sequence[bytes]", parts))
+                size += len(joined)
+                data.append([joined])
+        return data, size
+
+    def take(self, max_rows: int) -> list[Item]:
+        """The oldest batches, until ``max_rows`` rows are reached; empty when none wait."""
+        taken: list[Item] = []
+        rows = size = 0
+        while rows < max_rows and self._queue:
+            item = self._queue.popleft()
+            taken.append(item)
+            rows += item.rows
+            size += item.size
+        self.taken += rows
+        self._bytes_out += size
+        return taken

@@ -1,0 +1,291 @@
+"""One request from ``handle`` to its single end, over as many attempts as its policy allows.
+
+Who takes a request settles it exactly once: it ends by an answer, by its own error, by its deadline or by a cancel,
+whichever comes first. Every attempt is counted when it ends, before a retry or a fallback is decided, so that a
+fallback never hides what a candidate did.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from router.breaker import REFUSED
+from router.retry import Next
+from router.types import RouteDecision
+from server.batching.batcher import TimerHandle, Work
+from server.checks import check_request, queue_terms
+from server.codec.classification import classify
+from server.errors import DeadlineExceeded, ModelNotReady, TidegateError, VersionTimeout
+from server.gateway.policy import ModelPolicy, outcome_of
+from server.gateway.served import Served
+from server.gateway.tracing import record_of
+from server.types import Decision, InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
+
+if TYPE_CHECKING:
+    from server.gateway.core import Gateway, GatewayPermit
+
+log: Any = structlog.get_logger("gateway")
+
+#: Timers of the loop are true to about a millisecond.
+_TIMER_SLACK_NS = 2_000_000
+#: Refusals of a version's own queue, counted beside those of admission.
+_SHED = frozenset({"queue_full", "queue_timeout"})
+
+
+class Attempt:
+    """One version's try at a request. It holds its version from its start to its end."""
+
+    __slots__ = ("decision", "picked", "route", "served", "started_ns", "term", "work")
+
+    def __init__(self, route: RouteDecision[Served], term: int, now: int) -> None:
+        self.route = route
+        self.served = route.target
+        self.decision = Decision(route.model, route.version, route.arm, route.generation)
+        self.term = term
+        self.started_ns = now
+        self.picked: list[int] | None = None
+        self.work: Work | None = None
+
+
+class Call:
+    """A request in flight. ``cancel`` after the end is harmless."""
+
+    __slots__ = ("_attempt", "_done", "_gateway", "_permit", "_policy", "_reply", "_request",
+                 "_retries", "_timer")  # fmt: skip
+
+    def __init__(self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply) -> None:
+        self._gateway = gateway
+        self._permit = permit
+        self._request = request
+        self._reply = reply
+        self._done = False
+        self._retries = 0
+        self._policy: ModelPolicy | None = None
+        self._attempt: Attempt | None = None
+        self._timer: TimerHandle | None = None
+
+    def start(self) -> None:
+        """Route and make the first attempt. Never raises: whatever goes wrong ends the call."""
+        try:
+            route = self._gateway.route(self._request, self._permit.head)
+            policy = self._policy = self._gateway.policies.get(route.public_name)
+            if policy is not None:
+                self._take_policy(policy, route)
+            self._try(route)
+        except TidegateError as error:
+            self._end(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged, no text to the caller
+            self._crashed(error)
+
+    def cancel(self) -> None:
+        """The caller went away: queued work is dropped, running work's result is thrown away. No reply follows."""
+        if not self._done:
+            self._withdraw("cancelled")
+            self._finish_books("cancelled")
+
+    # -- attempts -----------------------------------------------------------------------------------------------
+
+    def _take_policy(self, policy: ModelPolicy, route: RouteDecision[Served]) -> None:
+        policy.budget.request(self._gateway.clock())
+        if policy.experiment is not None and route.counted:
+            self._gateway.expose(policy.experiment, route, self._permit.tidegate_id, self._request.id)
+
+    def _set_timer(self, now: int) -> int:
+        """Arm the timer of the next attempt: by the caller's deadline or the policy's, monotonic ns; 0: neither."""
+        self._stop_timer()
+        limit_ns = 0 if self._policy is None else self._policy.timeout_ns
+        until = self._permit.head.deadline_ns
+        if limit_ns:
+            until = min(until, now + limit_ns) if until else now + limit_ns
+        if until:
+            if until <= now:
+                raise DeadlineExceeded("the deadline had passed when the request arrived")
+            self._timer = self._gateway.call_later((until - now) / 1e9, self._expired)
+        return until
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _try(self, route: RouteDecision[Served]) -> None:
+        """Begin an attempt, on stable when this version's breaker is open. Raises what a bad request deserves."""
+        now = self._gateway.clock()
+        until = self._set_timer(now)
+        term = self._admitted(route, now)
+        if term == REFUSED:
+            instead = route.fall_back()
+            if instead is None:
+                raise ModelNotReady(
+                    f"model '{route.model}' version {route.version} fails too often and is given a rest",
+                    retry_after_s=self._gateway.admission.retry_after_s,
+                )
+            route = instead
+            term = self._admitted(route, now) or 1
+        attempt = self._attempt = Attempt(route, term, now)
+        attempt.served.calls += 1
+        attempt.served.routed(route.arm, route.reason)
+        try:
+            self._submit(attempt, until)
+        except TidegateError as error:
+            self._attempt_ended(attempt, error.code)
+            self._after_failure(attempt, error)
+
+    def _admitted(self, route: RouteDecision[Served], now: int) -> int:
+        breaker = route.target.breaker
+        return 1 if breaker is None else breaker.admit(now)
+
+    def _submit(self, attempt: Attempt, until: int) -> None:
+        request, spec = self._request, attempt.served.spec
+        inputs, rows, attempt.picked = check_request(request, spec)
+        priority, timeout_us = queue_terms(request.parameters)
+        work = Work(inputs, rows, partial(self._ran, attempt), until, priority, timeout_us)
+        attempt.served.batcher.submit(work)
+        attempt.work = work
+
+    def _ran(self, attempt: Attempt, work: Work) -> None:
+        """The batcher is done with this attempt."""
+        if self._done or self._attempt is not attempt:
+            return
+        if work.outputs is None:
+            error = work.error or TidegateError("internal error")
+            self._attempt_ended(attempt, error.code)
+            self._after_failure(attempt, error)
+            return
+        self._attempt_ended(attempt, "ok")
+        try:
+            response = self._respond(attempt, work.outputs)
+        except TidegateError as error:
+            self._end(error)
+            return
+        self._answer(attempt, work, response)
+
+    def _after_failure(self, attempt: Attempt, error: TidegateError) -> None:
+        """Retry, fall back, or tell the caller."""
+        try:
+            again = self._next(attempt, error)
+            if again is None:
+                self._end(error)
+            else:
+                self._drop(attempt)
+                self._try(again)
+        except TidegateError as final:
+            self._end(final)
+        except Exception as crash:  # noqa: BLE001 - the boundary of one request: logged, no text to the caller
+            self._crashed(crash)
+
+    def _next(self, attempt: Attempt, error: TidegateError) -> RouteDecision[Served] | None:
+        policy = self._policy
+        if policy is None:
+            return None
+        following = policy.next(attempt.route, error.code, self._retries, self._gateway.clock())
+        if following is Next.RETRY:
+            self._retries += 1
+            return attempt.route
+        return attempt.route.fall_back() if following is Next.FALLBACK else None
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Let go of an attempt that another one follows."""
+        self._attempt = attempt.work = None
+        attempt.served.release()
+
+    def _attempt_ended(self, attempt: Attempt, code: str) -> None:
+        """Count one attempt, before anything else is decided about the request."""
+        now, route, served = self._gateway.clock(), attempt.route, attempt.served
+        served.attempted(route.arm, code)
+        if served.breaker is not None and served.breaker.settle(attempt.term, outcome_of(code), now):
+            state = served.breaker.state.value
+            log.warning("breaker", model=route.model, version=route.version, state=state)
+        if self._policy is not None and self._policy.experiment is not None and route.counted:
+            unit = self._gateway.unit_of(route, self._permit.tidegate_id)
+            self._policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _answer(self, attempt: Attempt, work: Work, response: InferenceResponse) -> None:
+        self._finish_books("ok")
+        self._reply.message(response, attempt.decision)
+        self._reply.finish(None)
+        for shadow in attempt.route.shadows:
+            lane = None if self._policy is None else self._policy.lane(shadow)
+            if lane is not None:
+                lane.offer(self._permit.tidegate_id, work)
+
+    def _end(self, error: TidegateError) -> None:
+        """End with an error, if not ended yet."""
+        if not self._done:
+            self._finish_books(error.code)
+            self._reply.finish(error)
+
+    def _crashed(self, error: Exception) -> None:
+        log.error("request_failed", id=self._permit.tidegate_id, model=self._request.model, exc_info=error)
+        self._end(TidegateError(f"internal error, id {self._permit.tidegate_id}"))
+
+    def _expired(self) -> None:
+        """The caller's time is up, or this attempt's."""
+        attempt, deadline_ns = self._attempt, self._permit.head.deadline_ns
+        if self._done or attempt is None:
+            return
+        if deadline_ns and self._gateway.clock() >= deadline_ns - _TIMER_SLACK_NS:
+            self._withdraw("deadline_exceeded")
+            self._end(DeadlineExceeded("the deadline passed before the model had answered"))
+            return
+        self._withdraw("version_timeout")
+        limit_ms = 0 if self._policy is None else self._policy.timeout_ns // 1_000_000
+        late = f"model '{attempt.route.model}' version {attempt.route.version} did not answer within {limit_ms} ms"
+        self._after_failure(attempt, VersionTimeout(late))
+
+    def _withdraw(self, code: str) -> None:
+        """Take the attempt in flight back from its batcher."""
+        attempt = self._attempt
+        if attempt is not None and attempt.work is not None:
+            attempt.served.batcher.cancel(attempt.work)
+            self._attempt_ended(attempt, code)
+
+    def _respond(self, attempt: Attempt, outputs: list[Tensor]) -> InferenceResponse:
+        spec, request = attempt.served.spec, self._request
+        if attempt.picked is not None:
+            pairs = zip(attempt.picked, request.outputs, strict=True)
+            outputs = [_chosen(outputs[i], spec, i, want) for i, want in pairs]
+        return InferenceResponse(attempt.route.public_name, spec.version, request.id, outputs)
+
+    def _finish_books(self, code: str) -> None:
+        """Everything that the end of a request owes, whichever end it was."""
+        self._done = True
+        self._stop_timer()
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            self._gateway.telemetry.rejected(code).inc()
+            return
+        if code in _SHED:
+            self._gateway.telemetry.rejected(code).inc()
+        self._count(attempt, code)
+        attempt.served.release()
+        attempt.work = None  # it refers to this call: apart, both go with the last reference, and their tensors
+
+    def _count(self, attempt: Attempt, code: str) -> None:
+        head, work, trace = self._permit.head, attempt.work, self._permit.trace
+        now = self._gateway.clock()
+        queue_ns = input_ns = infer_ns = output_ns = rows = 0
+        if work is not None and work.computed_ns:
+            queue_ns = work.started_ns - work.enqueued_ns
+            input_ns = work.assembled_ns - work.started_ns
+            infer_ns = work.computed_ns - work.assembled_ns
+            output_ns = work.finished_ns - work.computed_ns
+            rows = work.rows or 1
+        attempt.served.telemetry.request_done(
+            attempt.decision.arm, head.protocol, code, now - head.received_ns,
+            queue_ns, input_ns, infer_ns, output_ns, rows, trace,
+        )  # fmt: skip
+        if trace is not None:
+            record = record_of(head, self._permit.tidegate_id, trace, attempt.decision, work, code, now)
+            self._gateway.traced(record, work)
+
+
+def _chosen(tensor: Tensor, spec: ModelSpec, index: int, want: RequestedOutput) -> Tensor:
+    if not want.classification:
+        return tensor
+    return classify(tensor, want.classification, spec.outputs[index].labels, batched=spec.max_batch_size > 0)

@@ -1,0 +1,267 @@
+"""Admission, the current routing table with its policies, and the way into a call. Implements ``server.types.Port``.
+
+Everything here runs on the loop thread; engines run behind the batcher. The table and the policies are swapped
+together, and a call keeps what it was routed with until it ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from random import getrandbits
+from time import time_ns
+from typing import Any, cast
+
+import structlog
+from xxhash import xxh3_64_intdigest
+
+from router.errors import BadVersion, RoutingError, UnknownModel, UnknownVersion
+from router.experiment import ExperimentBooks
+from router.table import RoutingTable
+from router.types import ModelRoutes, RouteDecision, RouteQuery
+from server.batching.batcher import CallLater, CallSoon, Work
+from server.errors import (
+    Draining,
+    InvalidArgument,
+    ModelNotFound,
+    ModelNotReady,
+    TidegateError,
+    TooManyRequests,
+    VersionNotFound,
+)
+from server.gateway.call import Call
+from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
+from server.gateway.served import Served
+from server.gateway.tracing import SampledRequests
+from server.telemetry.instruments import Telemetry
+from server.telemetry.trace import RequestTrace, TraceContext
+from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, RequestLimits, Ticket
+
+log: Any = structlog.get_logger("gateway")
+
+_UNKNOWN_SIZE_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True, frozen=True)
+class AdmissionLimits:
+    """How much may be in flight in the whole process; over it a request is refused before its body is read."""
+
+    max_requests: int = 4096
+    max_bytes: int = 2 * 1024 * 1024 * 1024
+    retry_after_s: float = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class GatewayPermit:
+    """A place among the requests in flight, with the bytes it may hold."""
+
+    head: RequestHead
+    tidegate_id: str
+    trace: TraceContext | None
+    _gateway: Gateway
+    _bytes: int
+    _released: bool = field(default=False)
+
+    @property
+    def traceresponse(self) -> str | None:
+        """The ``traceresponse`` header of a sampled request."""
+        return None if self.trace is None else self.trace.header()
+
+    def release(self) -> None:
+        """Give the place back. Twice is harmless."""
+        if not self._released:
+            self._released = True
+            self._gateway.give_back(self._bytes)
+
+
+class Gateway:
+    """Admission, routing table, calls. Implements ``server.types.Port``."""
+
+    def __init__(
+        self,
+        *,
+        limits: RequestLimits,
+        admission: AdmissionLimits,
+        telemetry: Telemetry,
+        clock: Clock,
+        call_soon: CallSoon,
+        call_later: CallLater,
+    ) -> None:
+        self.limits = limits
+        self.admission = admission
+        self.telemetry = telemetry
+        self.clock = clock
+        self.call_later = call_later
+        self._sampled = SampledRequests(telemetry, call_soon)
+        self.table: RoutingTable[Served] = RoutingTable({}, 0)
+        #: What surrounds the decisions of public names that say anything about it.
+        self.policies: Mapping[str, ModelPolicy] = {}
+        self.feedback = FeedbackIndex()
+        #: Models known but not served: name -> why (loading, failed...). Kept by the control.
+        self.unready: dict[str, str] = {}
+        self._requests = 0
+        self._bytes = 0
+        self._closed = False
+        self._id_prefix = os.urandom(8).hex()
+        self._ids = 0
+        self.on_empty: Callable[[], None] | None = None
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def admit(self, head: RequestHead) -> GatewayPermit:
+        """Take or refuse from the head alone. Raises TidegateError naming the limit or the model."""
+        if self._closed:
+            raise self.refuse(Draining("the server is shutting down", retry_after_s=self.admission.retry_after_s))
+        if self._requests >= self.admission.max_requests:
+            raise self.refuse(
+                TooManyRequests(
+                    f"{self._requests} requests are in flight, the limit is {self.admission.max_requests}",
+                    retry_after_s=self.admission.retry_after_s,
+                )
+            )
+        size = _UNKNOWN_SIZE_BYTES if head.content_length is None else head.content_length
+        if self._bytes + size > self.admission.max_bytes:
+            raise self.refuse(
+                TooManyRequests(
+                    f"requests in flight hold {self._bytes} bytes, {size} more would pass the limit of "
+                    f"{self.admission.max_bytes}",
+                    retry_after_s=self.admission.retry_after_s,
+                )
+            )
+        if head.model:
+            self.served(head.model, head.version)
+        self._requests += 1
+        self._bytes += size
+        self._ids += 1
+        gate = self.telemetry.gate
+        trace = None if gate is None else gate.start(head.metadata.get("traceparent"), head.metadata.get("tracestate"))
+        return GatewayPermit(head, f"{self._id_prefix}-{self._ids:x}", trace, self, size)
+
+    def refuse(self, error: TidegateError) -> TidegateError:
+        """Count a refusal by its reason."""
+        self.telemetry.rejected(error.code).inc()
+        return error
+
+    def give_back(self, size: int) -> None:
+        """A permit was released."""
+        self._requests -= 1
+        self._bytes -= size
+        if self._requests == 0 and self.on_empty is not None:
+            self.on_empty()
+
+    @property
+    def requests_in_flight(self) -> int:
+        return self._requests
+
+    def close(self) -> None:
+        """Refuse everything from now on; what is in flight goes on."""
+        self._closed = True
+
+    # -- the use case -------------------------------------------------------------------------------------------
+
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Ticket:
+        """Route, check, batch and run one request. Never raises: every outcome reaches ``reply``."""
+        call = Call(self, cast("GatewayPermit", permit), request, reply)
+        call.start()
+        return call
+
+    def route(self, request: InferenceRequest, head: RequestHead) -> RouteDecision[Served]:
+        """The version that answers this request."""
+        query = RouteQuery(request.model, request.version, head.metadata, request.parameters, request.id)
+        try:
+            return self.table.resolve(query, getrandbits(64))
+        except RoutingError as error:
+            raise self._translate(error) from None
+
+    def _translate(self, error: RoutingError) -> TidegateError:
+        if isinstance(error, BadVersion):
+            return InvalidArgument(
+                f"version of model '{_shown(error.model)}' must be a positive whole number, "
+                f"got '{_shown(error.version)}'"
+            )
+        if isinstance(error, UnknownVersion):
+            served = ", ".join(error.served)
+            return VersionNotFound(
+                f"Request for unknown model: '{_shown(error.model)}' version {error.version} is not found; "
+                f"versions served: {served}"
+            )
+        if isinstance(error, UnknownModel):
+            reason = self.unready.get(error.model)
+            if reason is not None:
+                return ModelNotReady(
+                    f"model '{error.model}' is not ready: {reason}", retry_after_s=self.admission.retry_after_s
+                )
+            return ModelNotFound(f"Request for unknown model: '{_shown(error.model)}' is not found")
+        return InvalidArgument(str(error))
+
+    def routes(self, model: str) -> ModelRoutes[Served]:
+        """Routes of one model, or ModelNotFound / ModelNotReady."""
+        try:
+            return self.table.routes(model)
+        except RoutingError as error:
+            raise self._translate(error) from None
+
+    def served(self, model: str, version: str) -> Served:
+        """One served version; "" means the stable one. Nothing is routed."""
+        try:
+            return self.table.lookup(model, version)
+        except RoutingError as error:
+            raise self._translate(error) from None
+
+    # -- experiments --------------------------------------------------------------------------------------------
+
+    def unit_of(self, route: RouteDecision[Served], tidegate_id: str) -> int:
+        """The unit that an experiment counts: the key, or the request where there was none."""
+        return route.key_hash or xxh3_64_intdigest(tidegate_id.encode())
+
+    def expose(self, books: ExperimentBooks, route: RouteDecision[Served], tidegate_id: str, request_id: str) -> None:
+        """A counted decision of an experiment: book it, log it once per unit and day, remember it for feedback."""
+        unit = self.unit_of(route, tidegate_id)
+        if books.expose(route.arm, unit, time_ns()):
+            log.info(
+                "exposure", experiment=books.spec.id, model=route.public_name, arm=route.arm, unit=f"{unit:016x}",
+                propensity=route.propensity, generation=route.generation,
+            )  # fmt: skip
+        answered = Answered(books, route.arm, unit)
+        self.feedback.add(route.public_name, tidegate_id, answered)
+        if request_id:
+            self.feedback.add(route.public_name, request_id, answered)
+
+    def hear(self, model: str, request_id: str, name: str, value: float) -> bool:
+        """Feedback about an answered request; False when it came too late or the request is not remembered.
+
+        ``name`` "": the experiment's only outcome. Raises ModelNotFound or InvalidArgument.
+        """
+        self.routes(model)
+        answered = self.feedback.find(model, request_id)
+        if answered is None:
+            return False
+        books = answered.experiment
+        names = [outcome.name for outcome in books.spec.outcomes]
+        if not name and len(names) == 1:
+            name = names[0]
+        if name not in names:
+            raise InvalidArgument(f"outcome must be one of {names or 'none'} for model '{model}', got '{name}'")
+        try:
+            return books.outcome(name, answered.unit, value, time_ns())
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from None
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    def traced(self, record: RequestTrace, work: Work | None) -> None:
+        """Hand on the record of a sampled request that is over."""
+        self._sampled.add(record, work)
+
+    def publish(self, table: RoutingTable[Served], policies: Mapping[str, ModelPolicy] | None = None) -> None:
+        """Swap the routing table, and with it the policies (None: those stay). What is in flight finishes as it is."""
+        self.table = table
+        if policies is not None:
+            self.policies = policies
+        self.telemetry.instruments.config_generation.labels("applied").set(table.generation)
+
+
+def _shown(name: str) -> str:
+    """A caller's own words, cut to a length that may be echoed."""
+    return name if len(name) <= 128 else f"{name[:128]}..."

@@ -1,0 +1,84 @@
+"""What the gateway does around the decisions of one public name: time limits, retries, fallback, shadows, experiments.
+
+The routing table says who answers; this says what happens when that goes wrong, and who else is to hear of it. It is
+swapped together with the table.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from router.breaker import Outcome
+from router.experiment import ExperimentBooks
+from router.retry import Failure, Next, RetryBudget, RetryPolicy, next_attempt
+from router.types import RouteDecision, ShadowRoute
+from server.gateway.served import Served
+from server.shadowing import ShadowLane
+
+#: Errors that are the request's own, whichever version answers.
+OWN_FAULT = frozenset({"invalid_argument", "cancelled", "deadline_exceeded", "draining"})
+#: Errors that say nothing of a version's health: its own bound, or a graph that refused this input.
+NO_VERDICT = OWN_FAULT | {"queue_full", "queue_timeout"}
+
+_NO_RETRY = RetryPolicy()
+
+
+@dataclass(slots=True)
+class ModelPolicy:
+    """Of one public name. ``lanes``: shadow lanes by the id of their route. ``timeout_ns`` 0: no limit of its own."""
+
+    retry: RetryPolicy = _NO_RETRY
+    budget: RetryBudget = field(default_factory=lambda: RetryBudget(_NO_RETRY))
+    timeout_ns: int = 0
+    experiment: ExperimentBooks | None = None
+    lanes: Mapping[str, ShadowLane] = field(default_factory=dict)
+
+    def next(self, route: RouteDecision[Served], code: str, retries: int, now: int) -> Next:
+        """What follows an attempt that ended with ``code``."""
+        # A graph that refuses an input is the caller's fault on stable; a candidate may be the one that is wrong.
+        final = code in OWN_FAULT or (code == "input_rejected" and route.fallback is None)
+        return next_attempt(self.retry, self.budget, Failure(code, final, retries, route.fallback is not None), now)
+
+    def lane(self, shadow: ShadowRoute[Served]) -> ShadowLane | None:
+        """The lane of one sampled shadow."""
+        return self.lanes.get(shadow.id)
+
+
+def outcome_of(code: str) -> Outcome:
+    """How an attempt's end looks to a breaker."""
+    if code == "ok":
+        return Outcome.OK
+    return Outcome.UNKNOWN if code in NO_VERDICT else Outcome.FAILED
+
+
+@dataclass(slots=True)
+class Answered:
+    """What is kept of an answered request, for feedback to be joined to."""
+
+    experiment: ExperimentBooks
+    arm: str
+    unit: int
+
+
+class FeedbackIndex:
+    """Request ids -> what was answered, the newest ``capacity`` of them; older ones are forgotten."""
+
+    def __init__(self, capacity: int = 200_000) -> None:
+        self._capacity = capacity
+        self._answered: OrderedDict[tuple[str, str], Answered] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answered)
+
+    def add(self, model: str, request_id: str, answered: Answered) -> None:
+        """Remember one id of a request of a public name; a repeated id means its newest request."""
+        self._answered[model, request_id] = answered
+        self._answered.move_to_end((model, request_id))
+        if len(self._answered) > self._capacity:
+            self._answered.popitem(last=False)
+
+    def find(self, model: str, request_id: str) -> Answered | None:
+        """What was answered under this id, if it is still remembered."""
+        return self._answered.get((model, request_id))
