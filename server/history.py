@@ -127,10 +127,11 @@ class ConfigHistory:
             raise NotFound(f"there is no generation {number} of the configuration")
         return _parsed(row)
 
-    def list(self, limit: int) -> list[Generation]:
+    def list(self, limit: int) -> tuple[Generation, ...]:
         """The last ``limit`` generations, newest first."""
         with self._store.reading() as connection:
-            return [_parsed(row) for row in connection.execute(_ROWS + " ORDER BY generation DESC LIMIT ?", (limit,))]
+            rows = connection.execute(_ROWS + " ORDER BY generation DESC LIMIT ?", (limit,))
+            return tuple(_parsed(row) for row in rows)
 
     def latest(self) -> Generation | None:
         """The newest generation; None before the first one."""
@@ -206,8 +207,9 @@ def _latest(connection: sqlite3.Connection) -> Generation | None:
 
 
 def _parsed(row: _Columns) -> Generation:
-    *head, models = row
-    return Generation(*head, None if models is None else json.loads(models))  # type: ignore[arg-type, unused-ignore]
+    number, ts, actor, reason, restores, sha256, text, models = row
+    digests = None if models is None else json.loads(models)
+    return Generation(number, ts, actor, reason, restores, sha256, text, digests)
 
 
 def _storable(text: str) -> str:

@@ -93,8 +93,8 @@ class Call:
         if policy.experiment is not None and route.counted:
             self._gateway.expose(policy.experiment, route, self._permit.tidegate_id, self._request.id)
 
-    def _set_timer(self, now: int) -> int:
-        """Arm the timer of the next attempt: by the caller's deadline or the policy's, monotonic ns; 0: neither."""
+    def _set_timer(self, now: int) -> None:
+        """Arm the timer of the next attempt: by the caller's deadline or the policy's limit, whichever is earlier."""
         self._stop_timer()
         limit_ns = 0 if self._policy is None else self._policy.timeout_ns
         until = self._permit.head.deadline_ns
@@ -104,7 +104,6 @@ class Call:
             if until <= now:
                 raise DeadlineExceeded("the deadline had passed when the request arrived")
             self._timer = self._gateway.call_later((until - now) / 1e9, self._expired)
-        return until
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -114,7 +113,7 @@ class Call:
     def _try(self, route: RouteDecision[Served]) -> None:
         """Begin an attempt, on stable when this version's breaker is open. Raises what a bad request deserves."""
         now = self._gateway.clock()
-        until = self._set_timer(now)
+        self._set_timer(now)
         term = self._admitted(route, now)
         if term == REFUSED:
             instead = route.fall_back()
@@ -129,7 +128,7 @@ class Call:
         attempt.served.calls += 1
         attempt.served.routed(route.arm, route.reason)
         try:
-            self._submit(attempt, until)
+            self._submit(attempt)
         except TidegateError as error:
             self._attempt_ended(attempt, error.code)
             self._after_failure(attempt, error)
@@ -138,11 +137,12 @@ class Call:
         breaker = route.target.breaker
         return 1 if breaker is None else breaker.admit(now)
 
-    def _submit(self, attempt: Attempt, until: int) -> None:
+    def _submit(self, attempt: Attempt) -> None:
         request, spec = self._request, attempt.served.spec
+        deadline_ns = self._permit.head.deadline_ns
         inputs, rows, attempt.picked = check_request(request, spec)
         priority, timeout_us = queue_terms(request.parameters)
-        work = Work(inputs, rows, partial(self._ran, attempt), until, priority, timeout_us)
+        work = Work(inputs, rows, partial(self._ran, attempt), deadline_ns, priority, timeout_us)
         attempt.served.batcher.submit(work)
         attempt.work = work
 
