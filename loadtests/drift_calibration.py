@@ -53,6 +53,8 @@ SHIFTS = [
     ("sd x 1.25, 1 of 30", 1, 0.0, 1.25),
     ("sd x 1.5, 1 of 30", 1, 0.0, 1.5),
 ]
+#: Changes that are to be seen within 2,000 rows.
+SHARP = [SHIFTS[4], SHIFTS[7]]
 _KS, _PSI = KolmogorovSmirnov(), Psi()
 
 
@@ -144,7 +146,7 @@ def rules() -> dict[str, Callable[[Stream, str], Array]]:
     def both(stream: Stream, window: str, budget: float) -> Array:
         half = level + math.log(budget / 2)
         found = (p(stream, window) < half) | (stream.matrix(window, "psi_log_p") < half)
-        return found.any(axis=1)
+        return np.asarray(found.any(axis=1))
 
     return {
         "KS p < .05 on any column": lambda s, w: (p(s, w) < log05).any(axis=1),
@@ -152,7 +154,7 @@ def rules() -> dict[str, Callable[[Stream, str], Array]]:
         "KS Benjamini-Hochberg .05 per look": lambda s, w: _benjamini_hochberg(p(s, w)),
         "PSI >= 0.1 on any column": lambda s, w: (s.matrix(w, "psi") >= 0.1).any(axis=1),
         "PSI >= 0.25 on any column": lambda s, w: (s.matrix(w, "psi") >= 0.25).any(axis=1),
-        "KS p < .05 on half the columns": lambda s, w: (p(s, w) < log05).mean(axis=1) >= 0.5,
+        "KS p < .05 on half the columns": lambda s, w: np.asarray((p(s, w) < log05).mean(axis=1) >= 0.5),
         "KS p < 1/(ERT F)": lambda s, w: (p(s, w) < level).any(axis=1),
         "PSI p < 1/(ERT F)": lambda s, w: (s.matrix(w, "psi_log_p") < level).any(axis=1),
         "ours: both tests, half each": lambda s, w: both(s, w, 1.0),
@@ -315,15 +317,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--full", action="store_true", help="the whole tables, with 10 M rows without drift")
     options.add_argument("--output", type=Path)
+    tables: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "psi-null": (lambda: psi_null(4000), lambda: psi_null(40_000)),
+        "no-drift": (lambda: no_drift(2, 250_000), lambda: no_drift(10, 1_000_000)),
+        "detection": (lambda: detection(3, SHIFTS), lambda: detection(12, SHIFTS)),
+        "dependent": (lambda: dependent_rows(200, 100_000), lambda: dependent_rows(1000, 150_000)),
+        "hundred-runs": (lambda: detection(10, SHARP), lambda: detection(100, SHARP)),
+    }
+    options.add_argument("--only", choices=tables, action="append", help="this table; may be repeated")
     chosen = options.parse_args()
     began = time.perf_counter()
-    result = {
-        "psi_null": psi_null(40_000 if chosen.full else 4000),
-        "no_drift": no_drift(*((10, 1_000_000) if chosen.full else (2, 250_000))),
-        "detection": detection(12 if chosen.full else 3, SHIFTS),
-        "dependent": dependent_rows(*((1000, 150_000) if chosen.full else (200, 100_000))),
-        "hundred_runs": detection(100, [SHIFTS[4], SHIFTS[7]]) if chosen.full else None,
-    }
+    result = {name: tables[name][chosen.full]() for name in chosen.only or tables}
     print(f"\n{time.perf_counter() - began:.0f} s")
     if chosen.output:
         chosen.output.write_text(json.dumps(result, indent=1))

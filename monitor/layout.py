@@ -209,7 +209,9 @@ def _search(knots: Array) -> tuple[Array, Any, Any, int]:
     finite = knots[np.isfinite(knots)]
     for tail in _TAILS if len(finite) > 1 else ():
         low, high = finite[int(tail * len(finite))], finite[int((1 - tail) * (len(finite) - 1))]
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if not low < high:
+            continue
+        with np.errstate(over="ignore", under="ignore"):
             scale = knots.dtype.type(_BUCKETS / (float(high) - float(low)))
         if not (np.isfinite(scale) and scale > 0):
             continue

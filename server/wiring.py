@@ -36,6 +36,7 @@ from server.telemetry.trace import SpanSink, TraceGate
 from server.transport.admin import admin_app, is_loopback
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
+from server.transport.feedback import Feedback, Hear
 from server.transport.metrics import metrics_app
 from server.transport.port import Services
 from server.transport.reference.asgi import HttpServer
@@ -80,7 +81,7 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         mode=settings.model_control,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
-    services = Services(catalog, control, MemorySettings(), readiness.subscribe)
+    services = Services(catalog, control, MemorySettings(), readiness.subscribe, _hearing(gateway))
 
     async def start_models() -> None:
         await control.start(settings.load_models)
@@ -120,6 +121,13 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         close=close,
         drain_seconds=settings.drain_seconds,
     )
+
+
+def _hearing(gateway: Gateway) -> Hear:
+    def hear(model: str, feedback: Feedback) -> bool:
+        return gateway.hear(model, feedback.id, feedback.name, feedback.value, feedback.key)
+
+    return hear
 
 
 def _in_flight(gateway: Gateway) -> FamilySnapshot:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from router.registry.directory import is_version
 from server.config.model import Batching, Config, Defaults, Listeners, Model, QueueRules, RuntimeChoice, Warmup
+from server.config.problems import Contradiction
+from server.config.routes import routing_contradictions
 from server.config.settings import Address
 from server.config.tree import KeyPath
 from server.config.units import format_address
-
-
-@dataclass(slots=True, frozen=True)
-class Contradiction:
-    """One broken rule. It only holds if ``path`` and every key of ``rests_on`` were read without a mistake."""
-
-    path: KeyPath
-    message: str
-    rests_on: tuple[KeyPath, ...] = ()
 
 
 def contradictions(config: Config, *, repository_given: bool = False) -> Iterator[Contradiction]:
@@ -36,9 +28,10 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
     for name, model in config.models.items():
         path = ("models", name)
         if not has_repository:
-            yield from _source(name, model)
+            yield from _source(name, model, config.registry.embedded)
         yield from _behaviour(model, path)
         yield from _warmups(model, path)
+    yield from routing_contradictions(config, repository_given=repository_given)
 
 
 # --- server -------------------------------------------------------------------------------------------------------
@@ -98,15 +91,22 @@ def _traces(config: Config) -> Iterator[Contradiction]:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def _source(name: str, model: Model) -> Iterator[Contradiction]:
+def _source(name: str, model: Model, embedded: bool) -> Iterator[Contradiction]:
+    """What comes from a registry wants one: a directory, or the embedded one."""
     path: KeyPath = ("models", name)
     needs: KeyPath = ("registry", "directory")
-    if model.source is None:
+    if embedded:
+        return
+    if not model.model_fields_set & {"source", "versions", "model"}:
         text = "the model has no source, and there is no registry.directory to find it in"
-        yield Contradiction(path, text, ((*path, "source"), needs))
-    elif model.source.path is None:
-        text = f"registry:{model.source.entry} needs registry.directory, which is not set"
-        yield Contradiction((*path, "source"), text, (needs,))
+        yield Contradiction(path, text, (*((*path, key) for key in ("source", "versions", "model")), needs))
+    sources = {} if model.source is None else {(*path, "source"): model.source}
+    for version, entry in (model.versions or {}).items():
+        sources[*path, "versions", version, "source"] = entry.source
+    for place, source in sources.items():
+        if source.path is None:
+            text = f"registry:{source.text} needs registry.directory or registry.embedded, which are not set"
+            yield Contradiction(place, text, (needs, ("registry", "embedded")))
 
 
 def _behaviour(model: Defaults, path: KeyPath) -> Iterator[Contradiction]:

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from server.config.consistency import contradictions
-from server.config.model import API_VERSION, Config, Context
+from server.config.kinds import Context
+from server.config.model import API_VERSION, Config
 from server.config.problems import InvalidConfig, Problem
 from server.config.tree import Complaint, Key, KeyPath, Mark, Node, YamlSyntaxError, read_tree
 from server.config.units import show
@@ -38,6 +39,7 @@ _WANTED: Final = {
     "string_type": "text",
     "tuple_type": "a list",
     "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": "text that matches {pattern}",

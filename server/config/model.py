@@ -1,330 +1,59 @@
 """The configuration file as pydantic models: strict, frozen, every unknown key an error. Nothing else sees these types.
 
-Durations are held in nanoseconds, sizes in bytes, shares as fractions, addresses as (host, port), file paths resolved
-against the file's folder, secrets already looked up. Rules that span several keys live in ``consistency``.
+What values may be is the business of ``kinds``; rules that span several keys live in ``consistency``.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from router.registry.directory import MODEL_NAME_PATTERN, is_model_name, is_version
 from server.config import units
-from server.config.settings import Address
-from server.types import ALL_DATATYPES
+from server.config.kinds import (
+    OPTION_SCHEMA,
+    VERSION_SCHEMA,
+    ArmName,
+    AttemptTime,
+    BodySize,
+    CopySize,
+    Count,
+    Datatype,
+    Delay,
+    FilePath,
+    HeaderSize,
+    IdSize,
+    Interval,
+    KeySource,
+    ListenAddress,
+    LoadName,
+    Many,
+    ModelName,
+    ModelSource,
+    Option,
+    OutcomeWindow,
+    OwnTarget,
+    Percent,
+    PositiveInt,
+    RouteId,
+    RuleTarget,
+    Secret,
+    Share,
+    Target,
+    Text,
+    Timeout,
+    ValueText,
+    Version,
+    VersionKey,
+    VersionSource,
+    Window,
+    default,
+    parse_share,
+    scalar_text,
+)
 
 API_VERSION: Final = "tidegate/v1"
-MAX_SECRET_BYTES: Final = 64 * 1024
 MAX_PRIORITY_LEVELS: Final = 1024
-
-_VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
-_REGISTRY_PREFIX: Final = "registry:"
-_VERSION_PATTERN: Final = "[1-9][0-9]{0,17}"
-_ALIAS_PATTERN: Final = "[a-z][a-z0-9_-]{0,62}"
-_ARM_PATTERN: Final = "[A-Za-z_][A-Za-z0-9_.-]{0,62}"
-#: "8", "@alias", "model:8" or "model@alias".
-_TARGET_PATTERN: Final = f"(({MODEL_NAME_PATTERN}):)?{_VERSION_PATTERN}|({MODEL_NAME_PATTERN})?@{_ALIAS_PATTERN}"
-_TARGET: Final = re.compile(_TARGET_PATTERN, re.ASCII)
-_OWN_TARGET: Final = re.compile(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}", re.ASCII)
-_ARM: Final = re.compile(_ARM_PATTERN, re.ASCII)
-_NAME_WANTED: Final = "letters, digits, '.', '_' or '-', at most 255, with no leading dot"
-
-T = TypeVar("T")
-
-
-@dataclass(slots=True, frozen=True)
-class Context:
-    """What values are looked up in while a file is read: the folder of relative paths, and the environment."""
-
-    folder: Path
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-
-
-def _context(info: ValidationInfo) -> Context:
-    return info.context if isinstance(info.context, Context) else Context(Path())
-
-
-# --- kinds of values ----------------------------------------------------------------------------------------------
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"wanted text, got {units.show(value)}; put it in quotes if text is meant")
-    if "${" in value:
-        raise ValueError("${...} is only replaced in keys that hold secrets; this one does not")
-    return value
-
-
-@dataclass(slots=True, frozen=True)
-class Source:
-    """Where a model or a version lies: a path, or (``path`` None) an entry of the registry.
-
-    A version's entry says which one it is, by ``version`` or by ``alias`` (without its "@").
-    """
-
-    path: Path | None = None
-    entry: str = ""
-    version: str = ""
-    alias: str = ""
-
-
-def _source(value: object, info: ValidationInfo) -> Source:
-    text = _text(value)
-    if not text.startswith(_REGISTRY_PREFIX):
-        return Source(_path(text, info))
-    return Source(entry=_model_name(text.removeprefix(_REGISTRY_PREFIX)))
-
-
-def _version_source(value: object, info: ValidationInfo) -> Source:
-    text = _text(value)
-    if not text.startswith(_REGISTRY_PREFIX):
-        return Source(_path(text, info))
-    entry, mark, which = _partition(text.removeprefix(_REGISTRY_PREFIX))
-    if not _OWN_TARGET.fullmatch(f"@{which}" if mark == "@" else which):
-        raise ValueError(f"wanted a path, registry:NAME/VERSION or registry:NAME@ALIAS, got {units.show(value)}")
-    name = _model_name(entry)
-    return Source(entry=name, alias=which) if mark == "@" else Source(entry=name, version=which)
-
-
-def _partition(text: str) -> tuple[str, str, str]:
-    """The name, the mark behind it ("/" or "@") and the rest."""
-    return text.partition("@") if "@" in text else text.partition("/")
-
-
-def _path(value: object, info: ValidationInfo) -> Path:
-    text = _text(value)
-    if not text or "\0" in text:
-        raise ValueError(f"wanted a path, got {units.show(value)}")
-    return _context(info).folder / text
-
-
-def _secret(value: object, info: ValidationInfo) -> str:
-    """The secret behind ``${VAR}`` or ``file:/path``. No text of an error ever shows the value."""
-    if isinstance(value, str) and (found := _VARIABLE.fullmatch(value)):
-        secret = _context(info).environ.get(found[1])
-        if not secret:
-            raise ValueError(f"environment variable {found[1]} is {'empty' if secret == '' else 'not set'}")
-        return secret
-    if isinstance(value, str) and value.startswith("file:"):
-        return _secret_file(_context(info).folder / value.removeprefix("file:"))
-    raise ValueError("a secret is given as ${VARIABLE} or file:/path, never as the value itself (not shown here)")
-
-
-def _secret_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            secret = file.read(MAX_SECRET_BYTES + 1).decode()
-    except OSError as error:
-        raise ValueError(f"secret file {path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        raise ValueError(f"secret file {path} is not UTF-8 text") from None
-    secret = secret.rstrip("\r\n")
-    if not 0 < len(secret) <= MAX_SECRET_BYTES:
-        raise ValueError(f"secret file {path} is {'too long' if secret else 'empty'}")
-    return secret
-
-
-def _model_name(value: object) -> str:
-    if not isinstance(value, str) or not is_model_name(value):
-        raise ValueError(f"wanted a model name ({_NAME_WANTED}), got {units.show(value)}")
-    return value
-
-
-def _load_name(value: object) -> str:
-    return "*" if value == "*" else _model_name(value)
-
-
-def _version(value: object) -> str:
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not is_version(text):
-        raise ValueError(f"wanted a version (a positive integer), got {units.show(value)}")
-    return text
-
-
-def _word(value: object) -> object:
-    """Version numbers may stand without quotes."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _target(value: object) -> str:
-    text = _word(value)
-    if not isinstance(text, str) or not _TARGET.fullmatch(text):
-        raise ValueError(
-            f"wanted a version, such as 8, @challenger, other:8 or other@champion, got {units.show(value)}"
-        )
-    return text
-
-
-def _own_target(value: object) -> str:
-    text = _word(value)
-    if not isinstance(text, str) or not _OWN_TARGET.fullmatch(text):
-        raise ValueError(
-            f"wanted one of the model's versions or aliases, such as 8 or @champion, got {units.show(value)}"
-        )
-    return text
-
-
-def _rule_target(value: object) -> str:
-    text = _word(value)
-    if isinstance(text, str) and _ARM.fullmatch(text):
-        return text
-    if not isinstance(text, str) or not _TARGET.fullmatch(text):
-        wanted = "wanted requested, stable, an arm's name or a version, such as 8, @challenger or other:8"
-        raise ValueError(f"{wanted}; got {units.show(value)}")
-    return text
-
-
-def _arm_name(value: object) -> str:
-    if not isinstance(value, str) or not _ARM.fullmatch(value):
-        raise ValueError(
-            f"wanted an arm's name (letters, digits, '.', '_' or '-', not a number), got {units.show(value)}"
-        )
-    return value
-
-
-def _share(value: object) -> int:
-    """Whole hundredths of a percent of "5%" or "0.25%"."""
-    units.parse_percent(value)
-    hundredths = Fraction(str(value).removesuffix("%")) * 100
-    if hundredths.denominator != 1:
-        raise ValueError(f"wanted a percentage in steps of 0.01%, got {units.show(value)}")
-    return int(hundredths)
-
-
-def _scalar_text(value: object) -> str:
-    """A value as requests carry it: numbers and booleans as the text that they are compared as."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int | float) else _text(value)
-
-
-def _value_test(value: object) -> object:
-    if isinstance(value, list):
-        raise ValueError("wanted a value or a mapping; a list of values is written {in: [...]}")
-    test = value if isinstance(value, dict) else {"exact": _scalar_text(value)}
-    if len(test) != 1:
-        raise ValueError(
-            f"wanted exactly one of exact, in, prefix and present, got {', '.join(map(str, test)) or 'none'}"
-        )
-    return test
-
-
-def _version_test(value: object) -> object:
-    return {"present": True} if value == "any" else _value_test(value)
-
-
-def _option(value: object) -> str:
-    """Options are passed on as text; true and false become the "1" and "0" that ONNX Runtime reads."""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    return str(value) if isinstance(value, int | float) else _text(value)
-
-
-def _provider(value: object) -> object:
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, str):
-        return {"name": value}
-    raise ValueError(f"wanted a provider's name or {{name: ..., options: ...}}, got {units.show(value)}")
-
-
-def _datatype(value: object) -> str:
-    if not isinstance(value, str) or value not in ALL_DATATYPES:
-        raise ValueError(f"wanted one of {', '.join(sorted(ALL_DATATYPES))}, got {units.show(value)}")
-    return value
-
-
-def _version_policy(value: object) -> object:
-    if value == "all":
-        return {"all": True}
-    if not isinstance(value, dict) or "all" in value or not value:
-        raise ValueError(f"wanted all, {{latest: N}} or {{specific: [VERSION, ...]}}, got {units.show(value)}")
-    if len(value) > 1:
-        raise ValueError(f"wanted one of latest and specific, got {' and '.join(map(str, value))}")
-    return value
-
-
-def _bounded(parse: Callable[[object], int], low: str, high: str) -> BeforeValidator:
-    """A validator that parses a value with a unit and holds it to a range given in the same notation."""
-    lowest, highest = parse(low), parse(high)
-
-    def check(value: object) -> int:
-        amount = parse(value)
-        if not lowest <= amount <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return amount
-
-    return BeforeValidator(check)
-
-
-def _pattern(pattern: str, **more: Any) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, **more})
-
-
-def _default(text: str, parse: Callable[[object], Any]) -> Any:
-    """A field whose default is written, and published in the schema, with its unit."""
-    return Field(default=parse(text), json_schema_extra={"default": text})
-
-
-def _target_schema(pattern: str) -> dict[str, Any]:
-    return {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^({pattern})$"}]}
-
-
-Text = Annotated[str, BeforeValidator(_text)]
-FilePath = Annotated[Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
-ModelSource = Annotated[Source, PlainValidator(_source), WithJsonSchema({"type": "string", "minLength": 1})]
-Secret = Annotated[str, BeforeValidator(_secret), _pattern(r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\}|file:.+)$")]
-ModelName = Annotated[str, BeforeValidator(_model_name), _pattern(f"^{MODEL_NAME_PATTERN}$")]
-LoadName = Annotated[str, BeforeValidator(_load_name), _pattern(rf"^(\*|{MODEL_NAME_PATTERN})$")]
-_VERSION_SCHEMA: Final = {
-    "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}]
-}
-Version = Annotated[str, BeforeValidator(_version), WithJsonSchema(_VERSION_SCHEMA)]
-VersionKey = Annotated[str, BeforeValidator(_version), _pattern(f"^{_VERSION_PATTERN}$")]
-VersionSource = Annotated[Source, PlainValidator(_version_source), WithJsonSchema({"type": "string", "minLength": 1})]
-Target = Annotated[str, BeforeValidator(_target), WithJsonSchema(_target_schema(_TARGET_PATTERN))]
-OwnTarget = Annotated[
-    str, BeforeValidator(_own_target), WithJsonSchema(_target_schema(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}"))
-]
-RuleTarget = Annotated[
-    str, BeforeValidator(_rule_target), WithJsonSchema(_target_schema(f"{_TARGET_PATTERN}|{_ARM_PATTERN}"))
-]
-ArmName = Annotated[str, BeforeValidator(_arm_name), _pattern(f"^{_ARM_PATTERN}$")]
-#: Hundredths of a percent.
-Share = Annotated[int, BeforeValidator(_share), _pattern(r"^[0-9]{1,3}(\.[0-9]{1,2}0*)?%$")]
-KeySource = Annotated[Text, _pattern("^(header:.+|parameter:.+|request:id)$")]
-RouteId = Annotated[Text, Field(min_length=1, max_length=255)]
-ValueText = Annotated[str, BeforeValidator(_scalar_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]
-_OPTION_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
-Option = Annotated[str, BeforeValidator(_option), WithJsonSchema(_OPTION_SCHEMA)]
-Datatype = Annotated[str, BeforeValidator(_datatype), WithJsonSchema({"enum": sorted(ALL_DATATYPES)})]
-ListenAddress = Annotated[Address, BeforeValidator(units.parse_address), _pattern(units.ADDRESS_PATTERN)]
-Percent = Annotated[float, BeforeValidator(units.parse_percent), _pattern(units.PERCENT_PATTERN)]
-#: A list in the file, a tuple here.
-Many = Annotated[tuple[T, ...], Field(strict=False)]
-PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-_DURATION_SCHEMA: Final = _pattern(units.DURATION_PATTERN)
-_SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
-Delay = Annotated[int, _bounded(units.parse_duration, "0s", "60s"), _DURATION_SCHEMA]
-Timeout = Annotated[int, _bounded(units.parse_duration, "0s", "1h"), _DURATION_SCHEMA]
-Interval = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATION_SCHEMA]
-AttemptTime = Annotated[int, _bounded(units.parse_duration, "1ms", "1h"), _DURATION_SCHEMA]
-Window = Annotated[int, _bounded(units.parse_duration, "100ms", "1h"), _DURATION_SCHEMA]
-OutcomeWindow = Annotated[int, _bounded(units.parse_duration, "1s", "90d"), _DURATION_SCHEMA]
-CopySize = Annotated[int, _bounded(units.parse_size, "1B", "2GiB"), _SIZE_SCHEMA]
-BodySize = Annotated[int, _bounded(units.parse_size, "1KiB", "2GiB"), _SIZE_SCHEMA]
-HeaderSize = Annotated[int, _bounded(units.parse_size, "1KiB", "1MiB"), _SIZE_SCHEMA]
-IdSize = Annotated[int, _bounded(units.parse_size, "1B", "64KiB"), _SIZE_SCHEMA]
 
 
 class Section(BaseModel):
@@ -339,10 +68,10 @@ class Section(BaseModel):
 class Listeners(Section):
     """Where the server listens. Port 0 picks a free one."""
 
-    http: ListenAddress = _default("127.0.0.1:8000", units.parse_address)
-    grpc: ListenAddress = _default("127.0.0.1:8001", units.parse_address)
-    metrics: ListenAddress = _default("127.0.0.1:8002", units.parse_address)
-    admin: ListenAddress = _default("127.0.0.1:8003", units.parse_address)
+    http: ListenAddress = default("127.0.0.1:8000", units.parse_address)
+    grpc: ListenAddress = default("127.0.0.1:8001", units.parse_address)
+    metrics: ListenAddress = default("127.0.0.1:8002", units.parse_address)
+    admin: ListenAddress = default("127.0.0.1:8003", units.parse_address)
 
 
 class Tls(Section):
@@ -362,9 +91,9 @@ class Auth(Section):
 class Limits(Section):
     """Bounds on requests and on what is in flight."""
 
-    max_body: BodySize = _default("64MiB", units.parse_size)
-    max_headers: HeaderSize = _default("64KiB", units.parse_size)
-    max_id: IdSize = _default("4KiB", units.parse_size)
+    max_body: BodySize = default("64MiB", units.parse_size)
+    max_headers: HeaderSize = default("64KiB", units.parse_size)
+    max_id: IdSize = default("4KiB", units.parse_size)
     max_json_depth: Annotated[int, Field(ge=4, le=500)] = 100
     max_inputs: PositiveInt = 256
     max_outputs: PositiveInt = 256
@@ -391,10 +120,10 @@ class Server(Section):
     tls: Tls | None = None
     auth: Auth | None = Field(default=None, repr=False)
     limits: Limits = Field(default_factory=Limits)
-    drain: Timeout = _default("30s", units.parse_duration)
+    drain: Timeout = default("30s", units.parse_duration)
     model_control: Literal["none", "poll", "explicit"] = "none"
     load_models: Many[LoadName] = ()
-    poll_interval: Interval = _default("15s", units.parse_duration)
+    poll_interval: Interval = default("15s", units.parse_duration)
 
 
 # --- telemetry, state, registry -----------------------------------------------------------------------------------
@@ -411,7 +140,7 @@ class Traces(Section):
     """OpenTelemetry spans over OTLP/HTTP. ``headers`` carry secrets, such as a collector's token."""
 
     enabled: bool = False
-    sampling: Percent = _default("100%", units.parse_percent)
+    sampling: Percent = default("100%", units.parse_percent)
     endpoint: Annotated[Text, Field(pattern=r"^https?://[^\s/?#]+[^\s]*$")] | None = None
     service_name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
     headers: dict[str, Secret] = Field(default_factory=dict, repr=False)
@@ -439,7 +168,7 @@ class Registry(Section):
 
     directory: FilePath | None = None
     embedded: bool = False
-    poll_interval: Interval = _default("1s", units.parse_duration)
+    poll_interval: Interval = default("1s", units.parse_duration)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -461,6 +190,14 @@ class Threads(Section):
     spinning: bool = False
 
 
+def _provider(value: object) -> object:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"name": value}
+    raise ValueError(f"wanted a provider's name or {{name: ..., options: ...}}, got {units.show(value)}")
+
+
 _PROVIDER_NAMES: Final = ["cpu", "cuda", "tensorrt"]
 Provider = Annotated[
     ProviderChoice,
@@ -473,7 +210,7 @@ Provider = Annotated[
                     "type": "object",
                     "properties": {
                         "name": {"enum": _PROVIDER_NAMES},
-                        "options": {"type": "object", "additionalProperties": _OPTION_SCHEMA},
+                        "options": {"type": "object", "additionalProperties": OPTION_SCHEMA},
                     },
                     "required": ["name"],
                     "additionalProperties": False,
@@ -501,7 +238,7 @@ class RuntimeChoice(Section):
 class QueueRules(Section):
     """What happens to requests that wait: how long, what then, and how many may."""
 
-    timeout: Timeout = _default("0s", units.parse_duration)
+    timeout: Timeout = default("0s", units.parse_duration)
     timeout_action: Literal["reject", "delay"] = "reject"
     allow_timeout_override: bool = False
     max_size: Count = 0
@@ -522,7 +259,7 @@ class Batching(Section):
     max_batch_size: Count | None = None
     max_rows: Count = 0
     preferred_batch_sizes: Many[PositiveInt] = ()
-    max_queue_delay: Delay = _default("0s", units.parse_duration)
+    max_queue_delay: Delay = default("0s", units.parse_duration)
     preserve_ordering: bool = False
     max_queue_size: PositiveInt = 1024
     queue_policy: QueueRules = Field(default_factory=QueueRules)
@@ -557,6 +294,16 @@ class VersionPolicy(Section):
     all: Literal[True] | None = None
 
 
+def _version_policy(value: object) -> object:
+    if value == "all":
+        return {"all": True}
+    if not isinstance(value, dict) or "all" in value or not value:
+        raise ValueError(f"wanted all, {{latest: N}} or {{specific: [VERSION, ...]}}, got {units.show(value)}")
+    if len(value) > 1:
+        raise ValueError(f"wanted one of latest and specific, got {' and '.join(map(str, value))}")
+    return value
+
+
 _POLICY_SCHEMA: Final = {
     "anyOf": [
         {"const": "all"},
@@ -564,7 +311,7 @@ _POLICY_SCHEMA: Final = {
             "type": "object",
             "properties": {
                 "latest": {"type": "integer", "minimum": 1, "maximum": 1_000_000},
-                "specific": {"type": "array", "items": _VERSION_SCHEMA, "minItems": 1},
+                "specific": {"type": "array", "items": VERSION_SCHEMA, "minItems": 1},
             },
             "minProperties": 1,
             "maxProperties": 1,
@@ -603,9 +350,24 @@ class ValueTest(Section):
     """What a value must be; exactly one of the keys. In the file a plain value means ``exact``."""
 
     exact: ValueText | None = None
-    in_: Annotated[Many[ValueText], Field(alias="in", min_length=1)] | None = None
+    in_: Annotated[Many[ValueText], Field(min_length=1)] | None = Field(default=None, alias="in")
     prefix: Annotated[Text, Field(min_length=1)] | None = None
     present: Literal[True] | None = None
+
+
+def _value_test(value: object) -> object:
+    if isinstance(value, list):
+        raise ValueError("wanted a value or a mapping; a list of values is written {in: [...]}")
+    test = value if isinstance(value, dict) else {"exact": scalar_text(value)}
+    if len(test) != 1:
+        raise ValueError(
+            f"wanted exactly one of exact, in, prefix and present, got {', '.join(map(str, test)) or 'none'}"
+        )
+    return test
+
+
+def _version_test(value: object) -> object:
+    return {"present": True} if value == "any" else _value_test(value)
 
 
 _SCALAR_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
@@ -670,7 +432,7 @@ class Outcome(Section):
 
     name: RouteId
     kind: Literal["binary", "number"]
-    window: OutcomeWindow = _default("24h", units.parse_duration)
+    window: OutcomeWindow = default("24h", units.parse_duration)
     silence: Literal["zero", "skip"] = "zero"
 
 
@@ -681,7 +443,7 @@ class Experiment(Section):
     arms: Annotated[
         dict[ArmName, ExperimentArm], Field(min_length=2, json_schema_extra={"additionalProperties": False})
     ]
-    coverage: Share = _default("100%", _share)
+    coverage: Share = default("100%", parse_share)
     outcome: Outcome | None = None
     secret: Secret | None = Field(default=None, repr=False)
 
@@ -692,8 +454,8 @@ class ShadowLimits(Section):
     rps: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
     in_flight: Annotated[int, Field(ge=1, le=1024)] = 4
     queue: Annotated[int, Field(ge=1, le=65_536)] = 256
-    max_body: CopySize = _default("1MiB", units.parse_size)
-    timeout: AttemptTime = _default("2s", units.parse_duration)
+    max_body: CopySize = default("1MiB", units.parse_size)
+    timeout: AttemptTime = default("2s", units.parse_duration)
     yield_above_load: Annotated[float, Field(gt=0, le=1)] = 0.7
 
 
@@ -718,13 +480,13 @@ class Shadow(Section):
 
 
 class CircuitBreaker(Section):
-    """Opens when ``open_at`` of at least ``min`` attempts in ``window`` failed; after ``open_for``, ``half_open`` try."""
+    """Opens when ``open_at`` of ``min`` or more attempts in ``window`` failed; ``half_open`` try after ``open_for``."""
 
-    window: Window = _default("10s", units.parse_duration)
+    window: Window = default("10s", units.parse_duration)
     min: PositiveInt = 20
-    open_at: Share = _default("50%", _share)
+    open_at: Share = default("50%", parse_share)
     half_open: Annotated[int, Field(ge=1, le=10_000)] = 5
-    open_for: Window = _default("10s", units.parse_duration)
+    open_for: Window = default("10s", units.parse_duration)
 
 
 class Retry(Section):
@@ -740,7 +502,7 @@ class Retry(Section):
         Field(min_length=1),
     ]  # fmt: skip
     max: Annotated[int, Field(ge=1, le=10)] = 1
-    budget: Share = _default("10%", _share)
+    budget: Share = default("10%", parse_share)
     min_concurrency: Count = 3
 
 

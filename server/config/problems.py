@@ -9,6 +9,15 @@ from dataclasses import asdict, dataclass
 from server.errors import ConfigError
 
 
+@dataclass(slots=True, frozen=True)
+class Contradiction:
+    """One broken rule. It only holds if ``path`` and every key of ``rests_on`` were read without a mistake."""
+
+    path: tuple[str | int, ...]
+    message: str
+    rests_on: tuple[tuple[str | int, ...], ...] = ()
+
+
 @dataclass(slots=True, frozen=True, order=True)
 class Problem:
     """One mistake. ``line`` and ``column`` count from 1; 0 means that the mistake has no place in the file.

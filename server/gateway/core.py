@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 from router.errors import BadVersion, RoutingError, UnknownModel, UnknownVersion
 from router.experiment import ExperimentBooks
+from router.policy.sticky import position, seed_of
 from router.table import RoutingTable
 from router.types import ModelRoutes, RouteDecision, RouteQuery
 from server.batching.batcher import CallLater, CallSoon, Work
@@ -130,7 +131,7 @@ class Gateway:
                 )
             )
         if head.model:
-            self.served(head.model, head.version)
+            self._check(head.model, head.version)
         self._requests += 1
         self._bytes += size
         self._ids += 1
@@ -223,32 +224,43 @@ class Gateway:
                 "exposure", experiment=books.spec.id, model=route.public_name, arm=route.arm, unit=f"{unit:016x}",
                 propensity=route.propensity, generation=route.generation,
             )  # fmt: skip
-        answered = Answered(books, route.arm, unit)
+        answered = Answered(books, unit)
         self.feedback.add(route.public_name, tidegate_id, answered)
         if request_id:
             self.feedback.add(route.public_name, request_id, answered)
 
-    def hear(self, model: str, request_id: str, name: str, value: float) -> bool:
-        """Feedback about an answered request; False when it came too late or the request is not remembered.
+    def hear(self, model: str, request_id: str, name: str, value: float, key: str = "") -> bool:
+        """Feedback about an answered request, or about a key; False when it came too late or nobody remembers it.
 
         ``name`` "": the experiment's only outcome. Raises ModelNotFound or InvalidArgument.
         """
-        self.routes(model)
-        answered = self.feedback.find(model, request_id)
-        if answered is None:
+        routes = self.routes(model)
+        answered = self.feedback.find(model, request_id) if request_id else None
+        policy = self.policies.get(model)
+        if answered is not None:
+            books, unit = answered.experiment, answered.unit
+        elif key and policy is not None and policy.experiment is not None and routes.split is not None:
+            books, unit = policy.experiment, position(key, seed_of(routes.split.id, routes.split.secret))
+        else:
             return False
-        books = answered.experiment
         names = [outcome.name for outcome in books.spec.outcomes]
         if not name and len(names) == 1:
             name = names[0]
         if name not in names:
             raise InvalidArgument(f"outcome must be one of {names or 'none'} for model '{model}', got '{name}'")
         try:
-            return books.outcome(name, answered.unit, value, time_ns())
+            return books.outcome(name, unit, value, time_ns())
         except ValueError as error:
             raise InvalidArgument(str(error)) from None
 
     # -- publishing ---------------------------------------------------------------------------------------------
+
+    def _check(self, model: str, version: str) -> None:
+        """Could a request for this be answered, as far as its head tells?"""
+        try:
+            self.table.check(model, version)
+        except RoutingError as error:
+            raise self._translate(error) from None
 
     def traced(self, record: RequestTrace, work: Work | None) -> None:
         """Hand on the record of a sampled request that is over."""

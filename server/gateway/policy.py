@@ -58,7 +58,6 @@ class Answered:
     """What is kept of an answered request, for feedback to be joined to."""
 
     experiment: ExperimentBooks
-    arm: str
     unit: int
 
 

@@ -174,12 +174,15 @@ class BodyReader:
 
 def parse_json_object(body: Buffer) -> dict[str, Any]:
     """The JSON object in ``body``; an empty body is an empty object."""
-    if not body:
-        return {}
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidArgument(f"the request body is not valid JSON: {error.msg} at byte {error.pos}") from None
+    value = parse_json(body) if body else {}
     if not isinstance(value, dict):
         raise InvalidArgument(f"the request body must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_json(body: Buffer) -> object:
+    """The JSON value in ``body``."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"the request body is not valid JSON: {error.msg} at byte {error.pos}") from None

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.codec import compression
 from server.errors import InvalidArgument, NotFound, TidegateError
+from server.transport import feedback
 from server.transport.answers import (
     Answer,
     BodyReader,
@@ -26,6 +27,7 @@ from server.transport.answers import (
     error_answer,
     json_answer,
     metadata_of,
+    parse_json,
     parse_json_object,
     too_large,
 )
@@ -35,7 +37,7 @@ from server.transport.openapi import document
 from server.transport.port import Services
 from server.transport.rpc.unary import unload_dependents
 from server.transport.status import StatusTable
-from server.types import ModelSpec, ParameterValue, Port, TensorSpec
+from server.types import Buffer, ModelSpec, ParameterValue, Port, TensorSpec
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Answer]]
 
@@ -126,6 +128,7 @@ class Routes:
         self._catalog = services.catalog
         self._control = services.control
         self._settings = services.settings
+        self._hear = services.hear
         self._boundary = Boundary(statuses)
         self._reader = BodyReader(settings)
         self._document = document(services.catalog.server_name(), services.catalog.server_version())
@@ -146,6 +149,8 @@ class Routes:
             route("/openapi.json", self._openapi, "GET"),
             route("/v2/models/{model}/trace/setting", self._trace, "GET", "POST"),
         ]
+        if self._hear is not None:
+            routes.append(route("/v2/models/{model}/feedback", self._feedback, "POST"))
         for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
                 route(base, self._metadata, "GET"),
@@ -225,13 +230,23 @@ class Routes:
             self._settings.update_logging(await self._json(request))
         return json_answer(self._settings.logging())
 
+    async def _feedback(self, request: Request) -> Answer:
+        model, hear = request.path_params["model"], self._hear
+        items = feedback.parse(parse_json(await self._body(request)))
+        self._catalog.model_ready(model, "")
+        joined = sum(hear(model, item) for item in items) if hear is not None else 0
+        return json_answer({"accepted": len(items), "joined": joined})
+
     async def _json(self, request: Request) -> dict[str, Any]:
+        return parse_json_object(await self._body(request))
+
+    async def _body(self, request: Request) -> Buffer:
         metadata = metadata_of(request.scope["headers"])
         length = declared_length(metadata)
         if length is not None and length > _CONTROL_BYTES:
             raise too_large(length, _CONTROL_BYTES)
         body = await self._reader.read(request.receive, _CONTROL_BYTES)
-        return parse_json_object(compression.decompress(body, metadata.get("content-encoding"), _CONTROL_BYTES))
+        return compression.decompress(body, metadata.get("content-encoding"), _CONTROL_BYTES)
 
 
 def _target(request: Request) -> tuple[str, str]:

@@ -113,6 +113,19 @@ _SCHEMAS: Final[Node] = {
         "name",
     ),
     "Index": _array(_ref("IndexEntry")),
+    "Feedback": _object(
+        {
+            "id": {"type": "string", "description": "x-tidegate-id of the answer, or the id that the client sent."},
+            "key": {"type": "string", "description": "The routing key, instead of an id."},
+            "outcome": {"type": ["number", "string", "boolean"]},
+            "name": {"type": "string", "description": "Which outcome; may be left out when there is one."},
+            "row": _COUNT,
+            "time": {"type": "string", "format": "date-time"},
+        },
+        "outcome",
+    ),
+    "Feedbacks": {"oneOf": [_ref("Feedback"), _array(_ref("Feedback"))]},
+    "FeedbackTaken": _object({"accepted": _COUNT, "joined": _COUNT}, "accepted", "joined"),
     "ControlRequest": _object({"parameters": _ref("Parameters")}),
     "Empty": {"type": "object"},
     "TraceSettings": {
@@ -278,6 +291,16 @@ def _paths() -> Node:
         **_model_paths("/v2/models/{model}/versions/{version}", "Version", ["model", "version"]),
         "/v2/repository/index": {
             "post": _operation("index", "What the model repository holds", "Index", body="IndexRequest")
+        },
+        "/v2/models/{model}/feedback": {
+            "post": _operation(
+                "feedback",
+                "What became of answered requests",
+                "FeedbackTaken",
+                parameters=["model"],
+                body="Feedbacks",
+                errors=_MODEL_ERRORS,
+            )
         },
         "/v2/repository/models/{model}/load": _control("load"),
         "/v2/repository/models/{model}/unload": _control("unload"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from server.transport.feedback import Hear
 from server.types import ModelSpec, ParameterValue
 
 if TYPE_CHECKING:
@@ -97,3 +98,5 @@ class Services:
     control: ModelControl
     settings: ProtocolSettings
     subscribe: Subscribe
+    #: Takes outcomes of answered requests; None: feedback is not offered.
+    hear: Hear | None = None

@@ -284,7 +284,13 @@ class Running:
         self.catalog, self.control = EchoCatalog(), EchoControl()
         statuses = options.get("statuses") or StatusTable()
         http: HttpSettings = options.get("http") or HttpSettings()
-        services = self.services = Services(self.catalog, self.control, MemorySettings(), self.catalog.subscribe)
+        services = self.services = Services(
+            self.catalog,
+            self.control,
+            MemorySettings(),
+            self.catalog.subscribe,
+            lambda model, feedback: feedback.id == "a",
+        )
         app = build_app(self.port, services, statuses=statuses, settings=http)
         self.http_server = HttpServer(app, limits=self.port.limits, settings=http, statuses=statuses)
         grpc: GrpcSettings = options.get("grpc") or GrpcSettings()

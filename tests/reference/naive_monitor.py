@@ -1,0 +1,92 @@
+"""The monitor's kernels done the slow, obvious way: one value at a time, exact fractions where that is cheap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def cell(value: float, knots: Sequence[float]) -> int:
+    """The cell of one value: 2j in the gap below knot j, 2j + 1 on it, 2K + 1 for NaN."""
+    if math.isnan(value):
+        return 2 * len(knots) + 1
+    below = sum(knot < value for knot in knots)
+    return 2 * below + (below < len(knots) and knots[below] == value)
+
+
+def cell_counts(values: Sequence[float], knots: Sequence[float]) -> list[int]:
+    counts = [0] * (2 * len(knots) + 2)
+    for value in values:
+        counts[cell(value, knots)] += 1
+    return counts
+
+
+def ks_distance(reference: Array, window: Array) -> float:
+    """sup |F - G| of two samples; NaN left out."""
+    a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
+    if not len(a) or not len(b):
+        return math.nan
+    points = np.unique(np.concatenate([a, b]))
+    return max(abs(float((a <= x).mean()) - float((b <= x).mean())) for x in points)
+
+
+def psi(reference: Sequence[int], window: Sequence[int]) -> float:
+    """With 1/2 added to every bin that either side occupies."""
+    pairs = [(r, w) for r, w in zip(reference, window, strict=True) if r + w > 0]
+    m, n = sum(r for r, _ in pairs), sum(w for _, w in pairs)
+    if not m or not n:
+        return math.nan
+    total = 0.0
+    for r, w in pairs:
+        p, q = (r + 0.5) / (m + 0.5 * len(pairs)), (w + 0.5) / (n + 0.5 * len(pairs))
+        total += (q - p) * math.log(q / p)
+    return total
+
+
+def bin_of(value: float, edges: Sequence[float]) -> int:
+    """Right-closed bins: the number of edges below the value; missing is the last."""
+    return len(edges) + 1 if math.isnan(value) else sum(edge < value for edge in edges)
+
+
+def wasserstein(reference: Array, window: Array) -> float:
+    """Of two samples, after values outside the reference's finite range were moved to its ends."""
+    a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
+    finite = a[np.isfinite(a)]
+    low, high = finite.min(), finite.max()
+    a, b = np.clip(a, low, high), np.clip(b, low, high)
+    points = np.unique(np.concatenate([a, b]))
+    return sum(
+        abs(float((a <= x).mean()) - float((b <= x).mean())) * float(y - x)
+        for x, y in zip(points[:-1], points[1:], strict=True)
+    )
+
+
+class Alarms:
+    """One column's alarm, from the whole history of looks each time: (window, over, quiet)."""
+
+    def __init__(self, k: int, m: int, clear_looks: int) -> None:
+        self.k, self.m, self.clear_looks = k, m, clear_looks
+        self.looks: list[tuple[str, bool, bool]] = []
+        self.active = False
+        self.episodes = 0
+
+    def look(self, window: str, over: bool, quiet: bool) -> str:
+        self.looks.append((window, over, quiet))
+        own = [o for name, o, _ in self.looks if name == window]
+        if not self.active:
+            if over and sum(own[-self.m :]) >= self.k:
+                self.active = True
+                self.episodes += 1
+                return "raised"
+            return ""
+        for name in {name for name, _, _ in self.looks}:
+            last = [q for other, _, q in self.looks if other == name][-self.clear_looks :]
+            if len(last) < self.clear_looks or not all(last):
+                return ""
+        self.active = False
+        return "cleared"

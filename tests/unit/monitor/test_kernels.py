@@ -1,0 +1,226 @@
+"""Every kernel against its naive twin, and against scipy where that knows the statistic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.spatial.distance import jensenshannon
+
+from monitor.calibration import log_tail_chi_square, log_tail_kolmogorov
+from monitor.drift.base import Pair
+from monitor.drift.chisquare import ChiSquare
+from monitor.drift.js import JensenShannon
+from monitor.drift.ks import KolmogorovSmirnov
+from monitor.drift.linfinity import LInfinity
+from monitor.drift.psi import Psi
+from monitor.drift.rates import rates
+from monitor.drift.wasserstein import Wasserstein
+from monitor.kernels._jit import compile_all
+from monitor.kernels.folding import accumulate, fold
+from monitor.layout import Layout
+from monitor.profile import ReferenceProfile
+from tests.reference import naive_monitor as naive
+
+DENORMAL = np.float32(1e-42)
+ODD = {
+    "normal": lambda r, n: r.standard_normal(n),
+    "log-normal": lambda r, n: np.exp(r.standard_normal(n)),
+    "cauchy": lambda r, n: r.standard_cauchy(n),
+    "ties": lambda r, n: np.round(r.standard_normal(n) * 3),
+    "five levels": lambda r, n: r.integers(0, 5, n).astype(float),
+    "constant": lambda r, n: np.full(n, 3.0),
+    "half missing": lambda r, n: np.where(r.random(n) < 0.5, np.nan, r.standard_normal(n)),
+    "all missing": lambda r, n: np.full(n, np.nan),
+    "infinite": lambda r, n: r.choice([-np.inf, -1.0, 0.0, 2.0, np.inf], n),
+    "one infinity": lambda r, n: np.where(np.arange(n) == 5, np.inf, r.standard_normal(n)),
+    "subnormal": lambda r, n: r.integers(-40, 40, n) * DENORMAL,
+    "signed zeros": lambda r, n: r.choice([-0.0, 0.0, 1.0, -1.0], n),
+    "large offset": lambda r, n: 1e7 + r.integers(0, 60, n) * 0.5,
+    "huge range": lambda r, n: r.choice([-3e38, 3e38, 1e-30], n) * r.random(n),
+    "atom": lambda r, n: np.where(r.random(n) < 0.6, 0.0, r.standard_normal(n)),
+    "rare binary": lambda r, n: (r.random(n) < 0.002).astype(float),
+}
+
+
+def samples(name: str, dtype: str, n: int = 700, m: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(len(name))
+    reference, window = ODD[name](rng, m).astype(dtype), ODD[name](rng, n).astype(dtype)
+    window[: n // 10] += np.dtype(dtype).type(0.5)
+    return reference, window
+
+
+def pair(reference: np.ndarray, window: np.ndarray, knots: int | None) -> Pair:
+    layout = Layout(ReferenceProfile.from_arrays({"x": reference}, knots=knots))
+    counts = np.zeros(layout.cells, "i4")
+    layout.count([window.reshape(-1, 1)], counts)
+    return Pair(layout, layout.reference, counts)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("name", ODD)
+def test_cells_are_those_of_the_naive_search(name: str, dtype: str) -> None:
+    reference, window = samples(name, dtype, 300, 900)
+    for knots in (None, 64):
+        found = pair(reference, window, knots)
+        own = found.layout.columns[0].knots.astype(dtype).tolist()
+        assert found.window.tolist() == naive.cell_counts(window.tolist(), own)
+        assert found.reference.tolist() == naive.cell_counts(reference.tolist(), own)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("name", [name for name in ODD if name != "all missing"])
+def test_ks_with_all_knots_is_scipys(name: str, dtype: str) -> None:
+    reference, window = samples(name, dtype)
+    low, high = KolmogorovSmirnov().interval(pair(reference, window, None))
+    a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
+    exact = stats.ks_2samp(a, b, method="asymp").statistic
+    assert low[0] == pytest.approx(exact, abs=1e-12)
+    assert high[0] == low[0]
+    assert low[0] == pytest.approx(naive.ks_distance(reference, window), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if name != "all missing"])
+def test_ks_with_few_knots_is_bracketed(name: str) -> None:
+    reference, window = samples(name, "f4")
+    found = pair(reference, window, 32)
+    low, high = KolmogorovSmirnov().interval(found)
+    exact = naive.ks_distance(reference, window)
+    assert low[0] <= exact + 1e-15
+    assert exact <= high[0] + 1e-15
+    assert high[0] - low[0] <= found.layout.columns[0].ks_resolution + 1e-15
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_psi_is_that_of_the_stated_bins(name: str) -> None:
+    reference, window = samples(name, "f4")
+    found = pair(reference, window, 256)
+    column = found.layout.columns[0]
+    assert Psi().score(found)[0] == pytest.approx(
+        naive.psi(*[side.tolist() for side in found.bins]), abs=1e-12, nan_ok=True
+    )
+    if column.ordered:
+        edges = [float(name.removeprefix("<= ")) for name in column.bins[:1]]
+        places = np.flatnonzero(np.diff(column.bin_of[:-1]))  # the last cell of every bin but the last
+        exact = column.knots[(places - 1) // 2].tolist()
+        assert exact[0] == pytest.approx(edges[0], rel=1e-4)
+        for side, values in zip(found.bins, (reference, window), strict=True):
+            counts = np.bincount([naive.bin_of(v, exact) for v in values.tolist()], minlength=len(column.bins))
+            assert side.tolist() == counts.tolist()
+
+
+def test_psi_without_missing_values_leaves_them_out() -> None:
+    rng = np.random.default_rng(0)
+    reference, window = rng.standard_normal(5000), rng.standard_normal(1000)
+    before = pair(reference, window, None)
+    window = np.concatenate([window, np.full(1000, np.nan)])
+    after = pair(reference, window, None)
+    assert Psi(present_only=True).score(after)[0] == Psi(present_only=True).score(before)[0]
+    assert KolmogorovSmirnov().score(after)[0] == KolmogorovSmirnov().score(before)[0]
+    assert Psi().score(after)[0] > 1
+    assert rates(after).missing[0] == 0.5
+    assert rates(after).missing_reference[0] == 0
+
+
+def test_level_statistics_are_scipys() -> None:
+    rng = np.random.default_rng(1)
+    reference, window = rng.integers(0, 40, 4000), rng.integers(0, 45, 500)
+    layout = Layout(ReferenceProfile.from_arrays({"x": reference}, kinds={"x": "categorical"}))
+    counts = np.zeros(layout.cells, "i4")
+    layout.count([window.reshape(-1, 1).astype("f8")], counts)
+    found = Pair(layout, layout.reference, counts)
+    known = np.bincount(window[window < 40], minlength=40)
+    table = np.array([[*np.bincount(reference, minlength=40), 0], [*known, (window >= 40).sum()]])
+    p, q = table[0] / 4000, table[1] / 500
+    assert JensenShannon().score(found)[0] == pytest.approx(jensenshannon(p, q, base=2), abs=1e-12)
+    assert LInfinity().score(found)[0] == pytest.approx(np.abs(p - q).max(), abs=1e-15)
+    value, degrees = ChiSquare().scores(found)
+    expected = stats.chi2_contingency(table, correction=False)
+    assert value[0] == pytest.approx(expected.statistic, rel=1e-12)
+    assert degrees[0] == expected.dof
+    assert rates(found).new_category[0] == (window >= 40).mean()
+    assert math.isnan(KolmogorovSmirnov().score(found)[0])
+
+
+@pytest.mark.parametrize("name", ["normal", "cauchy", "ties", "infinite", "atom", "half missing", "constant"])
+@pytest.mark.parametrize("knots", [None, 64])
+def test_wasserstein_is_bracketed(name: str, knots: int | None) -> None:
+    reference, window = samples(name, "f8", 200, 500)
+    low, middle, high = (values[0] for values in Wasserstein().bounds(pair(reference, window, knots)))
+    exact = naive.wasserstein(reference, window)
+    slack = 1e-9 * max(1.0, exact)
+    assert low - slack <= exact <= high + slack
+    assert low - slack <= middle <= high + slack
+
+
+def test_wasserstein_on_shared_values_is_scipys() -> None:
+    rng = np.random.default_rng(2)
+    reference = rng.integers(0, 30, 3000).astype("f8")
+    window = np.concatenate([[0.0, 29.0], rng.integers(5, 30, 400)])
+    expected = stats.wasserstein_distance(reference, window)
+    for value in Wasserstein().bounds(pair(reference, window, None)):
+        assert value[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_huge_value_moves_nothing_but_its_share() -> None:
+    rng = np.random.default_rng(3)
+    reference, window = rng.standard_normal(20_000).astype("f4"), rng.standard_normal(5000).astype("f4") + 0.5
+    before = pair(reference, window, 1024)
+    for huge in (1e30, np.inf, -np.inf):
+        spoiled = window.copy()
+        spoiled[0] = huge
+        after = pair(reference, spoiled, 1024)
+        assert abs(KolmogorovSmirnov().score(after)[0] - KolmogorovSmirnov().score(before)[0]) <= 1 / 5000 + 1e-12
+        assert Psi().score(after)[0] == pytest.approx(Psi().score(before)[0], rel=0.01)
+        outside = rates(after).above[0] + rates(after).below[0] - rates(before).above[0] - rates(before).below[0]
+        assert outside == pytest.approx(1 / 5000)
+
+
+def test_statistics_of_an_empty_window_are_undefined() -> None:
+    found = pair(np.arange(100.0), np.empty(0), None)
+    for statistic in (Psi(), KolmogorovSmirnov(), JensenShannon(), LInfinity(), ChiSquare(), Wasserstein()):
+        assert math.isnan(statistic.score(found)[0])
+    assert math.isnan(rates(found).missing[0])
+
+
+def test_values_of_a_reference_without_any_are_all_outside() -> None:
+    found = pair(np.full(50, np.nan), np.arange(10.0), None)
+    assert rates(found).above[0] == 1
+    assert found.window.tolist() == [10, 0]
+
+
+def test_kolmogorov_tail_is_scipys() -> None:
+    x = np.concatenate([np.linspace(0, 1.2, 200), np.linspace(1.2, 15, 300)])
+    assert np.allclose(np.exp(log_tail_kolmogorov(x)), stats.kstwobign.sf(x), rtol=1e-10, atol=0)
+    assert log_tail_kolmogorov(np.array([100.0]))[0] == pytest.approx(math.log(2) - 20_000)
+    assert log_tail_kolmogorov(np.array([np.nan]))[0] == 0
+
+
+def test_chi_square_tail_is_scipys() -> None:
+    for degrees in (0.7, 1, 2, 3, 9, 19.5, 200, 3000):
+        x = np.concatenate([np.linspace(0, 3 * degrees + 20, 300), [400.0]])
+        found = log_tail_chi_square(x, np.full(len(x), float(degrees)))
+        expected = stats.chi2.logsf(x, degrees)
+        known = np.isfinite(expected)  # scipy gives up where the tail is no double
+        assert np.allclose(found[known], expected[known], rtol=1e-9, atol=1e-10), degrees
+        assert (found[~known] < -700).all()
+    assert log_tail_chi_square(np.array([1e6]), np.array([9.0]))[0] < -400_000
+    assert log_tail_chi_square(np.array([np.nan, 5.0]), np.array([9.0, 0.0])).tolist() == [0, 0]
+
+
+def test_fold_and_accumulate() -> None:
+    compile_all()
+    cells, bins = np.array([3, 4, 5, 6], "i8"), np.array([1, 0, 1, 2], "i4")
+    out = np.full(3, 99, "i8")
+    fold(cells, bins, out)
+    assert out.tolist() == [4, 8, 6]
+    accumulate(out, np.array([1, 2, 3], "i4"), -1)
+    assert out.tolist() == [3, 6, 3]
+
+
+def test_kernels_refuse_what_they_were_not_compiled_for() -> None:
+    compile_all()
+    with pytest.raises(TypeError, match="matching definition"):
+        fold(np.zeros(2, "f4"), np.zeros(2, "i4"), np.zeros(1, "i8"))

@@ -1,0 +1,85 @@
+"""Tables from files."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from monitor.errors import MissingReader, ProfileError
+from monitor.loaders import read_table
+
+TEXT = 'n,x,flag,name,mixed\n1,0.5,true,"Ulm, DE",1\n2,,false,,a\n\n3,NaN,True,Rom,\n'
+
+
+def check(table: dict[str, np.ndarray]) -> None:
+    assert table["n"].tolist() == [1, 2, 3]
+    assert table["n"].dtype == np.int64
+    assert table["x"][0] == 0.5
+    assert np.isnan(table["x"][1:]).all()
+    assert table["flag"].tolist() == [True, False, True]
+    assert table["name"].tolist() == ["Ulm, DE", None, "Rom"]
+    assert table["mixed"].tolist() == ["1", "a", None]
+
+
+def test_csv(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("\ufeff" + TEXT, encoding="utf-8")
+    check(read_table(tmp_path / "t.csv"))
+    assert list(read_table(tmp_path / "t.csv", ["x"])) == ["x"]
+
+
+def test_compressed_csv(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "t.csv.gz", "wt") as file:
+        file.write(TEXT)
+    check(read_table(tmp_path / "t.csv.gz"))
+
+
+def test_npz(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", x=np.ones((4, 2)), y=np.arange(4))
+    table = read_table(tmp_path / "t.npz", ["x"])
+    assert list(table) == ["x"]
+    assert table["x"].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("t.txt", b"", "wanted a .csv"),
+        ("t.csv", b"", "first line"),
+        ("t.csv", b"a,a\n1,2\n", "each once"),
+        ("t.csv", b"a,b\n1\n", "row 2 has 1 values, wanted 2"),
+        ("t.csv", b"a\n\xff\n", "not a readable CSV"),
+        ("t.csv.gz", b"a\n1\n", "not a readable CSV"),
+        ("t.npz", b"PK\x03\x04nonsense", "not a readable npz"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, contents: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ProfileError, match=message):
+        read_table(tmp_path / name)
+
+
+def test_absent_column_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ProfileError, match="has no column z; it has a, b"):
+        read_table(tmp_path / "t.csv", ["a", "z"])
+
+
+READERS = [name for name in ("pyarrow", "duckdb") if importlib.util.find_spec(name) is not None]
+
+
+@pytest.mark.skipif(bool(READERS), reason="a reader is installed")
+def test_parquet_without_a_reader_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MissingReader, match="needs pyarrow or duckdb"):
+        read_table(tmp_path / "t.parquet")
+
+
+@pytest.mark.skipif(not READERS, reason="needs pyarrow or duckdb")
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(ProfileError, match="not a readable Parquet"):
+        read_table(tmp_path / "t.parquet")

@@ -1,0 +1,110 @@
+"""The tap: it copies, it counts exactly, it drops instead of waiting, and it never raises."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from monitor.tap import Tap
+
+
+@dataclass
+class Output:
+    data: object
+
+
+def tap(**bounds: int) -> Tap:
+    return Tap([("x", 1, False)], [("y", 0, False)], **{"max_rows": 100, "max_bytes": 1 << 20, **bounds})
+
+
+def test_contents_are_copied_in_order() -> None:
+    one = tap()
+    first, second = bytearray(b"abcd"), bytearray(b"efgh")
+    assert one.offer(2, [None, [first, memoryview(second)]], [Output(b"yy")], 7, "canary")
+    first[:] = b"...."
+    (item,) = one.take(10)
+    assert (item.now_ns, item.arm, item.rows) == (7, "canary", 2)
+    assert item.data == [[b"abcdefgh"], [b"yy"]]
+    assert one.keys == (("input", "x"), ("output", "y"))
+
+
+def test_absent_input_and_unbatched_model() -> None:
+    one = tap()
+    assert one.offer(0, [[b"?"], None], [Output(b"y")], 0)
+    (item,) = one.take(10)
+    assert item.rows == 1
+    assert item.data == [None, [b"y"]]
+
+
+def test_strings_are_referred_to_and_weighed() -> None:
+    one = Tap([("s", 0, True), ("x", 1, False)], [("t", 0, True)], max_rows=100, max_bytes=10_000)
+    strings = [b"a" * 3000, b"b"]
+    assert one.offer(2, [[strings], [b"12345678"]], [Output([b"c", b"d"])], 0)
+    (item,) = one.take(10)
+    assert item.data == [[strings], [b"12345678"], [[b"c", b"d"]]]
+    assert 3000 < item.size < 3400
+
+
+def test_a_full_ring_drops_whole_batches_and_counts_them() -> None:
+    one = tap()
+    taken = [one.offer(30, [None, [b"x"]], [Output(b"y")], 0, arm) for arm in ("stable", "stable", "stable", "canary")]
+    assert taken == [True, True, True, False]
+    assert (one.offered, one.dropped, one.waiting) == (120, 30, 90)
+    assert one.dropped_by_arm == {"canary": 30}
+    assert sum(item.rows for item in one.take(1000)) == 90
+    assert one.offer(30, [None, [b"x"]], [Output(b"y")], 0)
+    assert (one.offered, one.taken, one.dropped, one.waiting) == (150, 90, 30, 30)
+
+
+def test_bytes_are_bounded_too() -> None:
+    one = tap(max_bytes=1000)
+    assert one.offer(1, [None, [b"x" * 2000]], [Output(b"")], 0)
+    assert not one.offer(1, [None, [b"x"]], [Output(b"")], 0)
+    one.take(1)
+    assert one.offer(1, [None, [b"x"]], [Output(b"")], 0)
+
+
+def test_strange_batches_are_refused_not_raised() -> None:
+    one = tap()
+    for inputs, outputs in [([], [Output(b"")]), ([None, [b""]], []), ([None, ["text"]], [Output(b"")]), (None, None)]:
+        assert not one.offer(5, inputs, outputs, 0)
+    assert (one.offered, one.refused, one.waiting) == (20, 20, 0)
+    assert one.take(10) == []
+
+
+def test_take_stops_after_enough_rows() -> None:
+    one = tap()
+    for _ in range(5):
+        one.offer(4, [None, [b"x"]], [Output(b"y")], 0)
+    assert [item.rows for item in one.take(5)] == [4, 4]
+    assert one.waiting == 12
+
+
+def test_wakes_when_half_full() -> None:
+    woken: list[int] = []
+    one = Tap([("x", 0, False)], [], max_rows=100, max_bytes=1000, wake=lambda: woken.append(one.waiting))
+    for _ in range(8):
+        one.offer(10, [[b""]], [], 0)
+    assert woken == [60, 70, 80]
+
+
+def test_counters_are_exact_with_a_consumer_beside() -> None:
+    one = tap(max_rows=64)
+    done = threading.Event()
+    seen: list[int] = []
+
+    def consume() -> None:
+        while not done.is_set() or one.waiting:
+            seen.extend(int(np.frombuffer(item.data[0][0], "i8")[0]) for item in one.take(16))
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    accepted = [i for i in range(20_000) if one.offer(1, [None, [np.int64(i).tobytes()]], [Output(b"")], i)]
+    done.set()
+    thread.join(30)
+    assert seen == accepted
+    assert one.offered == 20_000
+    assert one.taken == len(accepted)
+    assert one.dropped == 20_000 - len(accepted)
