@@ -160,7 +160,7 @@ class ReferenceProfile:
                 array = np.asarray(values)
                 if array.ndim == 0:
                     raise ProfileError(f"tensor '{tensor}' has no rows")
-                flat = array.reshape(len(array), -1)
+                flat = array.reshape(len(array), math.prod(array.shape[1:]))
                 given = (names or {}).get(tensor)
                 labels = list(given) if given is not None else tensor_column_names(tensor, flat.shape[1])
                 if len(labels) != flat.shape[1]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from router.registry.directory import is_model_name
 from server.config import units
 from server.config.consistency import overlap
+from server.config.kinds import Source
 from server.config.model import (
     Batching,
     Config,
@@ -26,6 +27,7 @@ from server.config.model import (
     WarmupTensor,
 )
 from server.config.problems import InvalidConfig, Problem
+from server.config.routing import serves_registry
 from server.config.settings import ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
 from server.errors import ConfigError
 from server.runtime.base import ModelOptions, Provider, QueuePolicy, WarmupInput, WarmupSample
@@ -81,16 +83,24 @@ def compile_defaults(config: Config | None) -> ModelOptions:
 
 
 def compile_models(config: Config, *, repository: Path | None = None) -> dict[str, CompiledModel]:
-    """The models of the file by name.
+    """The models of the file that lie in one place on disk, by name; ``compile_versions`` gives the others.
 
     ``repository`` (default: ``registry.directory``) is where models without a path of their own lie. Raises
     ConfigError when one needs it and there is none.
     """
     root, defaults = repository or config.registry.directory, compile_defaults(config)
+    embedded = serves_registry(config, repository_given=repository is not None)
     return {
         name: CompiledModel(name, _source(name, model, root), defaults, _overlay(model))
         for name, model in config.models.items()
+        if _lies_in_one_place(model, embedded)
     }
+
+
+def _lies_in_one_place(model: Model, embedded: bool) -> bool:
+    if model.versions is not None or model.model is not None:
+        return False
+    return not embedded or (model.source is not None and model.source.path is not None)
 
 
 def _source(name: str, model: Model, repository: Path | None) -> Path:
@@ -99,6 +109,61 @@ def _source(name: str, model: Model, repository: Path | None) -> Path:
     if repository is None:
         raise ConfigError(f"model '{name}' has no source, and there is no model repository to find it in")
     return repository / (name if model.source is None else model.source.entry)
+
+
+@dataclass(slots=True, frozen=True)
+class RegistryVersion:
+    """A version in the embedded registry: by number ("7") or by alias ("@champion")."""
+
+    model: str
+    version: str
+
+
+@dataclass(slots=True, frozen=True)
+class VersionedModel:
+    """A model whose versions the file names one by one, or (``entry``) one that the embedded registry serves.
+
+    ``versions``: number -> a model file or a folder of one version, or a version of the registry. With ``entry``, the
+    registry's entry of that name, by its aliases; ``versions`` is empty then.
+    """
+
+    name: str
+    versions: Mapping[str, Path | RegistryVersion]
+    entry: str
+    defaults: ModelOptions
+    overlay: Overlay
+
+    @property
+    def options(self) -> ModelOptions:
+        """The options when there is no config.pbtxt."""
+        return self.overlay.over(self.defaults)
+
+
+def compile_versions(config: Config, *, repository: Path | None = None) -> dict[str, VersionedModel]:
+    """The models of the file that ``compile_models`` leaves out, without those that are another name of one."""
+    root, defaults = repository or config.registry.directory, compile_defaults(config)
+    embedded = serves_registry(config, repository_given=repository is not None)
+    return {
+        name: _versioned(name, model, root, defaults)
+        for name, model in config.models.items()
+        if model.model is None and not _lies_in_one_place(model, embedded)
+    }
+
+
+def _versioned(name: str, model: Model, root: Path | None, defaults: ModelOptions) -> VersionedModel:
+    overlay = _overlay(model)
+    if model.versions is None:
+        return VersionedModel(name, {}, name if model.source is None else model.source.entry, defaults, overlay)
+    versions = {number: _version_source(of.source, root) for number, of in model.versions.items()}
+    return VersionedModel(name, versions, "", defaults, overlay)
+
+
+def _version_source(source: Source, root: Path | None) -> Path | RegistryVersion:
+    if source.path is not None:
+        return source.path
+    if root is not None and source.version:
+        return root / source.entry / source.version
+    return RegistryVersion(source.entry, source.version or f"@{source.alias}")
 
 
 def _overlay(model: Defaults) -> Overlay:

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 from router.registry.directory import is_version
 from server.config.model import Batching, Config, Defaults, Listeners, Model, QueueRules, RuntimeChoice, Warmup
 from server.config.problems import Contradiction
-from server.config.routes import routing_contradictions
+from server.config.routing_rules import routing_contradictions
 from server.config.settings import Address
 from server.config.tree import KeyPath
 from server.config.units import format_address

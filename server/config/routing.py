@@ -222,12 +222,11 @@ def _entry_of(config: Config, public: str) -> Model:
 def compile_entry(config: Config, name: str, *, repository_given: bool = False) -> RoutingSpec:
     """One models entry under its own name."""
     entry, model = config.models[name], real_model(config, name)
-    known = known_versions(config, model)
     return RoutingSpec(
         name,
         model,
-        known,
-        _routes(entry, model, known, stable_of(config, name, repository_given=repository_given)),
+        known_versions(config, model),
+        compile_routes(config, name, repository_given=repository_given),
         _resilience(entry.resilience),
         tuple(_shadow(shadow, model) for shadow in entry.shadow),
         None if entry.experiment is None else _experiment(entry.experiment),
@@ -235,8 +234,11 @@ def compile_entry(config: Config, name: str, *, repository_given: bool = False) 
     )
 
 
-def _routes(entry: Model, model: str, known: tuple[str, ...], stable: Reference) -> ModelRoutes[Reference]:
-    versions = {version: Reference(model, version) for version in known}
+def compile_routes(config: Config, name: str, *, repository_given: bool = False) -> ModelRoutes[Reference]:
+    """The routes of one models entry. What the router thinks of them is not checked here."""
+    entry, model = config.models[name], real_model(config, name)
+    stable = stable_of(config, name, repository_given=repository_given)
+    versions = {version: Reference(model, version) for version in known_versions(config, model)}
     return ModelRoutes(
         versions | {stable.version: stable},
         stable.version,

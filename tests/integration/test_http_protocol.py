@@ -821,8 +821,10 @@ def test_empty_lines_do_not_keep_a_connection(impatient: Running) -> None:
 
 def test_reader_that_does_not_read_is_cut_off(impatient: Running) -> None:
     body = json.dumps({"inputs": [{**INPUT, "shape": [1, 500_000], "data": [0.5] * 500_000}]}).encode()
-    with connect(impatient) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the window is agreed on
+        sock.settimeout(20)
+        sock.connect(impatient.http)
         for _ in range(4):
             sock.sendall(post(body))
         poll = select.poll()

@@ -17,6 +17,7 @@ from server.audit import AuditLog, Verified
 from server.errors import NotFound
 from server.history import ConfigHistory, Generation, LastGood, Stale
 from server.store.base import StoreError
+from server.store.schema import MIGRATIONS
 from server.store.sqlite import SqliteStore
 
 DIGESTS = {"fraud:7": "a" * 64, "fraud:8": "b" * 64}
@@ -193,6 +194,12 @@ def test_texts_that_no_file_can_hold_are_shown_by_their_code(history: ConfigHist
     assert (history.get(1).actor, history.get(1).reason) == ("a\\udcff", "\\ud800")
 
 
+def copied(number: int, *, verb: str = "INSERT", restores: int = 1, kept: str = "text, models") -> str:
+    """A statement that puts generation 2 in once more, as ``number``."""
+    columns = f"{number}, ts, actor, reason, {restores}, sha256, {kept}"
+    return f"{verb} INTO config_generation SELECT {columns} FROM config_generation WHERE generation = 2"
+
+
 @pytest.mark.parametrize(
     ("statement", "refusal"),
     [
@@ -202,16 +209,12 @@ def test_texts_that_no_file_can_hold_are_shown_by_their_code(history: ConfigHist
         ("UPDATE config_generation SET text = x'00'", "only let go of its text"),
         ("UPDATE config_generation SET text = NULL", "CHECK constraint"),
         ("UPDATE config_generation SET generation = 9 WHERE generation = 2", "only let go of its text"),
-        ("INSERT INTO config_generation SELECT 4, ts, actor, reason, 1, sha256, text, models "
-         "FROM config_generation WHERE generation = 2", "follows the one before"),
-        ("INSERT OR REPLACE INTO config_generation SELECT 2, ts, 'me', reason, 1, sha256, text, models "
-         "FROM config_generation WHERE generation = 2", "follows the one before"),
-        ("INSERT INTO config_generation SELECT 3, ts, actor, reason, 1, sha256, NULL, NULL "
-         "FROM config_generation WHERE generation = 2", "starts with its text"),
-        ("INSERT INTO config_generation SELECT 3, ts, actor, reason, 77, sha256, text, models "
-         "FROM config_generation WHERE generation = 2", "FOREIGN KEY"),
+        (copied(4), "follows the one before"),
+        (copied(2, verb="INSERT OR REPLACE"), "follows the one before"),
+        (copied(3, kept="NULL, NULL"), "starts with its text"),
+        (copied(3, restores=77), "FOREIGN KEY"),
     ],
-)  # fmt: skip
+)
 def test_the_database_itself_guards_the_history(
     history: ConfigHistory, store: SqliteStore, statement: str, refusal: str
 ) -> None:
@@ -224,8 +227,6 @@ def test_the_database_itself_guards_the_history(
 
 
 def test_a_state_file_without_history_gets_it(tmp_path: Path) -> None:
-    from server.store.schema import MIGRATIONS
-
     path = tmp_path / "tidegate.db"
     old = SqliteStore(path, MIGRATIONS[:1])
     with pytest.raises(StoreError, match="no such table"):

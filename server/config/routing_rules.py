@@ -13,7 +13,7 @@ from server.config.problems import Contradiction
 from server.config.routing import (
     LATEST,
     Reference,
-    compile_entry,
+    compile_routes,
     has_aliases,
     known_versions,
     real_model,
@@ -195,8 +195,7 @@ def _router_problems(config: Config, name: str, path: KeyPath, repository_given:
     entry = config.models[name]
     if entry.rollout is not None and entry.experiment is not None:
         return
-    routes = compile_entry(config, name, repository_given=repository_given).routes
-    for problem in check(routes):
+    for problem in check(compile_routes(config, name, repository_given=repository_given)):
         where = (*path, *_place(problem, entry))
         yield Contradiction(where, problem.message, (where, *((*path, key) for key in _rests_on(problem))))
 

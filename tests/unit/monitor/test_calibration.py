@@ -1,0 +1,126 @@
+"""Levels, and what dependence of rows does to them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from monitor.calibration import Calibration, Inflation, calibrate, log_level, looks_per_false_alarm
+from monitor.errors import CalibrationError, ProfileMismatch
+from monitor.judging import Judge
+from monitor.layout import Layout
+from monitor.panes import PaneStore
+from monitor.profile import ReferenceProfile
+from monitor.types import HOUR_NS, AlarmRules, Settings, WindowCounts, rows_window, time_window
+
+
+def counts(rows: int, hours: float) -> WindowCounts:
+    return WindowCounts("w", rows, 0, 0, int(hours * HOUR_NS), 1, True, np.zeros(1, "i8"))
+
+
+def autoregressive(phi: float, rows: int, columns: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    out = np.empty((rows, columns))
+    state = rng.standard_normal(columns)
+    for i, noise in enumerate(rng.standard_normal((rows, columns)) * math.sqrt(1 - phi * phi)):
+        state = phi * state + noise
+        out[i] = state
+    return out
+
+
+def layout(columns: int = 4, seed: int = 9) -> Layout:
+    values = np.random.default_rng(seed).standard_normal((20_000, columns))
+    return Layout(ReferenceProfile.from_arrays({"x": values}))
+
+
+def table(values: np.ndarray) -> dict[str, np.ndarray]:
+    return {f"x[{i}]": values[:, i] for i in range(values.shape[1])}
+
+
+def test_looks_in_rows_and_hours() -> None:
+    by_rows, by_hours = AlarmRules(ert_rows=1_000_000), AlarmRules(ert_hours=24)
+    assert looks_per_false_alarm(by_rows, rows_window(1000, 500), counts(1000, 1)) == 2000
+    assert looks_per_false_alarm(by_hours, time_window(3600, 360), counts(5, 1)) == 240
+    assert looks_per_false_alarm(by_hours, rows_window(1000, 500), counts(1000, 1)) == 48
+    assert looks_per_false_alarm(by_rows, time_window(3600, 360), counts(50_000, 1)) == 200
+    assert looks_per_false_alarm(AlarmRules(ert_rows=1), rows_window(1000), counts(1000, 1)) == 1
+
+
+def test_level_divides_by_looks_columns_and_windows() -> None:
+    rules = AlarmRules(ert_rows=1_000_000)
+    level = log_level(rules, rows_window(1000, 500), counts(1000, 1), 30, 2)
+    assert math.exp(level) == pytest.approx(1 / (2000 * 30 * 2))
+    assert math.exp(log_level(AlarmRules(ert_rows=1), rows_window(1000), counts(1000, 1), 1, 1)) == pytest.approx(0.05)
+
+
+def test_independent_rows_are_not_inflated() -> None:
+    one = layout()
+    found = calibrate(one, table(np.random.default_rng(1).standard_normal((60_000, 4))))
+    assert (found.ks < 1.5).all()
+    assert (found.psi < 2.2).all()  # the largest of nine eigenvalues estimated from 128 blocks
+    assert found.settled.all()
+    assert found.block_rows == 60_000 // 128
+
+
+def test_inflation_of_an_autoregressive_stream_is_the_known_one() -> None:
+    phi = 0.9
+    known = 1 + 2 * sum(2 / math.pi * math.asin(phi**k) for k in range(1, 200))  # of the indicator at the median
+    found = calibrate(layout(), table(autoregressive(phi, 120_000, 4, 2)))
+    assert found.ks.mean() == pytest.approx(known, rel=0.2)
+    assert found.settled.all()
+
+
+def test_dependence_longer_than_a_block_is_noticed() -> None:
+    found = calibrate(layout(), table(autoregressive(0.999, 20_000, 4, 3)))
+    assert not found.settled.all()
+    judge = Judge(layout(), Settings(), found)
+    assert any("calibrate with more traffic" in warning for warning in judge.warnings({}))
+
+
+def test_too_little_traffic_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="at least 2048 rows in order, got 2000"):
+        calibrate(layout(), table(np.zeros((2000, 4))))
+
+
+def test_calibration_is_kept_and_bound_to_its_profile() -> None:
+    found = calibrate(layout(), table(autoregressive(0.5, 5000, 4, 4)))
+    again = Calibration.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.to_dict() == found.to_dict()
+    with pytest.raises(ProfileMismatch):
+        Judge(layout(seed=10), Settings(), found)
+    for wrong in ({}, {**found.to_dict(), "ks": [1.0]}, {**found.to_dict(), "psi": [0.0] * 4}):
+        with pytest.raises(CalibrationError):
+            Calibration.from_dict(wrong)
+
+
+@pytest.mark.parametrize(("phi", "low", "high"), [(0.0, 0.85, 1.15), (0.9, 5.0, 16.0)])
+def test_live_inflation(phi: float, low: float, high: float) -> None:
+    one = layout()
+    seen = Inflation(one)
+    store = PaneStore(one, [rows_window(1000)], on_pane=lambda rows, pane: seen.add(pane))
+    assert seen.estimate().tolist() == [1] * 4
+    store.add([autoregressive(phi, 40_000, 4, 5)], 40_000, 0)
+    estimate = seen.estimate()
+    assert (estimate > low).all()
+    assert (estimate < high).all()
+    again = Inflation(one)
+    again.restore(json.loads(json.dumps(seen.state())))
+    assert again.estimate().tolist() == estimate.tolist()
+
+
+def test_dependent_rows_alarm_without_calibration_and_not_with_it() -> None:
+    one = layout()
+    past, now = autoregressive(0.9, 120_000, 4, 6), autoregressive(0.9, 100_000, 4, 7)
+    settings = Settings(rules=AlarmRules(ert_rows=1_000_000, min_psi=0, min_ks=0, k=1, m=1, clear_looks=1))
+    raised = []
+    for calibration in (None, calibrate(one, table(past))):
+        judge = Judge(one, settings, calibration)
+        alarms = []
+        store = PaneStore(one, settings.windows, on_look=lambda c, j=judge, a=alarms: a.extend(j.look("stable", c)))
+        store.add([now], len(now), 0)
+        raised.append(len(alarms))
+    assert raised[0] > 20
+    assert raised[1] == 0

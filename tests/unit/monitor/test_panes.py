@@ -1,0 +1,190 @@
+"""Panes and windows: always exactly the sum of what they cover; states that merge and survive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from monitor.errors import StateError
+from monitor.layout import Layout
+from monitor.panes import PaneStore, Seasonal, merge_arms
+from monitor.profile import ReferenceProfile
+from monitor.types import HOUR_NS, SECOND_NS, Window, WindowCounts, rows_window, time_window
+
+LAYOUT_VALUES = np.arange(50.0)
+
+
+def layout() -> Layout:
+    return Layout(ReferenceProfile.from_arrays({"x": LAYOUT_VALUES}))
+
+
+def matrix(values: Iterable[float]) -> list[np.ndarray]:
+    return [np.array(list(values), "f8").reshape(-1, 1)]
+
+
+def recount(one: Layout, values: Iterable[float]) -> np.ndarray:
+    counts = np.zeros(one.cells, "i4")
+    one.count(matrix(values), counts)
+    return counts
+
+
+def test_row_windows_hold_the_newest_rows_exactly() -> None:
+    one, looks = layout(), []
+    windows = [rows_window(20, 10), rows_window(50, 10)]
+
+    def look(counts: WindowCounts) -> None:
+        looks.append((counts.window, counts.look, counts.rows, counts.cells.copy()))
+
+    store = PaneStore(one, windows, on_look=look)
+    values = np.random.default_rng(0).integers(-5, 60, 333).astype(float)
+    for start in range(0, 333, 7):  # batches do not fall on panes
+        store.add(matrix(values[start : start + 7]), len(values[start : start + 7]), start)
+    assert [number for name, number, _, _ in looks if name == "20rows"] == list(range(2, 34))
+    assert [number for name, number, _, _ in looks if name == "50rows"] == list(range(5, 34))
+    for name, number, rows, cells in looks:
+        length = int(name.removesuffix("rows"))
+        assert rows == length
+        assert (cells == recount(one, values[number * 10 - length : number * 10])).all()
+    state = store.state()
+    assert (state.total == recount(one, values)).all()
+    assert (state.window(windows[1]).cells == recount(one, values[280:330])).all()
+
+
+def test_a_million_rows_leave_no_residue() -> None:
+    one = layout()
+    windows = [rows_window(1000), rows_window(10_000)]
+    store = PaneStore(one, windows)
+    rng = np.random.default_rng(1)
+    last = np.empty(0)
+    for _ in range(250):
+        last = rng.standard_normal(4000) * 30
+        store.add(matrix(last), 4000, 0)
+    state = store.state()
+    assert (state.window(windows[0]).cells == recount(one, last[-1000:])).all()
+    live = [counts for series in store._series for counts in series.looks()]
+    assert [counts.rows for counts in live] == [1000, 10_000]
+    assert (live[0].cells == state.window(windows[0]).cells).all()
+    assert (live[1].cells == state.window(windows[1]).cells).all()
+    assert state.total.sum() == 1_000_000
+    assert all(counts.cells.min() >= 0 for counts in live)
+
+
+def test_time_windows_pass_with_and_without_rows() -> None:
+    one, looks = layout(), []
+    window = time_window(10, 2)
+    store = PaneStore(one, [window], on_look=lambda counts: looks.append((counts.rows, counts.look)))
+    store.add(matrix([1, 2]), 2, 1 * SECOND_NS)
+    store.add(matrix([3]), 1, 3 * SECOND_NS)
+    assert looks == [(2, 1)]
+    store.tick(12 * SECOND_NS)  # panes 1..5 are over: the first row's pane left the window at the end
+    assert looks == [(2, 1), (3, 2), (3, 3), (3, 4), (3, 5), (1, 6)]
+    state = store.state()
+    assert (state.window(window).cells == recount(one, [3])).all()
+    store.tick(11 * SECOND_NS)
+    assert len(looks) == 6
+
+
+def test_a_long_silence_empties_the_window() -> None:
+    one = layout()
+    window = time_window(10, 2)
+    store = PaneStore(one, [window])
+    store.add(matrix([1, 2]), 2, SECOND_NS)
+    store.add(matrix([3]), 1, 10**6 * SECOND_NS)
+    store.tick((10**6 + 2) * SECOND_NS)
+    counts = store.state().window(window)
+    assert counts.rows == 1
+    assert (counts.cells == recount(one, [3])).all()
+    assert store.state().total.sum() == 3
+
+
+def test_rows_and_time_are_counted_once_for_both() -> None:
+    one = layout()
+    windows = [rows_window(6, 3), time_window(10, 5), time_window(60)]
+    store = PaneStore(one, windows)
+    for second in range(40):
+        store.add(matrix([second]), 1, second * SECOND_NS)
+    state = store.state()
+    assert (state.window(windows[0]).cells == recount(one, range(33, 39))).all()
+    assert (state.window(windows[1]).cells == recount(one, range(25, 35))).all()
+    assert (state.window(windows[2]).cells == recount(one, range(36))).all()
+    assert state.total.sum() == 40
+
+
+def test_dropped_rows_mark_the_pane_they_were_lost_in() -> None:
+    one = layout()
+    window = rows_window(4, 2)
+    store = PaneStore(one, [window])
+    store.add(matrix([1]), 1, 0)
+    store.drop(9)
+    store.add(matrix([1, 1, 1]), 3, 0)
+    counts = store.state().window(window)
+    assert (counts.rows, counts.dropped, counts.sampled) == (4, 9, True)
+    store.add(matrix([1] * 4), 4, 0)
+    assert not store.state().window(window).sampled
+    assert store.dropped == 9
+
+
+def test_state_survives_but_for_the_open_pane() -> None:
+    one = layout()
+    windows = [rows_window(4, 2), rows_window(6, 2), time_window(10, 5)]
+    before, after, whole = (PaneStore(one, windows) for _ in range(3))
+    values = list(range(20))
+    for second, value in enumerate(values):
+        before.add(matrix([value]), 1, second * SECOND_NS)
+        whole.add(matrix([value]), 1, second * SECOND_NS)
+    before.tick(20 * SECOND_NS)
+    whole.tick(20 * SECOND_NS)
+    after.restore(before.state())
+    for second in range(20, 50):
+        after.add(matrix([second]), 1, second * SECOND_NS)
+        whole.add(matrix([second]), 1, second * SECOND_NS)
+        for window in windows:
+            found, expected = after.state().window(window), whole.state().window(window)
+            assert (found.cells == expected.cells).all()
+            assert (found.rows, found.look, found.full) == (expected.rows, expected.look, expected.full)
+
+
+def test_states_of_other_windows_are_refused() -> None:
+    one = layout()
+    state = PaneStore(one, [rows_window(4, 2)]).state()
+    with pytest.raises(StateError, match="other windows"):
+        PaneStore(one, [rows_window(4, 1)]).restore(state)
+    with pytest.raises(StateError, match="other windows"):
+        merge_arms([state, PaneStore(one, [rows_window(4, 1)]).state()])
+    other = Layout(ReferenceProfile.from_arrays({"x": np.arange(51.0)}))
+    with pytest.raises(StateError, match="cells"):
+        PaneStore(other, [rows_window(4, 2)]).restore(state)
+    with pytest.raises(StateError, match="no panes"):
+        state.window(Window("time", 10, 5))
+
+
+def test_hour_of_week_reference() -> None:
+    season = Seasonal("hour_of_week", 2, min_rows=10)
+    for week in range(2):
+        for hour in range(168):
+            now = (week * 168 + hour) * HOUR_NS
+            found = season.reference(now)
+            if week:
+                assert found is not None
+                assert found.tolist() == [hour + 10, 0]
+            else:
+                assert found is None
+            season.add(np.array([hour + 10 + week, 0], "i4"), hour + 10, now)
+
+
+def test_trailing_week_reference_leaves_out_the_current_hour() -> None:
+    season = Seasonal("trailing_week", 1, min_rows=1)
+    for hour in range(400):
+        season.add(np.array([hour], "i4"), 1, hour * HOUR_NS)
+    found = season.reference(399 * HOUR_NS)
+    assert found is not None
+    assert found.tolist() == [sum(range(399 - 168, 399))]
+    again = Seasonal("trailing_week", 1, min_rows=1)
+    again.restore(*season.state())
+    restored = again.reference(399 * HOUR_NS)
+    assert restored is not None
+    assert restored.tolist() == found.tolist()
+    with pytest.raises(StateError):
+        Seasonal("trailing_week", 2, 1).restore(*season.state())

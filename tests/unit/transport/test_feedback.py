@@ -1,0 +1,40 @@
+"""server.transport.feedback: what is taken, and every refusal names the item and the key."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.errors import InvalidArgument
+from server.transport.feedback import MAX_ITEMS, Feedback, parse
+
+
+def test_one_and_many() -> None:
+    assert parse({"id": "a", "outcome": 1}) == [Feedback("a", "", "", 1.0)]
+    assert parse([{"key": "u", "outcome": "yes", "name": "click"}, {"id": "b", "outcome": "0.5", "row": 2}]) == [
+        Feedback("", "u", "click", 1.0),
+        Feedback("b", "", "", 0.5),
+    ]
+    assert parse([]) == []
+    assert parse({"id": "a", "outcome": False, "time": "2026-01-02T03:04:05Z"})[0].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (3, "must be an object, got int"),
+        ({"outcome": 1}, "'id' or 'key'"),
+        ({"id": "a"}, "'outcome' must be a number or text"),
+        ({"id": "a", "outcome": "maybe"}, "got 'maybe'"),
+        ({"id": "a", "outcome": [1]}, "got list"),
+        ({"id": 1, "outcome": 1}, "'id' must be text"),
+        ({"id": "a", "outcome": 1, "row": -1}, "'row'"),
+        ({"id": "a", "outcome": 1, "time": "soon"}, "RFC 3339, got 'soon'"),
+        ({"id": "a", "outcome": 1, "more": 1}, "unknown key 'more'"),
+        ([{"id": "a", "outcome": 1}, {"id": "a"}], "item 1: 'outcome'"),
+        ({"id": "a", "outcome": 10**400}, "out of range"),
+        ([{}] * (MAX_ITEMS + 1), "at most"),
+    ],
+)
+def test_refusals(document: object, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        parse(document)
