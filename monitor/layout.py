@@ -73,7 +73,7 @@ class TensorPlan:
         read = np.frombuffer(data, self._dtype).reshape(rows, self.width)
         if self._dtype == self.carrier:
             return read
-        picked = read[:, self.columns]
+        picked = np.ascontiguousarray(read[:, self.columns])
         if self.datatype == "BF16":
             return (picked.astype("u4") << 16).view("f4")
         return picked.astype(self.carrier)

@@ -38,7 +38,7 @@ def read_table(path: Path, columns: Collection[str] | None = None) -> dict[str, 
         raise ProfileError(f"{path.name}: wanted a .csv, .csv.gz, .npz or .parquet file")
     absent = sorted(set(columns or ()) - set(table))
     if absent:
-        raise ProfileError(f"{path.name} has no column {', '.join(absent)}; it has {', '.join(table) or 'none'}")
+        raise ProfileError(f"{path.name} has no column {', '.join(absent)}")
     return table
 
 
@@ -89,7 +89,7 @@ def _parsed(texts: list[str]) -> Array:
 
 def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if columns is None or name in columns}
     except (ValueError, zipfile.BadZipFile, EOFError) as failure:
         raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None

@@ -71,6 +71,12 @@ class RoutingTable(Generic[T]):
         """Why one request goes where it goes, a sentence a step. Raises what ``resolve`` raises."""
         return tuple(self.compiled(query.model).explain(query, draw))
 
+    def at(self, generation: int) -> RoutingTable[T]:
+        """The same routes under another generation number."""
+        table: RoutingTable[T] = RoutingTable({}, generation)
+        table._fill(self._compiled, generation)
+        return table
+
     def with_model(self, model: str, routes: ModelRoutes[T] | None) -> RoutingTable[T]:
         """The next generation, with one model's routes replaced, or removed when None. Raises BadRoutes."""
         compiled = dict(self._compiled)

@@ -20,6 +20,7 @@ from server.catalog import ServedCatalog
 from server.config.compile import CompiledModel
 from server.config.settings import Address, ServerSettings, TlsSettings
 from server.control.models import ModelControl
+from server.control.publishing import Publisher
 from server.control.registry import RegistrySource
 from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
 from server.errors import ConfigError, ModelLoadError, TidegateError
@@ -69,13 +70,14 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         call_later=loop.call_later,
     )
     telemetry.metrics.collect(lambda: [_in_flight(gateway)])
+    publisher = Publisher(gateway, readiness.changed)
     state, deferred, audit = _state(settings, models)
     control = ModelControl(
         source=_source(settings, models, state, audit),
         runtime=runtime or OnnxRuntime(),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
-        changed=readiness.changed,
+        publisher=publisher,
         forget=telemetry.forget,
         audit=audit,
         mode=settings.model_control,

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
 from router.compiled import CompiledRoutes
 from router.movement import Movement, plan_movement
 from router.types import ExperimentSplit, RolloutSplit
-from server.config.compile import compile_models, compile_versions
+from server.config.compile import CompiledModel, Overlay, VersionedModel, compile_models, compile_versions
 from server.config.model import Config
 from server.config.routing import ROUTING_KEYS, Reference, RoutingSpec, compile_entry
+from server.runtime.base import ModelOptions
 
 _ORIGIN_KEYS: Final = ("source", "versions", "model")
-_OPTION_KEYS: Final = ("runtime", "batching", "version_policy", "warmup")
 #: Sections that are read when a process starts.
 _AT_START: Final = ("server", "telemetry", "state", "registry")
+
+_Pair: TypeAlias = tuple[RoutingSpec, RoutingSpec]
+_Options: TypeAlias = tuple[ModelOptions, Overlay]
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,81 +115,77 @@ def _movement(movement: Movement) -> dict[str, Any]:
     return {"share": float(movement.share), "moves": moves}
 
 
-def plan_reload(old: Config | None, new: Config, *, repository_given: bool = False) -> ReloadPlan:
+def plan_reload(old: Config | None, new: Config, *, repository: Path | None = None) -> ReloadPlan:
     """What happens when ``new`` takes the place of ``old`` (None: nothing was served). Both are valid files.
 
-    ``repository_given``: a flag names the model repository.
+    ``repository``: the model repository, when a flag names it.
     """
-    before = {} if old is None else old.models
-    shared = [name for name in new.models if name in before]
-    came, went = ({} if old is None else _loaded(old)), _loaded(new)
     if old is None:
-        return ReloadPlan(added=tuple(new.models), loads=tuple(went))
-    pairs = {name: _pair(old, new, name, repository_given) for name in shared}
+        return ReloadPlan(added=tuple(new.models), loads=tuple(_made_of(new, repository)))
+    shared = [name for name in new.models if name in old.models]
+    pairs = {name: _pair(old, new, name, repository) for name in shared}
+    changes = _changes(old, new, pairs, repository)
     movements = {name: plan_movement(*map(_compiled, pair)) for name, pair in pairs.items()}
+    before, after = _made_of(old, repository), _made_of(new, repository)
     return ReloadPlan(
-        tuple(name for name in new.models if name not in before),
-        tuple(name for name in before if name not in new.models),
-        tuple(change for name in shared if (change := _change(old, new, name, pairs[name])).parts),
-        tuple(name for name, made_of in went.items() if came.get(name) != made_of),
-        tuple(name for name, made_of in came.items() if went.get(name) != made_of),
+        tuple(name for name in new.models if name not in old.models),
+        tuple(name for name in old.models if name not in new.models),
+        tuple(change for change in changes if change.parts),
+        tuple(name for name, made_of in after.items() if before.get(name) != made_of),
+        tuple(name for name, made_of in before.items() if after.get(name) != made_of),
         {name: movement for name, movement in movements.items() if movement.moves},
         tuple(Refusal(name, why) for name, pair in pairs.items() for why in _refusals(*pair, movements[name])),
         tuple(section for section in _AT_START if getattr(old, section) != getattr(new, section)),
     )
 
 
-_Pair = tuple[RoutingSpec, RoutingSpec]
-
-
-def _pair(old: Config, new: Config, name: str, repository_given: bool) -> _Pair:
-    first = compile_entry(old, name, repository_given=repository_given)
-    return first, compile_entry(new, name, repository_given=repository_given)
+def _pair(old: Config, new: Config, name: str, repository: Path | None) -> _Pair:
+    first, second = (compile_entry(config, name, repository_given=repository is not None) for config in (old, new))
+    return first, second
 
 
 def _compiled(spec: RoutingSpec) -> CompiledRoutes[Reference]:
     return CompiledRoutes(spec.name, spec.routes)
 
 
-def _change(old: Config, new: Config, name: str, pair: _Pair) -> Change:
-    """Options are compared with the defaults that they go on top of; routing without what only permits a reload."""
-    one, other = old.models[name], new.models[name]
-    parts = {
-        "source": any(getattr(one, key) != getattr(other, key) for key in _ORIGIN_KEYS),
-        "options": any(_option(old, name, key) != _option(new, name, key) for key in _OPTION_KEYS),
-        "routing": any(getattr(one, key) != getattr(other, key) for key in ROUTING_KEYS) or _moved(pair),
-    }
-    return Change(name, tuple(part for part, differs in parts.items() if differs))
+def _changes(old: Config, new: Config, pairs: Mapping[str, _Pair], repository: Path | None) -> Iterator[Change]:
+    before, after = _options(old, repository), _options(new, repository)
+    for name, (was, becomes) in pairs.items():
+        one, other = old.models[name], new.models[name]
+        parts = {
+            "source": any(getattr(one, key) != getattr(other, key) for key in _ORIGIN_KEYS),
+            "options": before.get(name) != after.get(name),
+            # Another version may become stable although nobody says so: the highest of those named, for one.
+            "routing": was.stable != becomes.stable
+            or any(getattr(one, key) != getattr(other, key) for key in ROUTING_KEYS),
+        }
+        yield Change(name, tuple(part for part, differs in parts.items() if differs))
 
 
-def _moved(pair: _Pair) -> bool:
-    """Whether another version is stable, though nobody said so in the entry itself."""
-    return pair[0].stable != pair[1].stable
+def _on_disk_and_by_version(
+    config: Config, repository: Path | None
+) -> tuple[dict[str, CompiledModel], dict[str, VersionedModel]]:
+    return compile_models(config, repository=repository), compile_versions(config, repository=repository)
 
 
-def _option(config: Config, name: str, key: str) -> object:
-    given = getattr(config.models[name], key)
-    return given if key == "warmup" else (getattr(config.defaults, key), given, _given(config, name, key))
+def _options(config: Config, repository: Path | None) -> dict[str, _Options]:
+    """What every model of its own is run with, defaults and its section apart as config.pbtxt goes between them."""
+    on_disk, by_version = _on_disk_and_by_version(config, repository)
+    return {name: (model.defaults, model.overlay) for name, model in (on_disk | by_version).items()}
 
 
-def _given(config: Config, name: str, key: str) -> object:
-    """Which keys the entry sets: one set to its default stands over ``defaults`` nevertheless."""
-    entry = config.models[name]
-    return key in entry.model_fields_set and entry.model_dump(include={key}, exclude_unset=True)
-
-
-def _loaded(config: Config) -> dict[str, object]:
-    """Versions and models that the file has loaded, with everything that they are made of."""
-    single = {} if config is None else _single(config)
-    return single | {
-        f"{model.name}:{number}": (source, model.options)
-        for model in compile_versions(config, repository=config.registry.directory).values()
-        for number, source in model.versions.items()
-    }
-
-
-def _single(config: Config) -> dict[str, object]:
-    return {}
+def _made_of(config: Config, repository: Path | None) -> dict[str, tuple[object, _Options]]:
+    """Everything that the file has loaded, with where it lies and what it is run with."""
+    on_disk, by_version = _on_disk_and_by_version(config, repository)
+    made: dict[str, tuple[object, _Options]] = {}
+    for name, found in on_disk.items():
+        made[name] = (found.source, (found.defaults, found.overlay))
+    for name, model in by_version.items():
+        options = (model.defaults, model.overlay)
+        if model.entry:
+            made[name] = (model.entry, options)
+        made |= {f"{name}:{number}": (source, options) for number, source in model.versions.items()}
+    return made
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -193,12 +193,12 @@ def _single(config: Config) -> dict[str, object]:
 
 def _refusals(old: RoutingSpec, new: RoutingSpec, movement: Movement) -> Iterator[str]:
     before, after = old.routes.split, new.routes.split
-    same_id = before is not None and after is not None and before.id == after.id
-    if same_id and _arms(before) != _arms(after):
-        yield f"the arms of '{after.id}' cannot change while it lives: give the new ones a new id"
-        return
-    if same_id and isinstance(before, ExperimentSplit) and isinstance(after, ExperimentSplit):
-        yield from _coverage(before, after)
+    if before is not None and after is not None and before.id == after.id:
+        if _arms(before) != _arms(after):
+            yield f"the arms of '{after.id}' cannot change while it lives: give the new ones a new id"
+            return
+        if isinstance(before, ExperimentSplit) and isinstance(after, ExperimentSplit):
+            yield from _coverage(before, after)
     if movement.reshuffles and not new.reshuffle:
         moved = "; ".join(map(str, movement.reshuffled))
         yield f"keys would leave an arm that goes on ({moved}): say reshuffle: true if that is meant"
@@ -210,10 +210,8 @@ def _coverage(before: ExperimentSplit[Any], after: ExperimentSplit[Any]) -> Iter
         yield f"the coverage of '{after.id}' may only grow, but would go from {was:g}% to {now:g}%"
 
 
-def _arms(split: RolloutSplit[Any] | ExperimentSplit[Any] | None) -> object:
+def _arms(split: RolloutSplit[Any] | ExperimentSplit[Any]) -> object:
     """What may not change under one id: kind, names, order and ends of arms, and in an experiment their shares."""
-    if split is None:
-        return None
     if isinstance(split, RolloutSplit):
         return "rollout", [(arm.name, arm.to) for arm in split.arms]
     return "experiment", [(arm.name, arm.to, arm.weight) for arm in split.arms]

@@ -13,6 +13,7 @@ from typing import Final, Generic, TypeVar
 
 from monitor.compare import CompareSpec
 from router.breaker import BreakerPolicy
+from router.compiled import is_version
 from router.experiment import ExperimentSpec, OutcomeSpec
 from router.retry import RetryPolicy
 from router.shadow import ShadowBudget
@@ -333,6 +334,14 @@ def _resilience(resilience: sections.Resilience) -> ResilienceSpec:
 
 def _codes(names: Iterable[str]) -> frozenset[str]:
     return frozenset(code for name in names for code in (_UNAVAILABLE if name == "unavailable" else (name,)))
+
+
+def expecting(spec: RoutingSpec, version: str) -> ModelRoutes[Reference]:
+    """The routes with one more version that may be asked for: which ones are loaded is not the file's to say."""
+    routes = spec.routes
+    if not is_version(version):
+        return routes
+    return replace(routes, versions={**routes.versions, version: Reference(spec.model, version)})
 
 
 # --- binding ----------------------------------------------------------------------------------------------------------

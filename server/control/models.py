@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import structlog
 
-from router.types import ModelRoutes
 from server.admission import AdmissionReport, admit
+from server.control.publishing import Loaded, Publisher
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
 from server.errors import (
     FailedPrecondition,
@@ -81,7 +81,7 @@ class ModelControl:
         runtime: Runtime,
         gateway: Gateway,
         serve: Callable[[Engine, ModelOptions], Served],
-        changed: Callable[[], None],
+        publisher: Publisher,
         forget: Callable[[str, str], None],
         audit: Audit,
         mode: str = "none",
@@ -90,7 +90,7 @@ class ModelControl:
         self._runtime = runtime
         self._gateway = gateway
         self._serve = serve
-        self._changed = changed
+        self._publisher = publisher
         self._forget_counts = forget
         self._audit = audit
         self._mode = mode
@@ -368,23 +368,22 @@ class ModelControl:
     def _publish(self, model: str) -> None:
         """Bring the gateway's table and its list of models that are not ready up to date for one model."""
         ready = self._ready(model)
-        table = self._gateway.table
-        current = table.models.get(model)
-        stable = self._stable(model, ready)
-        if stable:
-            self._gateway.unready.pop(model, None)
-            routes = ModelRoutes(ready, stable)
-            if routes != current:
-                self._gateway.publish(table.with_model(model, routes))
-                self._changed()
+        plan = self._plans.get(model)
+        if ready:
+            self._publisher.update(model, self.loaded(model))
+        else:
+            self._publisher.update(model, None)
+        if model in self._gateway.table.models:
             return
-        if current is not None:
-            self._gateway.publish(table.with_model(model, None))
-            self._changed()
-        if model in self._plans:
+        if plan is not None:
             self._gateway.unready[model] = self._why_not(model)
         else:
             self._gateway.unready.pop(model, None)
+
+    def loaded(self, model: str) -> Loaded:
+        """What of one model is ready now."""
+        ready, plan = self._ready(model), self._plans.get(model)
+        return Loaded(ready, self._stable(model, ready), {} if plan is None else plan.aliases)
 
     def _stable(self, model: str, ready: Mapping[str, Served]) -> str:
         """The version that the plan names, and while that is not ready the one that answered before; "": nobody."""

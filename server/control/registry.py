@@ -72,6 +72,7 @@ class RegistrySource:
             self._base,
             tuple(versions),
             refused=refused,
+            aliases={alias: str(number) for alias, number in aliases.items()},
             stable="" if champion is None else str(champion),
             request=lambda version: self._request(model, version),
             declared=lambda version: self._declared(model, version),

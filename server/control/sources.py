@@ -50,6 +50,8 @@ class ModelPlan:
     ignored: tuple[str, ...] = ()
     #: The version that answers requests which name none ("": nobody does); None: the highest that is loaded.
     stable: str | None = None
+    #: What the registry calls versions: alias -> number.
+    aliases: Mapping[str, str] = field(default_factory=dict)
     #: How a version becomes a load request, when files have to be fetched first.
     request: Callable[[VersionPlan], LoadRequest] | None = None
     #: What a version was published as; None: nobody promised anything, and admission only advises.

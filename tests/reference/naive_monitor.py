@@ -53,11 +53,9 @@ def bin_of(value: float, edges: Sequence[float]) -> int:
     return len(edges) + 1 if math.isnan(value) else sum(edge < value for edge in edges)
 
 
-def wasserstein(reference: Array, window: Array) -> float:
-    """Of two samples, after values outside the reference's finite range were moved to its ends."""
+def wasserstein(reference: Array, window: Array, low: float, high: float) -> float:
+    """Of two samples, after values outside [low, high] were moved to its ends."""
     a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
-    finite = a[np.isfinite(a)]
-    low, high = finite.min(), finite.max()
     a, b = np.clip(a, low, high), np.clip(b, low, high)
     points = np.unique(np.concatenate([a, b]))
     return sum(

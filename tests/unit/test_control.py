@@ -14,6 +14,7 @@ import pytest
 
 from server.batching.batcher import Batcher
 from server.control.models import ModelControl
+from server.control.publishing import Publisher
 from server.control.sources import DirectorySource, NamedModel, NamedSource
 from server.errors import (
     FailedPrecondition,
@@ -91,7 +92,7 @@ class Rig:
             runtime=self.runtime,
             gateway=self.gateway,
             serve=serve,
-            changed=self._changed,
+            publisher=Publisher(self.gateway, self._changed),
             forget=telemetry.forget,
             audit=lambda action, subject, _: self.audited.append((action, subject)),
             mode=mode,

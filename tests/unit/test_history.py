@@ -197,7 +197,7 @@ def test_texts_that_no_file_can_hold_are_shown_by_their_code(history: ConfigHist
 def copied(number: int, *, verb: str = "INSERT", restores: int = 1, kept: str = "text, models") -> str:
     """A statement that puts generation 2 in once more, as ``number``."""
     columns = f"{number}, ts, actor, reason, {restores}, sha256, {kept}"
-    return f"{verb} INTO config_generation SELECT {columns} FROM config_generation WHERE generation = 2"
+    return f"{verb} INTO config_generation SELECT {columns} FROM config_generation WHERE generation = 2"  # noqa: S608
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def watch(
 
     async def telling() -> list[bytes]:
         asyncio.get_running_loop().set_default_executor(looks)
-        told = []
+        told: list[bytes] = []
         async with aclosing(ConfigWatcher(path, debounce_s, interval_s=interval_s, seen=seen).changes()) as changes:
             while len(told) < count:
                 told.append(await asyncio.wait_for(anext(changes), 20))

@@ -64,7 +64,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, contents: bytes
 
 def test_absent_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ProfileError, match="has no column z; it has a, b"):
+    with pytest.raises(ProfileError, match="has no column z"):
         read_table(tmp_path / "t.csv", ["a", "z"])
 
 

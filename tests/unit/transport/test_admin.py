@@ -231,7 +231,7 @@ async def test_the_unexpected_is_an_id_and_no_text(tmp_path: Path) -> None:
 # --- two operators ---
 
 
-@pytest.mark.parametrize("given", ["1", '"1"', ' "1" ', "*"])
+@pytest.mark.parametrize("given", ["1", '"1"', "*"])
 @in_loop
 async def test_the_applied_generation_matches(tmp_path: Path, given: str) -> None:
     async with admin(tmp_path) as server:
@@ -370,12 +370,10 @@ async def test_bodies_have_a_limit(tmp_path: Path) -> None:
         assert server.applying.generation() == 1
 
 
-@pytest.mark.parametrize("body", [b"", b" \n", b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"", b" \n", b"[]"])
 @in_loop
 async def test_what_is_no_configuration_is_refused(tmp_path: Path, body: bytes) -> None:
     async with admin(tmp_path) as server:
-        if body.strip():
-            body = b"[]"
         answer = await server.post(body=body)
         assert (answer.status_code, server.applying.loading) == (400, 0)
 
@@ -436,7 +434,6 @@ WRONG = [
     {},
     {"authorization": ""},
     {"authorization": "Bearer"},
-    {"authorization": "Bearer "},
     {"authorization": f"Basic {TOKEN}"},
     {"authorization": TOKEN},
     {"authorization": f"Bearer {TOKEN}x"},
@@ -457,6 +454,30 @@ async def test_a_change_needs_the_token_on_loopback_too(tmp_path: Path, headers:
                 assert TOKEN not in answer.text
         assert (logs, server.applying.loading) == ([], 0)
         assert (await server.client.get(CONFIG)).status_code == 200
+
+
+async def status_of_raw(server: Admin, *headers: bytes) -> int:
+    """The status of posting a configuration with header lines that no client library would send."""
+    url = server.client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    body = text("raw")
+    lines = [b"POST %b HTTP/1.1" % CONFIG.encode(), b"host: x", b"content-length: %d" % len(body), *headers]
+    writer.write(b"\r\n".join([*lines, b"", body]))
+    status = int((await reader.readline()).split()[1])
+    writer.close()
+    await writer.wait_closed()
+    return status
+
+
+@in_loop
+async def test_headers_that_no_client_library_sends(tmp_path: Path) -> None:
+    good = b"authorization: Bearer " + TOKEN.encode()
+    async with admin(tmp_path) as server:
+        for headers in ([b"authorization: Bearer "], [good, good], [good, b"authorization: Bearer x"]):
+            assert await status_of_raw(server, *headers) == 401
+        assert server.applying.loading == 0
+        assert await status_of_raw(server, good + b" ", b'if-match:  "0" ') == 200
+        assert await status_of_raw(server, good, b"if-match: 1", b"if-match: 1") == 400
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER  "])
@@ -492,9 +513,10 @@ async def test_reading_needs_the_token_off_loopback(tmp_path: Path) -> None:
 async def test_without_a_token_nothing_can_be_changed(tmp_path: Path) -> None:
     for token in (None, ""):
         async with admin(tmp_path, token=token) as server:
-            for headers in ({}, BEARER, {"authorization": "Bearer "}):
+            for headers in ({}, BEARER):
                 answer = await server.client.post(CONFIG, content=text("one"), headers=headers)
                 assert answer.status_code == 401
+            assert await status_of_raw(server, b"authorization: Bearer ", b"if-match: 0") == 401
             assert (await server.client.get(CONFIG)).status_code == 200
 
 

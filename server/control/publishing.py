@@ -1,0 +1,160 @@
+"""From what is loaded and what the configuration says to the gateway's table: one swap for each change.
+
+A model that the configuration says nothing about is routed by default: its stable version answers, the others by
+number. A public name with a routing section is bound anew whenever a version that it may lead to comes or goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from router.breaker import Breaker
+from router.errors import BadRoutes
+from router.experiment import ExperimentBooks
+from router.retry import RetryBudget
+from router.table import RoutingTable
+from router.types import ModelRoutes
+from server.config.routing import LATEST, Reference, RoutingSpec, bind
+from server.gateway import Gateway, ModelPolicy, Served
+from server.shadowing import ShadowLane
+
+log = structlog.get_logger("control")
+
+
+@dataclass(slots=True, frozen=True)
+class Loaded:
+    """What of one real model is ready: versions by number, the one that answers ("": none), and aliases."""
+
+    versions: Mapping[str, Served] = field(default_factory=dict)
+    stable: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+_NOTHING = Loaded()
+
+
+class Publisher:
+    """Keeps the gateway's table and policies true to what is loaded. On the loop only."""
+
+    def __init__(self, gateway: Gateway, changed: Callable[[], None]) -> None:
+        self._gateway = gateway
+        self._changed = changed
+        self._loaded: dict[str, Loaded] = {}
+        self._specs: Mapping[str, RoutingSpec] = {}
+        self._missing: dict[str, tuple[Reference, ...]] = {}
+        #: Shadow lanes by public name and shadow; kept by whoever loads shadows.
+        self.lanes: dict[tuple[str, str], ShadowLane] = {}
+
+    @property
+    def specs(self) -> Mapping[str, RoutingSpec]:
+        """The routing sections in force, by public name."""
+        return self._specs
+
+    def update(self, model: str, loaded: Loaded | None) -> None:
+        """Something of one model came or went (None: all of it); publish if any name is routed otherwise now."""
+        if loaded is None:
+            self._loaded.pop(model, None)
+        else:
+            self._loaded[model] = loaded
+        self._swap(self._names_of(model), self._gateway.table.generation + 1)
+
+    def replace(self, specs: Mapping[str, RoutingSpec], loaded: Mapping[str, Loaded], generation: int) -> None:
+        """A new configuration: everything that is loaded and said, swapped in under ``generation``."""
+        self._specs = specs
+        self._loaded = dict(loaded)
+        self._missing.clear()
+        names = {*self._gateway.table.models, *specs, *loaded}
+        self._swap(names, generation, always=True)
+
+    def _names_of(self, model: str) -> list[str]:
+        """The public names that may lead to a model."""
+        names = [name for name, spec in self._specs.items() if model in _models_of(spec)]
+        return names if model in self._specs else [model, *names]
+
+    def _swap(self, names: Iterable[str], generation: int, *, always: bool = False) -> None:
+        models = dict(self._gateway.table.models)
+        for name in names:
+            routes = self._routes(name)
+            models.pop(name, None)
+            if routes is not None:
+                models[name] = routes
+                self._gateway.unready.pop(name, None)
+        if not always and models == self._gateway.table.models:
+            return
+        policies = {name: self._policy(spec) for name, spec in self._specs.items() if name in models}
+        self._gateway.publish(_table(self._gateway.table, models, generation), policies)
+        self._changed()
+
+    def _routes(self, name: str) -> ModelRoutes[Served] | None:
+        spec = self._specs.get(name)
+        if spec is None:
+            found = self._loaded.get(name, _NOTHING)
+            return ModelRoutes(found.versions, found.stable) if found.stable else None
+        bound = bind(spec, self._loaded.get(spec.model, _NOTHING).versions, self._find)
+        if bound.missing and bound.missing != self._missing.get(name):
+            log.warning("routes_lead_nowhere", name=name, missing=[str(reference) for reference in bound.missing])
+        self._missing[name] = bound.missing
+        return bound.routes
+
+    def _find(self, reference: Reference) -> tuple[str, Served] | None:
+        """The version that a reference means now, when it is loaded."""
+        found = self._loaded.get(reference.model, _NOTHING)
+        number = reference.version
+        if number == LATEST:
+            number = max(found.versions, key=int, default="")
+        elif reference.is_alias:
+            number = found.aliases.get(number[1:], "")
+        served = found.versions.get(number)
+        return None if served is None else (number, served)
+
+    def _policy(self, spec: RoutingSpec) -> ModelPolicy:
+        """The policy of one name; what it has counted stays while its section does."""
+        before = self._gateway.policies.get(spec.name)
+        same = before is not None and before.retry == spec.resilience.retry
+        self._arm_breakers(spec)
+        return ModelPolicy(
+            spec.resilience.retry,
+            before.budget if before is not None and same else RetryBudget(spec.resilience.retry),
+            spec.resilience.timeout_ns,
+            self._books(spec, before),
+            {shadow.id: lane for shadow in spec.shadows if (lane := self.lanes.get((spec.name, shadow.id)))},
+        )
+
+    def _arm_breakers(self, spec: RoutingSpec) -> None:
+        policy = spec.resilience.breaker
+        for served in self._loaded.get(spec.model, _NOTHING).versions.values():
+            if policy is None:
+                served.breaker = None
+            elif served.breaker is None or served.breaker.policy != policy:
+                served.breaker = Breaker(policy)
+
+    def _books(self, spec: RoutingSpec, before: ModelPolicy | None) -> ExperimentBooks | None:
+        if spec.experiment is None:
+            return None
+        books = None if before is None else before.experiment
+        return books if books is not None and books.spec == spec.experiment else ExperimentBooks(spec.experiment)
+
+
+def _table(
+    table: RoutingTable[Served], models: Mapping[str, ModelRoutes[Served]], generation: int
+) -> RoutingTable[Served]:
+    """The next table; names whose routes did not change are not compiled again. Bad routes keep what was there."""
+    changed = {name for name in {*models, *table.models} if models.get(name) != table.models.get(name)}
+    following = table
+    for name in sorted(changed):
+        try:
+            following = following.with_model(name, models.get(name))
+        except BadRoutes as error:
+            log.error("routes_refused", name=name, error=str(error))
+    return following.at(generation)
+
+
+def _models_of(spec: RoutingSpec) -> set[str]:
+    routes = spec.routes
+    ends = [rule.to for rule in routes.rules if not isinstance(rule.to, str)]
+    ends += [shadow.to for shadow in routes.shadows]
+    ends += [arm.to for arm in routes.split.arms] if routes.split is not None else []
+    return {spec.model, *(end.model for end in ends)}

@@ -1,0 +1,376 @@
+"""The monitor as a server drives it: taps, drain, arms, alarms, reports, snapshots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from numba.core import event
+
+from monitor.engine import Monitor, MonitorSet
+from monitor.errors import ProfileMismatch, SettingsError, StateError
+from monitor.profile import ReferenceProfile
+from monitor.state import MonitorState, merge
+from monitor.tap import Item, Tap
+from monitor.types import SECOND_NS, Alarm, AlarmRules, Settings, rows_window, time_window
+
+ROWS_ONLY = Settings(windows=(rows_window(1000), rows_window(10_000)), rules=AlarmRules(ert_rows=1_000_000))
+
+
+@dataclass
+class Output:
+    data: object
+
+
+def normal(seed: int, rows: int, columns: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype("f4")
+
+
+def profile(columns: int = 5, seed: int = 0) -> ReferenceProfile:
+    return ReferenceProfile.from_arrays(
+        {"x": normal(seed, 20_000, columns)}, {"score": np.random.default_rng(seed).random(20_000)}
+    )
+
+
+def offer(tap: Tap, values: np.ndarray, arm: str = "stable", now_ns: int = 0, parts: int = 1) -> bool:
+    scores = np.random.default_rng(tap.offered).random(len(values))
+    pieces = [piece.tobytes() for piece in np.array_split(values, parts)]
+    return tap.offer(len(values), [pieces], [Output(scores.tobytes())], now_ns, arm)
+
+
+@pytest.fixture
+def alarms() -> list[Alarm]:
+    return []
+
+
+@pytest.fixture
+def monitors(alarms: list[Alarm]) -> MonitorSet:
+    return MonitorSet(on_alarm=lambda monitor, alarm: alarms.append(alarm))
+
+
+def attach(monitors: MonitorSet, settings: Settings = ROWS_ONLY, version: str = "1") -> tuple[Monitor, Tap]:
+    monitor = monitors.attach("m", version, profile(), settings)
+    tap = monitors.tap("m", version, ["x"], ["score"])
+    assert tap is not None
+    return monitor, tap
+
+
+def test_a_shift_is_seen_soon_and_in_the_right_column(monitors: MonitorSet, alarms: list[Alarm]) -> None:
+    monitor, tap = attach(monitors)
+    for batch in range(250):
+        values = normal(batch + 1, 40)
+        if batch >= 125:
+            values[:, 3] += 0.5
+        assert offer(tap, values, parts=3)
+        monitors.drain(0)
+    assert [(alarm.state, alarm.column, alarm.arm, alarm.episode) for alarm in alarms] == [
+        ("raised", "x[3]", "stable", 1)
+    ]
+    assert alarms[0].verdict.over
+    assert alarms[0].score.ks_low > 0.1
+    assert monitor.in_alarm() == ("x[3]",)
+    report = monitor.report()
+    assert report.windows[0].scores[0].column == "x[3]"
+    assert report.windows[0].in_alarm == ("x[3]",)
+    assert report.calibrated
+    assert report.counted == {"stable": 10_000}
+    json.dumps(report.to_dict())
+
+
+def test_alarm_ends_when_traffic_is_as_before(monitors: MonitorSet, alarms: list[Alarm]) -> None:
+    _, tap = attach(monitors, replace(ROWS_ONLY, windows=(rows_window(1000),)))
+    for batch in range(60):
+        offer(tap, normal(batch + 1, 500) + (1.0 if 10 <= batch < 20 else 0.0))
+        monitors.drain(0)
+    changes = [(alarm.state, alarm.column) for alarm in alarms]
+    assert sorted(changes) == sorted((state, f"x[{i}]") for state in ("raised", "cleared") for i in range(5))
+
+
+def test_arms_are_counted_apart_and_compared(monitors: MonitorSet) -> None:
+    monitor, tap = attach(monitors)
+    for batch in range(10):
+        offer(tap, normal(batch, 200), "stable")
+        offer(tap, normal(100 + batch, 200) + np.float32(0.5), "canary")
+        offer(tap, normal(200 + batch, 100), "shadow")
+        monitors.drain(0)
+    assert monitor.report().counted == {"canary": 2000, "shadow": 1000, "stable": 2000}
+    compared = monitor.compare("canary")[0]
+    assert all(score.rows == score.reference_rows == 1000 for score in compared.scores)
+    assert {v.column for v in compared.verdicts if v.over} == {f"x[{i}]" for i in range(5)}
+    assert not any(v.over for v in monitor.compare("shadow")[0].verdicts)
+    with pytest.raises(StateError, match="no row of arm 'beta'"):
+        monitor.compare("beta")
+
+
+def test_a_canary_can_be_counted_under_the_stable_profile_too(monitors: MonitorSet) -> None:
+    first, first_tap = attach(monitors)
+    second = monitors.attach("m", "2", profile(seed=1), ROWS_ONLY)
+    second_tap = monitors.tap("m", "2", ["x"], ["score"])
+    assert second_tap is not None
+    monitors.mirror("m", "2", "1", "canary")
+    for batch in range(4):
+        offer(first_tap, normal(batch, 500))
+        offer(second_tap, normal(batch + 9, 500) * 2)
+    monitors.drain(0)
+    assert first.report().counted == {"canary": 2000, "stable": 2000}
+    assert second.report().counted == {"stable": 2000}
+    assert any(verdict.over for verdict in first.compare("canary")[0].verdicts)
+    monitors.unmirror("m", "2", "1")
+    offer(second_tap, normal(1, 10))
+    monitors.drain(0)
+    assert first.report().counted["canary"] == 2000
+    with pytest.raises(SettingsError, match="m:3 is not watched"):
+        monitors.mirror("m", "3", "1", "canary")
+
+
+def test_too_many_arms_are_refused_and_said(monitors: MonitorSet) -> None:
+    monitor, tap = attach(monitors, replace(ROWS_ONLY, max_arms=2))
+    for arm in ("a", "b", "c"):
+        offer(tap, normal(0, 10), arm)
+    monitors.drain(0)
+    report = monitor.report()
+    assert list(report.counted) == ["a", "b"]
+    assert any("10 rows of arms over the bound of 2" in warning for warning in report.warnings)
+
+
+def test_drops_are_exact_and_mark_the_windows(monitors: MonitorSet) -> None:
+    monitor, tap = attach(monitors, replace(ROWS_ONLY, ring_rows=1000))
+    taken = sum(300 for batch in range(20) if offer(tap, normal(batch, 300)))
+    assert taken == 900
+    assert monitors.drain(0) == 900
+    for batch in range(4):
+        offer(tap, normal(batch, 300))
+        monitors.drain(0)
+    report = monitor.report()
+    assert report.counted == {"stable": 2100}
+    assert report.dropped == {"stable": 5100}
+    assert monitors.gauges() == {"offered": 7200, "taken": 2100, "dropped": 5100, "refused": 0, "waiting": 0}
+    assert [window.sampled for window in report.windows] == [False, True]  # the short window has left it behind
+    assert any("5100 of 7200 rows were dropped" in warning for warning in report.warnings)
+
+
+def test_batches_of_another_shape_are_refused_alone(monitors: MonitorSet) -> None:
+    monitor, tap = attach(monitors)
+    offer(tap, normal(0, 10))
+    offer(tap, normal(0, 7, columns=4))
+    offer(tap, normal(0, 5))
+    monitors.drain(0)
+    report = monitor.report()
+    assert (report.counted, report.refused) == ({"stable": 15}, {"stable": 7})
+
+
+def test_every_datatype_is_counted(monitors: MonitorSet) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "half": rng.standard_normal(500).astype("f2"),
+        "big": rng.integers(-(2**60), 2**60, 500),
+        "byte": rng.integers(0, 255, (500, 2)).astype("u1"),
+        "flag": rng.random(500) < 0.3,
+        "word": rng.choice(np.array([b"a", b"b", b""], object), (500, 2)),
+    }
+    reference = ReferenceProfile.from_arrays({**arrays, "brain": rng.standard_normal(500)}, datatypes={"brain": "BF16"})
+    monitors.attach("m", "1", reference, ROWS_ONLY)
+    tap = monitors.tap("m", "1", [*arrays, "brain"], [])
+    assert tap is not None
+    brain = (np.ones(500, "f4").view("u4") >> 16).astype("u2")
+    parts = [[a.tobytes()] if a.dtype != object else [a.ravel().tolist()] for a in arrays.values()]
+    assert tap.offer(500, [*parts, [brain.tobytes()]], [], 0)
+    assert tap.offer(
+        1, [[a[:1].tobytes()] if a.dtype != object else [[b"new", b""]] for a in arrays.values()] + [None], [], 0
+    )
+    assert monitors.drain(0) == 501
+    found = monitors.get("m", "1")
+    assert found is not None
+    total = found.state().arms["stable"].total
+    start = found.layout.start
+    by_name = {name: total[start[i] : start[i + 1]] for i, name in enumerate(found.layout.names)}
+    for name in ("half", "big", "flag", "byte[0]", "word[1]"):
+        place = found.layout.names.index(name)
+        assert np.abs(by_name[name] - found.layout.reference[start[place] : start[place + 1]]).sum() == 1
+    assert by_name["word[0]"][0] == 1  # a new category
+    assert by_name["brain"][-1] == 1  # the input that was absent
+    assert by_name["brain"].sum() == 501
+
+
+def test_profile_and_model_must_fit(monitors: MonitorSet) -> None:
+    attach(monitors)
+    with pytest.raises(ProfileMismatch, match="watches the output 'score'"):
+        monitors.tap("m", "1", ["x"], ["label"])
+    with pytest.raises(SettingsError, match="watched already"):
+        attach(monitors)
+    assert monitors.tap("m", "9", ["x"], []) is None
+    with pytest.raises(ProfileMismatch, match="does not carry"):
+        monitors.monitors()[0].ingest([("input", "x")], [])
+
+
+def test_detaching_counts_what_waits(monitors: MonitorSet) -> None:
+    _, tap = attach(monitors)
+    offer(tap, normal(0, 100))
+    gone = monitors.detach("m", "1")
+    assert gone is not None
+    assert gone.report().counted == {"stable": 100}
+    assert monitors.detach("m", "1") is None
+    assert monitors.get("m", "1") is None
+
+
+def test_closing_a_tap_counts_what_waits(monitors: MonitorSet) -> None:
+    monitor, tap = attach(monitors)
+    offer(tap, normal(0, 100))
+    monitors.close_tap(tap)
+    assert monitor.report().counted == {"stable": 100}
+    offer(tap, normal(0, 100))
+    assert monitors.drain(0) == 0
+
+
+TIMED = Settings(windows=(time_window(10, 1), rows_window(100)))
+
+
+def test_times_of_offers_are_moved_to_the_wall_clock() -> None:
+    monitors = MonitorSet(wall_offset_ns=1000 * SECOND_NS)
+    monitor, tap = attach(monitors, TIMED)
+    offer(tap, normal(0, 30), now_ns=5 * SECOND_NS)
+    offer(tap, normal(0, 30), now_ns=6 * SECOND_NS)
+    monitors.drain(1007 * SECOND_NS)
+    window = monitor.report().windows[0]
+    assert (window.window, window.rows) == ("10s", 60)
+    assert (window.start_ns, window.end_ns) == (1005 * SECOND_NS, 1006 * SECOND_NS)
+    monitors.drain(1016 * SECOND_NS)
+    assert monitor.report().windows[0].rows == 30
+
+
+def drive(monitors: MonitorSet, tap: Tap, first: int, last: int) -> None:
+    for second in range(first, last):
+        offer(tap, normal(second, 70) + (second > 40), now_ns=second * SECOND_NS)
+        monitors.drain((second + 1) * SECOND_NS)
+
+
+def test_a_restart_goes_on_from_the_snapshot() -> None:
+    settings = Settings(windows=(time_window(10, 1), rows_window(1400, 70)), rules=AlarmRules(ert_rows=10_000_000))
+    heard: list[list[tuple[str, str, int]]] = []
+    reports = []
+    for cut in (None, 45):
+        seen: list[tuple[str, str, int]] = []
+        monitors = MonitorSet(
+            on_alarm=lambda _, alarm, seen=seen: seen.append((alarm.state, alarm.column, alarm.episode))
+        )
+        monitor, tap = attach(monitors, settings)
+        drive(monitors, tap, 0, cut or 60)
+        if cut:
+            data = monitor.snapshot()
+            monitors = MonitorSet(
+                on_alarm=lambda _, alarm, seen=seen: seen.append((alarm.state, alarm.column, alarm.episode))
+            )
+            monitor, tap = attach(monitors, settings)
+            monitor.restore(MonitorState.from_bytes(data))
+            drive(monitors, tap, cut, 60)
+        heard.append(seen)
+        reports.append(monitor.report().to_dict())
+    assert heard[0] == heard[1]
+    assert len(heard[0]) == 5
+    assert repr(reports[0]) == repr(reports[1])
+
+
+def test_a_snapshot_of_another_profile_or_damaged_is_refused() -> None:
+    monitor = Monitor("m", "1", profile(), ROWS_ONLY)
+    other = Monitor("m", "1", profile(seed=5), ROWS_ONLY)
+    with pytest.raises(ProfileMismatch, match="counted under profile"):
+        monitor.restore(other.state())
+    data = bytearray(monitor.snapshot())
+    data[-40] ^= 1
+    with pytest.raises(StateError):
+        MonitorState.from_bytes(bytes(data))
+    timed = Monitor("m", "1", profile(), TIMED)
+    timed.ingest(timed.keys, [item(normal(0, 10))])
+    with pytest.raises(StateError, match="other windows"):
+        monitor.restore(timed.state())
+    assert monitor.report().counted == {}
+
+
+def item(values: np.ndarray, now_ns: int = 0, arm: str = "stable") -> Item:
+    scores = np.zeros(len(values))
+    return Item(now_ns, arm, len(values), 0, [[values.tobytes()], [scores.tobytes()]])
+
+
+def test_merging_is_refused_across_profiles_and_of_nothing() -> None:
+    with pytest.raises(StateError, match="no state"):
+        merge([])
+    with pytest.raises(ProfileMismatch, match="cannot be added"):
+        merge([Monitor("m", "1", profile(seed=seed), ROWS_ONLY).state() for seed in (0, 1)])
+
+
+def test_restart_forgets() -> None:
+    monitor = Monitor("m", "1", profile(), ROWS_ONLY)
+    monitor.ingest(monitor.keys, [item(normal(0, 5000) + 3)])
+    assert monitor.in_alarm()
+    monitor.restart()
+    assert monitor.in_alarm() == ()
+    assert monitor.report().windows == ()
+
+
+def test_dependent_rows_are_warned_of_loudly() -> None:
+    monitor = Monitor("m", "1", profile(), ROWS_ONLY)
+    for block in range(80):  # rows that come in runs of ten equal ones
+        monitor.ingest(monitor.keys, [item(np.repeat(normal(block, 50), 10, axis=0))])
+    report = monitor.report()
+    assert not report.calibrated
+    assert any("NOT calibrated" in warning and "x[0]" in warning for warning in report.warnings)
+    assert max(score.inflation for score in report.windows[0].scores) > 5
+
+
+def test_a_seasonal_reference_replaces_the_profile_once_it_is_known() -> None:
+    settings = Settings(windows=(time_window(3600, 600),), reference="hour_of_week")
+    heard: list[Alarm] = []
+    monitor = Monitor("m", "1", profile(), settings, on_alarm=lambda _, alarm: heard.append(alarm))
+    hour = 3600 * SECOND_NS
+    for week in range(2):
+        for tick in range(12):
+            now = (week * 168 + 1) * hour + tick * hour // 6
+            monitor.ingest(monitor.keys, [item(normal(week * 100 + tick, 400) + 2, now)])
+        monitor.tick((week * 168 + 3) * hour)
+        if not week:
+            assert len(monitor.in_alarm()) >= 5
+            monitor.judge.restart("stable")
+            heard.clear()
+    assert not any(alarm.state == "raised" and alarm.start_ns > 169 * hour for alarm in heard)
+
+
+def test_nothing_is_compiled_after_the_monitor_is_made() -> None:
+    monitors = MonitorSet()
+    MonitorSet.compile()
+    monitor, tap = attach(monitors)
+    compiled: list[object] = []
+
+    class Listener(event.Listener):
+        def on_start(self, event: object) -> None:
+            compiled.append(event)
+
+        def on_end(self, event: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        for batch in range(30):
+            offer(tap, normal(batch, 500), "stable")
+            offer(tap, normal(batch, 500), "canary")
+            monitors.drain(0)
+        monitor.report()
+        monitor.compare("canary")
+        monitor.snapshot()
+    assert compiled == []
+
+
+def test_undefined_statistics_are_nan_in_reports() -> None:
+    monitor = Monitor("m", "1", profile(), ROWS_ONLY)
+    monitor.ingest(monitor.keys, [item(normal(0, 10))])
+    (short, _) = monitor.report().windows
+    assert (short.rows, short.full) == (0, False)
+    assert all(math.isnan(score.psi) and score.psi_p == 1 for score in short.scores)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings_of_numpy() -> Iterator[None]:
+    with np.errstate(all="raise", under="ignore"):
+        yield
