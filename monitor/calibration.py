@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from monitor.errors import CalibrationError
+from monitor.errors import CalibrationError, StateError
 from monitor.kernels import tails
 from monitor.kernels.distances import chi_square
 from monitor.kernels.folding import fold
@@ -239,7 +239,14 @@ class Inflation:
         return np.asarray(np.where(known, self._sum / np.maximum(self._degrees, 1.0), 1.0))
 
     def state(self) -> Sequence[list[float]]:
-        return self._sum.tolist(), self._degrees.tolist()
+        """Plain values for ``restore``."""
+        return self._sum.tolist(), self._degrees.tolist(), [] if self._before is None else self._before.tolist()
 
     def restore(self, state: Sequence[Sequence[float]]) -> None:
-        self._sum, self._degrees = np.array(state[0], "f8"), np.array(state[1], "f8")
+        """Raises StateError when the values are not those of this layout."""
+        found = [np.array(values, "f8") for values in state]
+        bins = int(self._layout.bin_start[-1])
+        if [len(values) for values in found[:2]] != [len(self._sum)] * 2 or len(found[2]) not in (0, bins):
+            raise StateError("the state's inflation is of other columns")
+        self._sum, self._degrees = found[:2]
+        self._before = found[2].astype("i8") if len(found[2]) else None

@@ -155,7 +155,8 @@ class Monitor:
             return 0
         matrices = self._matrices(order, block, rows)
         if matrices is not None:
-            arm.store.add(matrices, rows, block[-1].now_ns)
+            times = [item.now_ns for item in block]
+            arm.store.add(matrices, rows, max(times), min(times))
             return rows
         if len(block) == 1:
             arm.store.refuse(rows)

@@ -33,7 +33,6 @@ class Judge:
         self.layout = layout
         self.settings = settings
         self.calibration = calibration or Calibration.none(layout)
-        self.calibrated = calibration is not None and bool(calibration.settled.all())
         self._windows = {window.name: window for window in settings.windows}
         self._books: dict[str, AlarmBook] = {}
 

@@ -16,6 +16,7 @@ import numpy as np
 from monitor.errors import ProfileError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
+from monitor.kernels.folding import fold
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
 from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source
 
@@ -116,6 +117,11 @@ class Layout:
         self.bin_of = _joined([f.bin_of + s for f, s in zip(ordered, self.bin_start, strict=False)], "i4")
         self.level_start = _starts([found.levels for found in ordered])
         self.level_of = _joined([f.level_of + s for f, s in zip(ordered, self.level_start, strict=False)], "i4")
+        self.reference_bins = folded(self.reference, self.bin_of, self.bin_start)
+        self.reference_levels = folded(self.reference, self.level_of, self.level_start)
+        #: bool per column: is it discrete, and is it tested by KS.
+        self.discrete = np.array([found.column.discrete for found in ordered], bool)
+        self.ordered = np.array([found.ordered for found in ordered], bool)
         self.knots = _joined([found.knots for found in ordered], "f8")
         self.knot_start = _starts([len(found.knots) for found in ordered])
         self.tensors: list[TensorPlan] = []
@@ -170,6 +176,13 @@ def _check_group(columns: Sequence[Column]) -> None:
     for column in columns:
         if (column.width, column.datatype) != (first.width, first.datatype):
             raise ProfileError(f"columns of tensor '{first.tensor}' disagree on its width or datatype")
+
+
+def folded(cells: Array, bin_of: Array, start: Array) -> Array:
+    """int64 counts of bins (``start[-1]`` of them) from int64 counts of cells."""
+    out = np.empty(int(start[-1]), "i8")
+    fold(cells, bin_of, out)
+    return out
 
 
 def _starts(sizes: Sequence[int]) -> Array:

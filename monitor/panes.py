@@ -114,9 +114,11 @@ def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
         at = np.searchsorted(index, part.index)
         merged.rows[at] += part.rows
         merged.dropped[at] += part.dropped
-        merged.start_ns[at] = np.minimum(merged.start_ns[at], part.start_ns)
-        merged.end_ns[at] = np.maximum(merged.end_ns[at], part.end_ns)
+        held = at[part.rows > 0]  # an empty pane has no times
+        merged.start_ns[held] = np.minimum(merged.start_ns[held], part.start_ns[part.rows > 0])
+        merged.end_ns[held] = np.maximum(merged.end_ns[held], part.end_ns[part.rows > 0])
         merged.counts[at] += part.counts
+    merged.start_ns[merged.rows == 0] = merged.end_ns[merged.rows == 0] = 0
     return merged
 
 
@@ -144,10 +146,9 @@ class _Series:
         """Rows that fit into the open pane; unbounded for time."""
         return self.pane - self.rows if self.unit == "rows" else np.iinfo("i8").max
 
-    def begin(self, rows: int, now_ns: int) -> None:
-        if not self.rows:
-            self.start_ns = now_ns
-        self.end_ns = now_ns
+    def begin(self, rows: int, first_ns: int, now_ns: int) -> None:
+        self.start_ns = min(self.start_ns, first_ns) if self.rows else first_ns
+        self.end_ns = max(self.end_ns, now_ns)
         self.rows += rows
 
     def drop(self, rows: int) -> None:
@@ -250,8 +251,11 @@ class PaneStore:
         keys = list(dict.fromkeys((window.unit, window.pane) for window in windows))
         self._series = [_Series(*key, [w for w in windows if (w.unit, w.pane) == key], layout.cells) for key in keys]
 
-    def add(self, matrices: Sequence[Array], rows: int, now_ns: int) -> None:
-        """Count rows: one matrix per tensor of the layout (``TensorPlan.rows_of``), all with ``rows`` rows."""
+    def add(self, matrices: Sequence[Array], rows: int, now_ns: int, first_ns: int = -1) -> None:
+        """Count rows: one matrix per tensor of the layout (``TensorPlan.rows_of``), all with ``rows`` rows.
+
+        They came between ``first_ns`` (default: the same) and ``now_ns``, which lie in one pane of time.
+        """
         self.tick(now_ns)
         done = 0
         while done < rows:
@@ -261,7 +265,7 @@ class PaneStore:
             self.rows += take
             self._fresh_rows += take
             for series in self._series:
-                series.begin(take, now_ns)
+                series.begin(take, first_ns if first_ns >= 0 else now_ns, now_ns)
             self._close([series for series in self._series if series.room() == 0])
 
     def drop(self, rows: int) -> None:

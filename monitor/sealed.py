@@ -62,7 +62,7 @@ def unpack(
             code, shape = described["arrays"][name]
             arrays[name] = _restore(data[end : end + lengths[name]], _DTYPES[code], tuple(shape))
             end += lengths[name]
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as failure:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as failure:
         raise error(f"{what}: the file is damaged ({type(failure).__name__})") from None
     digest = _digest(content.encode(), {name: _raw(array) for name, array in arrays.items()})
     if data[end:] != digest:

@@ -65,6 +65,19 @@ class AuditRow:
     event: AuditEvent
     hash: str
 
+    def as_dict(self) -> dict[str, object]:
+        """The row as plain JSON values."""
+        event = self.event
+        return {
+            "seq": self.seq,
+            "ts": event.ts,
+            "actor": event.actor,
+            "action": event.action,
+            "subject": event.subject,
+            "detail": dict(event.detail),
+            "hash": self.hash,
+        }
+
 
 @dataclass(slots=True, frozen=True)
 class AuditHead:

@@ -7,26 +7,22 @@ import resource
 import sys
 from collections.abc import Callable
 
-from server.config.compile import compile_defaults, compile_models
-from server.config.model import Config
 from server.config.settings import ServerSettings
 from server.errors import ConfigError
 from server.telemetry import log
-from server.wiring import Models, build
+from server.wiring import ConfigFile, build
 
 _OPEN_FILES = 65_536
 
 
-def serve(config: Config | None, settings: ServerSettings) -> int:
+def serve(file: ConfigFile | None, settings: ServerSettings) -> int:
     """Serve until a signal; the exit code."""
     _check(settings)
     _raise_open_files()
     log.configure(settings.telemetry.log_format, settings.telemetry.log_level)
-    named = {} if config is None else compile_models(config, repository=settings.model_repository)
-    models = Models(named, compile_defaults(config))
 
     async def run() -> int:
-        return await build(settings, models).run()
+        return await build(settings, file).run()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(run())

@@ -6,35 +6,52 @@ import asyncio
 import gc
 import ssl
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
 from starlette.types import ASGIApp
 
+from monitor import compare
 from server import __version__
+from server.admin_token import load_or_make_token
 from server.audit import AuditEvent, DeferredAudit
 from server.batching.batcher import Batcher, BatchRecord
+from server.batching.offloop import OffLoopBatcher
 from server.catalog import ServedCatalog
-from server.config.compile import CompiledModel
+from server.config.compile import (
+    CompiledModel,
+    VersionedModel,
+    compile_defaults,
+    compile_models,
+    compile_versions,
+)
+from server.config.model import Config
+from server.config.routing import RoutingSpec, ShadowSpec
 from server.config.settings import Address, ServerSettings, TlsSettings
 from server.control.models import ModelControl
 from server.control.publishing import Publisher
-from server.control.registry import RegistrySource
+from server.control.registry import RegistryPlans, RegistrySource, VersionedSource
+from server.control.reload import ConfigControl
+from server.control.shadows import ShadowLoader
 from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
-from server.errors import ConfigError, ModelLoadError, TidegateError
+from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
+from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Listener, Readiness
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.onnx import OnnxRuntime
+from server.shadowing import CompareWorker, ShadowLane
 from server.state import State, open_state
 from server.store.base import StoreError
 from server.telemetry.instruments import ModelTelemetry, Telemetry
 from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.snapshot import FamilySnapshot, Value
 from server.telemetry.trace import SpanSink, TraceGate
-from server.transport.admin import admin_app, is_loopback
+from server.transport.admin import AdminViews, admin_app, is_loopback
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
 from server.transport.feedback import Feedback, Hear
@@ -53,12 +70,34 @@ class Models:
     """The models of the configuration file, and what every other model starts from."""
 
     named: Mapping[str, CompiledModel] = field(default_factory=dict)
+    versioned: Mapping[str, VersionedModel] = field(default_factory=dict)
     defaults: ModelOptions = field(default_factory=ModelOptions)
 
 
-def build(settings: ServerSettings, models: Models, runtime: Runtime | None = None) -> Lifecycle:
+@dataclass(slots=True, frozen=True)
+class ConfigFile:
+    """The configuration file that the server was started with."""
+
+    path: Path
+    text: bytes
+    config: Config
+
+
+def models_of(config: Config | None, repository: Path | None) -> Models:
+    """What a configuration says of models, compiled."""
+    if config is None:
+        return Models()
+    return Models(
+        compile_models(config, repository=repository),
+        compile_versions(config, repository=repository),
+        compile_defaults(config),
+    )
+
+
+def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Runtime | None = None) -> Lifecycle:
     """One server, ready to run on the current event loop. Raises ConfigError for settings that cannot work."""
     loop = asyncio.get_running_loop()
+    models = models_of(None if file is None else file.config, settings.model_repository)
     telemetry, export = _telemetry(settings)
     readiness = Readiness()
     gateway = Gateway(
@@ -83,6 +122,9 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         mode=settings.model_control,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
+    shadows = _shadows(loop, control, publisher, telemetry)
+    publisher.follow_with(shadows.loader.follow)
+    reconfigure = _reconfigure(settings, file, state, control, audit)
     services = Services(catalog, control, MemorySettings(), readiness.subscribe, _hearing(gateway))
 
     async def start_models() -> None:
@@ -90,18 +132,27 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         failures = control.failures()
         if failures and not gateway.table.models:
             raise ModelLoadError("no model could be loaded: " + "; ".join(f"{f.name}: {f.reason}" for f in failures))
+        if reconfigure is not None:
+            await reconfigure.start()
         # What start-up made lives for good: keep the collector from walking it on every request's account.
         gc.collect()
         gc.freeze()
 
     async def reload() -> None:
         try:
+            if reconfigure is not None:
+                await reconfigure.reload()
             await control.refresh()
         except (TidegateError, OSError) as error:
             log.error("reload_failed", error=str(error))
 
+    async def close_models() -> None:
+        await shadows.loader.close()
+        await control.close()
+
     async def close() -> None:
         gateway.close()
+        await asyncio.to_thread(shadows.worker.close)
         if export is not None:
             await asyncio.to_thread(export.close)
         if deferred is not None:
@@ -113,15 +164,140 @@ def build(settings: ServerSettings, models: Models, runtime: Runtime | None = No
         export.start()
     interval_s = settings.registry_poll_seconds if _uses_registry(settings, models) else settings.poll_seconds
     polling = settings.model_control == "poll" or _uses_registry(settings, models)
+    background: list[Callable[[], Awaitable[None]]] = [lambda: control.poll(interval_s)] if polling else []
+    if reconfigure is not None:
+        background.append(reconfigure.watch)
+    admin = _admin(settings, state, reconfigure, shadows.loader, gateway)
     return Lifecycle(
         readiness=readiness,
-        listeners=_listeners(settings, gateway, services, telemetry),
+        listeners=_listeners(
+            settings, gateway, services, telemetry, _admin(settings, state, reconfigure, shadows.loader, gateway)
+        ),
         start_models=start_models,
-        close_models=control.close,
+        close_models=close_models,
         reload=reload,
-        background=[lambda: control.poll(interval_s)] if polling else [],
+        background=background,
         close=close,
         drain_seconds=settings.drain_seconds,
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Admin:
+    """What the admin address is built from."""
+
+    token: str | None
+    reconfigure: ConfigControl | None
+    views: AdminViews
+
+
+def _admin(
+    settings: ServerSettings,
+    state: State | None,
+    reconfigure: ConfigControl | None,
+    shadows: ShadowLoader,
+    gateway: Gateway,
+) -> Admin:
+    token = settings.admin_token
+    if token is None and state is not None:
+        token = load_or_make_token(settings.state_dir)
+    audit = None if state is None else state.audit
+
+    def tail(limit: int) -> list[dict[str, Any]]:
+        return [row.as_dict() for row in audit.tail(limit)] if audit is not None else []
+
+    def experiments() -> list[dict[str, Any]]:
+        books = {name: policy.experiment for name, policy in gateway.policies.items() if policy.experiment is not None}
+        return [{"name": name, **asdict(book.report(time.time_ns()))} for name, book in books.items()]
+
+    def experiment(wanted: str) -> dict[str, Any]:
+        for found in experiments():
+            if found["id"] == wanted:
+                return found
+        raise NotFound(f"there is no experiment '{wanted[:128]}'")
+
+    views = AdminViews(
+        audit=None if audit is None else tail,
+        shadows=lambda: {"shadows": shadows.report()},
+        experiments=lambda: {"experiments": experiments()},
+        experiment=experiment,
+    )
+    return Admin(token, reconfigure, views)
+
+
+@dataclass(slots=True, frozen=True)
+class Shadows:
+    """Who loads shadows, and the thread that compares their answers."""
+
+    loader: ShadowLoader
+    worker: CompareWorker
+
+
+def _shadows(
+    loop: asyncio.AbstractEventLoop, control: ModelControl, publisher: Publisher, telemetry: Telemetry
+) -> Shadows:
+    worker = CompareWorker()
+
+    def lane(spec: RoutingSpec, shadow: ShadowSpec) -> ShadowLane:
+        def load() -> float:
+            return max((load_of(s) for _, s in [publisher.find(spec.stable) or ("", None)] if s), default=0.0)
+
+        return ShadowLane(
+            None,
+            budget=shadow.budget,
+            compare=shadow.compare,
+            telemetry=telemetry.shadow(spec.name, str(shadow.to)),
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+            load=load,
+            offload=worker.submit,
+        )
+
+    def batcher(engine: Engine, served: Served) -> OffLoopBatcher:
+        return OffLoopBatcher(
+            engine,
+            served.options.batching,
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+        )
+
+    async def load_again(served: Served) -> Engine:
+        await asyncio.to_thread(compare.prepare)
+        return await control.load_again(served)
+
+    return Shadows(ShadowLoader(publisher, load=load_again, lane=lane, batcher=batcher), worker)
+
+
+def load_of(served: Served) -> float:
+    """How busy a version is, 0..1: full batches that wait, of four."""
+    rows = max(1, served.spec.learned_batch_size)
+    return min(1.0, served.batcher.pending() / (4 * rows))
+
+
+def _reconfigure(
+    settings: ServerSettings, file: ConfigFile | None, state: State | None, control: ModelControl, audit: Audit
+) -> ConfigControl | None:
+    """The configuration's own control; None without a file, or without a state folder to keep its history in."""
+    if file is None or state is None:
+        return None
+    repository = settings.model_repository
+
+    def source(config: Config) -> ModelSource:
+        return _source(settings, models_of(config, repository), state, audit)
+
+    return ConfigControl(
+        control=control,
+        history=ConfigHistory(state.store, state.audit),
+        last_good=LastGood(settings.state_dir),
+        source=source,
+        path=file.path,
+        text=file.text,
+        config=file.config,
+        repository=repository,
     )
 
 
@@ -138,7 +314,9 @@ def _in_flight(gateway: Gateway) -> FamilySnapshot:
     return FamilySnapshot("tidegate_requests_in_flight", "Requests admitted and not over yet.", "gauge", (), held)
 
 
-def _listeners(settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry) -> list[Listener]:
+def _listeners(
+    settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry, admin: Admin
+) -> list[Listener]:
     """The four addresses: inference over HTTP and gRPC, metrics, admin."""
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
@@ -155,12 +333,20 @@ def _listeners(settings: ServerSettings, gateway: Gateway, services: Services, t
 
     inference = build_app(gateway, services, statuses=statuses, settings=http)
     metrics = metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics))
-    admin = admin_app(services.catalog, token=settings.admin_token, loopback=is_loopback(settings.admin[0]))
+    operators = admin_app(
+        services.catalog,
+        token=admin.token,
+        loopback=is_loopback(settings.admin[0]),
+        reconfigure=admin.reconfigure,
+        views=admin.views,
+        statuses=statuses,
+        settings=http,
+    )
     return [
         Bound("http", listen(inference, context), settings.http),
         Bound("grpc", grpc_server, settings.grpc),
         Bound("metrics", listen(metrics), settings.metrics),
-        Bound("admin", listen(admin), settings.admin),
+        Bound("admin", listen(operators), settings.admin),
     ]
 
 
@@ -193,7 +379,9 @@ def _host_port(host: str, port: int) -> str:
 
 def _uses_registry(settings: ServerSettings, models: Models) -> bool:
     """The embedded registry is served when the settings say so, or when they name nothing else."""
-    return settings.embedded_registry or (settings.model_repository is None and not models.named)
+    return settings.embedded_registry or (
+        settings.model_repository is None and not models.named and not models.versioned
+    )
 
 
 def _state(settings: ServerSettings, models: Models) -> tuple[State | None, DeferredAudit | None, Audit]:
@@ -217,18 +405,22 @@ def _state(settings: ServerSettings, models: Models) -> tuple[State | None, Defe
 def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> JoinedSource:
     """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
     named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over) for m in models.named.values())
-    sources: list[ModelSource] = [NamedSource(named, settings.state_dir)]
+    plans = None if state is None else RegistryPlans(state.registry, settings.state_dir, audit)
+    sources: list[ModelSource] = [
+        NamedSource(named, settings.state_dir),
+        VersionedSource(tuple(models.versioned.values()), plans, settings.state_dir),
+    ]
     if settings.model_repository is not None:
         if not settings.model_repository.exists():
             raise ConfigError(f"model repository {settings.model_repository} does not exist")
         sources.append(DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
-    if state is not None and _uses_registry(settings, models):
-        if settings.model_repository is None and not named and not state.registry.models():
+    if state is not None and plans is not None and _uses_registry(settings, models):
+        if not settings.embedded_registry and not state.registry.models():
             raise ConfigError(
                 "nothing to serve: give a model file, --model-repository or a configuration with models, "
                 f"or publish to the registry in {settings.state_dir} (tidegate registry publish)"
             )
-        sources.append(RegistrySource(state.registry, settings.state_dir, audit, models.defaults))
+        sources.append(RegistrySource(plans, models.defaults))
     return JoinedSource(*sources)
 
 

@@ -7,8 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from monitor.kernels.folding import fold
-from monitor.layout import Layout
+from monitor.layout import Layout, folded
 from monitor.types import Array
 
 
@@ -26,12 +25,18 @@ class Pair:
     @cached_property
     def bins(self) -> tuple[Array, Array]:
         """(reference, window) counts of the PSI bins, column after column (``layout.bin_start``)."""
-        return self._folded(self.layout.bin_of, int(self.layout.bin_start[-1]))
+        window = folded(self.window, self.layout.bin_of, self.layout.bin_start)
+        if self.reference is self.layout.reference:
+            return self.layout.reference_bins, window
+        return folded(self.reference, self.layout.bin_of, self.layout.bin_start), window
 
     @cached_property
     def levels(self) -> tuple[Array, Array]:
         """The same for levels (``layout.level_start``)."""
-        return self._folded(self.layout.level_of, int(self.layout.level_start[-1]))
+        window = folded(self.window, self.layout.level_of, self.layout.level_start)
+        if self.reference is self.layout.reference:
+            return self.layout.reference_levels, window
+        return folded(self.reference, self.layout.level_of, self.layout.level_start), window
 
     @cached_property
     def rows(self) -> tuple[Array, Array]:
@@ -44,12 +49,6 @@ class Pair:
         """(reference, window) missing values per column."""
         last = self.layout.start[1:] - 1
         return self.reference[last], self.window[last]
-
-    def _folded(self, bin_of: Array, count: int) -> tuple[Array, Array]:
-        folded = np.empty(count, "i8"), np.empty(count, "i8")
-        fold(self.reference, bin_of, folded[0])
-        fold(self.window, bin_of, folded[1])
-        return folded
 
 
 class DriftStatistic(Protocol):

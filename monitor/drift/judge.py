@@ -64,7 +64,7 @@ def judge(pair: Pair, rules: AlarmRules, log_level: float, calibration: Calibrat
     ks_log_p = kolmogorov_log_p(low, n - missing_n, m - missing_m, calibration.ks)
     degrees = np.maximum(psi.occupied - 1, 0) * calibration.psi_degrees
     log_p = psi_log_p(psi.value, n, m, degrees, calibration.psi)
-    ordered = np.array([found.ordered for found in pair.layout.columns], bool)
+    ordered = pair.layout.ordered
     psi_level = np.where(ordered, log_level - math.log(2.0), log_level)
     ks_level = np.where(ordered, log_level - math.log(2.0), -np.inf)
     ks_real, psi_real = ks_log_p < ks_level, log_p < psi_level

@@ -23,6 +23,5 @@ class KolmogorovSmirnov:
         columns = pair.layout.columns
         low, high = np.empty(len(columns)), np.empty(len(columns))
         ks_interval(pair.reference, pair.window, pair.layout.start, low, high)
-        discrete = np.array([found.column.discrete for found in columns], bool)
-        low[discrete] = high[discrete] = np.nan
+        low[pair.layout.discrete] = high[pair.layout.discrete] = np.nan
         return low, high

@@ -27,7 +27,7 @@ def rates(pair: Pair) -> Rates:
     layout, window = pair.layout, pair.window
     reference_rows, rows = pair.rows
     first, last = layout.start[:-1], layout.start[1:] - 1
-    discrete = np.array([found.column.discrete for found in layout.columns], bool)
+    discrete = layout.discrete
     empty = last - first == 1
     gaps = np.array([int(window[a:b:2].sum()) for a, b in zip(first, last, strict=True)])
     below = np.where(discrete | empty, 0, window[first])

@@ -22,7 +22,6 @@ class Wasserstein:
         layout = pair.layout
         low, middle, high = (np.empty(len(layout.columns)) for _ in range(3))
         wasserstein(pair.reference, pair.window, layout.start, layout.knots, layout.knot_start, low, middle, high)
-        discrete = np.array([found.column.discrete for found in layout.columns], bool)
         for values in (low, middle, high):
-            values[discrete] = np.nan
+            values[layout.discrete] = np.nan
         return low, middle, high

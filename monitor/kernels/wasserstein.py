@@ -52,14 +52,19 @@ def wasserstein(
             middle[f] = np.nan
             high[f] = np.nan
             continue
-        a = 0.0
         least = 0.0
         line = 0.0
         most = 0.0
+        fm = np.float64(m)
+        fn = np.float64(n)
+        whole = fm * fn
+        balance = 0.0  # F - G at the left end, times m n; exact below 2**53, so that equal shares give exactly 0
         for j in range(count):
-            r = reference[first + 2 * j] / m
-            w = window[first + 2 * j] / n
-            b = a + r - w
+            r = reference[first + 2 * j] / fm
+            w = window[first + 2 * j] / fn
+            a = balance / whole
+            balance += reference[first + 2 * j] * fn - window[first + 2 * j] * fm
+            b = balance / whole
             width = knots[k0 + j] - knots[k0 + j - 1] if j > 0 else 0.0
             if j > 0 and math.isfinite(width):
                 bottom = a - w
@@ -71,7 +76,7 @@ def wasserstein(
                     line += width * (abs(a) + abs(b)) / 2
                 else:
                     line += width * (a * a + b * b) / (2 * (abs(a) + abs(b)))
-            a = b + reference[first + 2 * j + 1] / m - window[first + 2 * j + 1] / n
+            balance += reference[first + 2 * j + 1] * fn - window[first + 2 * j + 1] * fm
         low[f] = least
         middle[f] = line
         high[f] = most

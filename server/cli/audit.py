@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -31,24 +30,10 @@ def tail(limit: int, after: int | None, state_dir: Path, as_json: bool) -> None:
     finally:
         state.close()
     if as_json:
-        show.as_json([plain(row) for row in rows])
+        show.as_json([row.as_dict() for row in rows])
         return
     cells = [[r.seq, r.event.ts, r.event.actor, r.event.action, r.event.subject, brief(r)] for r in rows]
     show.table(["SEQ", "TIME", "ACTOR", "ACTION", "SUBJECT", "DETAIL"], cells)
-
-
-def plain(row: AuditRow) -> dict[str, Any]:
-    """A row as JSON."""
-    event = row.event
-    return {
-        "seq": row.seq,
-        "ts": event.ts,
-        "actor": event.actor,
-        "action": event.action,
-        "subject": event.subject,
-        "detail": dict(event.detail),
-        "hash": row.hash,
-    }
 
 
 def brief(row: AuditRow) -> str:

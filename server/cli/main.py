@@ -12,6 +12,7 @@ import click
 from server import __version__
 from server.cli.audit import audit
 from server.cli.registry import registry
+from server.cli.routes import explain_route
 from server.errors import ConfigError, TidegateError
 
 USAGE = 2
@@ -25,6 +26,7 @@ def cli() -> None:
 
 cli.add_command(registry)
 cli.add_command(audit)
+cli.add_command(explain_route)
 
 
 def main() -> None:
@@ -72,25 +74,27 @@ def serve(target: Path | None, **flags: Any) -> None:
     TARGET is a configuration file (.yaml), a model file (.onnx) or a folder of models; flags override the file.
     """
     from server import process
+    from server.cli.start import read_file
     from server.config.compile import settings_from_flags
-    from server.config.load import load_config
 
-    config = None
+    file = None
     if target is not None and target.suffix in (".yaml", ".yml"):
-        config = load_config(target, repository_given=flags["model_repository"] is not None)
+        file = read_file(target, flags["state_dir"], repository_given=flags["model_repository"] is not None)
     elif target is not None:
         if flags["model_repository"] is not None:
             raise click.UsageError("give a model file or folder either as TARGET or as --model-repository, not both")
         flags["model_repository"] = target
     flags["load_model"] = flags["load_model"] or None
-    sys.exit(process.serve(config, settings_from_flags(config, **flags)))
+    sys.exit(process.serve(file, settings_from_flags(None if file is None else file.config, **flags)))
 
 
 @cli.command("check-config")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of the configuration file.")
-@click.option("--json", "as_json", is_flag=True, help="Problems as JSON.")
-def check_config(file: Path | None, schema: bool, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Problems, or the plan, as JSON.")
+@click.option("--against", metavar="URL", help="Admin address of a running server: print what a reload would do.")
+@click.option("--token", envvar="TIDEGATE_ADMIN_TOKEN", help="Bearer token, when reading asks for one.")
+def check_config(file: Path | None, schema: bool, as_json: bool, against: str | None, token: str | None) -> None:
     """Check a configuration file: every mistake at once, with line and column."""
     from server.config.load import load_config
     from server.config.problems import InvalidConfig, render_problems
@@ -102,6 +106,10 @@ def check_config(file: Path | None, schema: bool, as_json: bool) -> None:
     if file is None:
         raise click.UsageError("name the configuration file, or ask for --schema")
     try:
+        if against is not None:
+            from server.cli.routes import plan_against, running_text, show_plan
+
+            sys.exit(show_plan(plan_against(file, running_text(against, token)), as_json=as_json))
         config = load_config(file)
     except InvalidConfig as error:
         click.echo(render_problems(error.problems, as_json=as_json), err=not as_json)

@@ -252,6 +252,5 @@ def gc(state_dir: Path, actor: str | None, as_json: bool) -> None:
     if as_json:
         show.as_json(asdict(done))
     else:
-        click.echo(
-            f"removed {done.blobs} files ({show.size(done.bytes)}), {done.folders} unused folders, {done.temps} leftovers"
-        )
+        removed = f"{done.blobs} files ({show.size(done.bytes)}), {done.folders} unused folders, {done.temps} leftovers"
+        click.echo(f"removed {removed}")

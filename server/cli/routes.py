@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import click
 
@@ -16,6 +19,7 @@ from server.cli import show
 from server.config.load import load_config, parse_config
 from server.config.plan import ReloadPlan, plan_reload
 from server.config.routing import Reference, RoutingSpec, compile_all, expecting
+from server.errors import ConfigError, TidegateError
 
 _HEADER: Final = "header:"
 _PARAMETER: Final = "parameter:"
@@ -139,6 +143,23 @@ def plan_against(file: Path, running: str | None) -> ReloadPlan:
     new = load_config(file)
     old = None if running is None else parse_config(running, path="<running>", folder=file.parent)
     return plan_reload(old, new)
+
+
+def running_text(address: str, token: str | None) -> str | None:
+    """The configuration in force at an admin address (URL or HOST:PORT); None when it runs without a file."""
+    url = (address if "://" in address else f"http://{address}").rstrip("/") + "/admin/v1/config"
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--against takes the http or https URL of an admin address, got {address!r}")
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        with urlopen(Request(url, headers=headers), timeout=20) as answer:  # noqa: S310 - scheme checked above
+            return str(answer.read().decode())
+    except HTTPError as error:
+        if error.code == HTTPStatus.NOT_FOUND:
+            return None
+        raise TidegateError(f"{url} answers {error.code}: {error.reason}") from error
+    except (URLError, OSError, UnicodeDecodeError) as error:
+        raise TidegateError(f"{url} cannot be read: {error}") from error
 
 
 def show_plan(plan: ReloadPlan, *, as_json: bool) -> int:

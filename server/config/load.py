@@ -39,7 +39,7 @@ _WANTED: Final = {
     "string_type": "text",
     "tuple_type": "a list",
     "finite_number": "a finite number",
-    "greater_than": "more than {gt}",
+    "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": "text that matches {pattern}",

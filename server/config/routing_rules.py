@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final
 
 from router.compiled import check
 from router.errors import Problem
+from router.types import REQUESTED
 from server.config.model import Config, Model
 from server.config.problems import Contradiction
 from server.config.routing import (
@@ -23,6 +24,7 @@ from server.config.routing import (
 )
 from server.config.tree import KeyPath
 
+_REGISTRY: Final[tuple[KeyPath, ...]] = (("registry",),)
 _ORIGINS: Final = ("source", "versions", "model")
 #: What belongs to the model that a public name serves, not to the name.
 _OF_THE_MODEL: Final = ("runtime", "batching", "version_policy", "warmup")
@@ -100,12 +102,10 @@ def _named_model(config: Config, entry: Model, path: KeyPath, repository_given: 
             yield Contradiction((*path, key), text, ((*path, "model"),))
     text = _unknown_model(config, model, repository_given)
     if text:
-        yield Contradiction((*path, "model"), text, (("models",), *_REGISTRY))
+        yield Contradiction((*path, "model"), text, _origin_of(config, model))
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
-
-_REGISTRY: Final[tuple[KeyPath, ...]] = (("registry",),)
 
 
 def _no_aliases(model: str) -> str:
@@ -123,13 +123,17 @@ def _unknown_model(config: Config, model: str, repository_given: bool) -> str:
 
 
 def _references(config: Config, name: str, path: KeyPath, repository_given: bool) -> Iterator[Contradiction]:
-    rests_on: tuple[KeyPath, ...] = (("models",), *_REGISTRY)
     for place, reference in references(config, name):
         text = _unreachable(config, name, reference, repository_given)
         if text:
-            whose = ("models", reference.model)
-            narrow = tuple((*whose, key) for key in _ORIGINS) if reference.model in config.models else rests_on
-            yield Contradiction((*path, *place), text, (*narrow, *_REGISTRY, (*path, "model")))
+            yield Contradiction((*path, *place), text, (*_origin_of(config, reference.model), (*path, "model")))
+
+
+def _origin_of(config: Config, model: str) -> tuple[KeyPath, ...]:
+    """The keys that say where a model comes from, and with it which versions it has."""
+    if model not in config.models:
+        return ("models",), *_REGISTRY
+    return *(("models", model, key) for key in _ORIGINS), *_REGISTRY
 
 
 def _unreachable(config: Config, name: str, reference: Reference, repository_given: bool) -> str:
@@ -167,6 +171,9 @@ def _shares(entry: Model, path: KeyPath) -> Iterator[Contradiction]:
     """Shares that make no sense although the router could live with them."""
     if entry.experiment is not None:
         for name, arm in entry.experiment.arms.items():
+            if name == REQUESTED:
+                where = (*path, "experiment", "arms", name)
+                yield Contradiction(where, f"an arm cannot be named {REQUESTED}, which means something else in a rule")
             if not arm.share:
                 where = (*path, "experiment", "arms", name, "share")
                 yield Contradiction(where, "wanted a share over 0%; leave out an arm that gets nothing")
@@ -216,9 +223,12 @@ def _place(problem: Problem, entry: Model) -> KeyPath:
             return where
 
 
-_RESTS_ON: Final[Mapping[str, tuple[str, ...]]] = {"rules": ("rollout", "experiment", "tenant_header")}
-
-
 def _rests_on(problem: Problem) -> tuple[str, ...]:
     """The other keys of the model that a problem speaks of."""
-    return _RESTS_ON.get(str(problem.where[0]), ())
+    match problem.where:
+        case ("rules", _, "to"):
+            return ("rollout", "experiment")
+        case ("rules", _, "match", "tenant"):
+            return ("tenant_header",)
+        case _:
+            return ()

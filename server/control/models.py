@@ -12,13 +12,14 @@ import ctypes
 import gc
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import structlog
 
 from server.admission import AdmissionReport, admit
+from server.config.routing import RoutingSpec
 from server.control.publishing import Loaded, Publisher
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
 from server.errors import (
@@ -71,6 +72,15 @@ class _Loaded:
     report: AdmissionReport | None
 
 
+@dataclass(slots=True)
+class Prepared:
+    """A configuration to be: its source and plans, and the versions that were loaded for it."""
+
+    source: ModelSource
+    plans: dict[str, ModelPlan]
+    fresh: dict[str, dict[str, _Version]] = field(default_factory=dict)
+
+
 class ModelControl:
     """Loads and unloads versions and keeps the gateway's table true. One instance per process."""
 
@@ -97,12 +107,23 @@ class ModelControl:
         self._plans: dict[str, ModelPlan] = {}
         self._versions: dict[str, dict[str, _Version]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        #: Held by whoever changes what is wanted: one poll, load, unload or reconfiguration at a time.
+        self.turn = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._retiring: set[asyncio.Task[None]] = set()
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
 
     # -- what others ask ----------------------------------------------------------------------------------------
+
+    async def load_again(self, served: Served) -> Engine:
+        """Load the version of ``served`` once more, for a use of its own. Raises TidegateError."""
+        spec = served.spec
+        plan = self.plan(spec.name)
+        for wanted in plan.versions:
+            if wanted.version == spec.version:
+                return (await self._off_loop(partial(self._load, plan, wanted, None))).engine
+        raise VersionNotFound(f"Request for unknown model: '{spec.name}' version {spec.version} is not found")
 
     def plan(self, model: str) -> ModelPlan:
         """The newest plan of a known model."""
@@ -170,13 +191,14 @@ class ModelControl:
 
         In explicit mode only models that are loaded are followed.
         """
-        before = set(self._plans)
-        await self._scan()
-        known = before | set(self._plans)
-        if self._mode == "explicit":
-            known = {name for name in known if self._ready(name)}
-        for name in sorted(known):
-            await self._apply(name)
+        async with self.turn:
+            before = set(self._plans)
+            await self._scan()
+            known = before | set(self._plans)
+            if self._mode == "explicit":
+                known = {name for name in known if self._ready(name)}
+            for name in sorted(known):
+                await self._apply(name)
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
         """Load or reload one model of the repository. Raises ModelLoadError with the first version that failed."""
@@ -185,10 +207,11 @@ class ModelControl:
                 f"load takes no parameters, got {', '.join(sorted(parameters))}: a client may not override "
                 f"a model's configuration or files"
             )
-        await self._scan()
-        self.plan(model)
-        self._require_explicit("load", model)
-        await self._apply(model, retry_failed=True)
+        async with self.turn:
+            await self._scan()
+            self.plan(model)
+            self._require_explicit("load", model)
+            await self._apply(model, retry_failed=True)
         failed = [v for v in self._versions.get(model, {}).values() if v.state == UNAVAILABLE and v.reason]
         if failed:
             raise ModelLoadError(f"failed to load '{model}': {failed[0].reason}")
@@ -200,7 +223,7 @@ class ModelControl:
         if model not in self._versions:
             self.plan(model)
         self._require_explicit("unload", model)
-        async with self._lock(model):
+        async with self.turn, self._lock(model):
             gone = self._forget(model, "unloaded")
             self._audit("model.unloaded", model, {"versions": [version.number for version in gone]})
             self._publish(model)
@@ -212,6 +235,89 @@ class ModelControl:
             raise FailedPrecondition(
                 f"{what} of '{model}' is refused: model control mode is '{self._mode}', it must be 'explicit'"
             )
+
+    # -- reconfiguration: hold ``turn`` from prepare to commit or discard ------------------------------------------
+
+    async def prepare(self, source: ModelSource) -> Prepared:
+        """Load, beside what serves, whatever a new source wants that is not loaded yet.
+
+        Raises ModelLoadError for the first version that cannot be had; then nothing has changed. A version that
+        failed before and did not change since is passed over: it is no worse than it was.
+        """
+        prepared = Prepared(source, await self._off_loop(source.scan))
+        try:
+            for name in sorted(prepared.plans):
+                await self._prepare_model(prepared, prepared.plans[name])
+        except BaseException:
+            await self.discard(prepared)
+            raise
+        return prepared
+
+    async def _prepare_model(self, prepared: Prepared, plan: ModelPlan) -> None:
+        known, before = self._versions.get(plan.name, {}), self._plans.get(plan.name)
+        if plan.error and (before is None or before.error != plan.error):
+            raise ModelLoadError(f"model '{plan.name}': {plan.error}")
+        for number, reason in plan.refused.items():
+            if number not in known or known[number].served is not None:
+                raise ModelLoadError(f"model '{plan.name}' version {number}: {reason}")
+        for wanted in () if self._mode == "explicit" and not self._ready(plan.name) else plan.versions:
+            current = known.get(wanted.version)
+            if current is None or current.tried != wanted.fingerprint:
+                prepared.fresh.setdefault(plan.name, {})[wanted.version] = await self._load_fresh(plan, wanted)
+
+    async def _load_fresh(self, plan: ModelPlan, wanted: VersionPlan) -> _Version:
+        log.info("model_loading", model=plan.name, version=wanted.version)
+        try:
+            loaded = await self._off_loop(partial(self._load, plan, wanted, None))
+            served = await self._served(loaded.engine, loaded.options)
+        except TidegateError as error:
+            self._audit("model.refused", f"{plan.name}:{wanted.version}", {"reason": error.message})
+            raise ModelLoadError(f"model '{plan.name}' version {wanted.version}: {error.message}") from error
+        self._audit("model.ready", f"{plan.name}:{wanted.version}", _facts(loaded.engine))
+        return _Version(wanted.version, READY, tried=wanted.fingerprint, engine=loaded.engine, served=served)
+
+    async def discard(self, prepared: Prepared) -> None:
+        """Close what was loaded for a configuration that will not be."""
+        self._retire([version for versions in prepared.fresh.values() for version in versions.values()])
+        prepared.fresh.clear()
+
+    def commit(self, prepared: Prepared, specs: Mapping[str, RoutingSpec], generation: int) -> None:
+        """Swap everything in at once; what no longer serves is closed after its last request. Cannot fail."""
+        gone: list[_Version] = []
+        self._source, self._plans = prepared.source, prepared.plans
+        for name in {*self._versions, *self._plans}:
+            plan, known = self._plans.get(name), self._versions.setdefault(name, {})
+            fresh = prepared.fresh.get(name, {})
+            kept = set() if plan is None else {v.version for v in plan.versions} | set(plan.refused)
+            gone += [version for number, version in known.items() if number in fresh or number not in kept]
+            self._versions[name] = {n: v for n, v in {**known, **fresh}.items() if n in kept}
+            if plan is None:
+                del self._versions[name]
+        loaded = {name: self.loaded(name) for name in self._versions if self._ready(name)}
+        self._publisher.replace(specs, loaded, generation)
+        for name in {*self._plans, *self._gateway.unready}:
+            self._explain_absence(name)
+        self._retire([version for version in gone if version.served is not None])
+
+    def as_it_is(self) -> Prepared:
+        """What is wanted and loaded now, to be swapped in under other routing."""
+        return Prepared(self._source, self._plans)
+
+    def digests_now(self) -> dict[str, str]:
+        """``model:version`` -> digest of everything that serves."""
+        return self.digests(self.as_it_is())
+
+    def digests(self, prepared: Prepared) -> dict[str, str]:
+        """``model:version`` -> digest of everything that will serve."""
+        found: dict[str, str] = {}
+        for name, plan in prepared.plans.items():
+            for wanted in plan.versions:
+                version = prepared.fresh.get(name, {}).get(wanted.version) or self._versions.get(name, {}).get(
+                    wanted.version
+                )
+                if version is not None and version.served is not None:
+                    found[f"{name}:{wanted.version}"] = version.served.spec.digest
+        return found
 
     async def close(self) -> None:
         """Retire everything and wait until the engines are closed."""
@@ -367,18 +473,15 @@ class ModelControl:
 
     def _publish(self, model: str) -> None:
         """Bring the gateway's table and its list of models that are not ready up to date for one model."""
-        ready = self._ready(model)
-        plan = self._plans.get(model)
-        if ready:
-            self._publisher.update(model, self.loaded(model))
-        else:
-            self._publisher.update(model, None)
-        if model in self._gateway.table.models:
-            return
-        if plan is not None:
-            self._gateway.unready[model] = self._why_not(model)
-        else:
+        self._publisher.update(model, self.loaded(model) if self._ready(model) else None)
+        self._explain_absence(model)
+
+    def _explain_absence(self, model: str) -> None:
+        """Why a known model is not served, for who asks for it."""
+        if model in self._gateway.table.models or model not in self._plans:
             self._gateway.unready.pop(model, None)
+        else:
+            self._gateway.unready[model] = self._why_not(model)
 
     def loaded(self, model: str) -> Loaded:
         """What of one model is ready now."""

@@ -45,8 +45,11 @@ class Publisher:
         self._loaded: dict[str, Loaded] = {}
         self._specs: Mapping[str, RoutingSpec] = {}
         self._missing: dict[str, tuple[Reference, ...]] = {}
+        #: Under a configuration the generation is its number; without one every change of the table counts.
+        self._configured = False
         #: Shadow lanes by public name and shadow; kept by whoever loads shadows.
         self.lanes: dict[tuple[str, str], ShadowLane] = {}
+        self._following: Callable[[], None] = lambda: None
 
     @property
     def specs(self) -> Mapping[str, RoutingSpec]:
@@ -59,15 +62,20 @@ class Publisher:
             self._loaded.pop(model, None)
         else:
             self._loaded[model] = loaded
-        self._swap(self._names_of(model), self._gateway.table.generation + 1)
+        self._swap(self._names_of(model), self._gateway.table.generation + (not self._configured))
 
     def replace(self, specs: Mapping[str, RoutingSpec], loaded: Mapping[str, Loaded], generation: int) -> None:
         """A new configuration: everything that is loaded and said, swapped in under ``generation``."""
+        self._configured = True
         self._specs = specs
         self._loaded = dict(loaded)
         self._missing.clear()
         names = {*self._gateway.table.models, *specs, *loaded}
         self._swap(names, generation, always=True)
+
+    def follow_with(self, follow: Callable[[], None]) -> None:
+        """Call ``follow`` whenever the table is about to change, so that shadow lanes are there when it does."""
+        self._following = follow
 
     def _names_of(self, model: str) -> list[str]:
         """The public names that may lead to a model."""
@@ -84,6 +92,7 @@ class Publisher:
                 self._gateway.unready.pop(name, None)
         if not always and models == self._gateway.table.models:
             return
+        self._following()
         policies = {name: self._policy(spec) for name, spec in self._specs.items() if name in models}
         self._gateway.publish(_table(self._gateway.table, models, generation), policies)
         self._changed()
@@ -93,13 +102,13 @@ class Publisher:
         if spec is None:
             found = self._loaded.get(name, _NOTHING)
             return ModelRoutes(found.versions, found.stable) if found.stable else None
-        bound = bind(spec, self._loaded.get(spec.model, _NOTHING).versions, self._find)
+        bound = bind(spec, self._loaded.get(spec.model, _NOTHING).versions, self.find)
         if bound.missing and bound.missing != self._missing.get(name):
             log.warning("routes_lead_nowhere", name=name, missing=[str(reference) for reference in bound.missing])
         self._missing[name] = bound.missing
         return bound.routes
 
-    def _find(self, reference: Reference) -> tuple[str, Served] | None:
+    def find(self, reference: Reference) -> tuple[str, Served] | None:
         """The version that a reference means now, when it is loaded."""
         found = self._loaded.get(reference.model, _NOTHING)
         number = reference.version

@@ -6,7 +6,10 @@ be reached changes nothing: the last plans stand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import structlog
 
@@ -15,12 +18,13 @@ from router.registry.base import (
     CHAMPION,
     PREVIOUS,
     SHADOW,
-    Fetched,
     RegistryBackend,
     RegistryError,
     Version,
 )
+from router.registry.directory import scan
 from router.registry.manifest import CONFIG, DATA, MODEL, FileEntry, Manifest
+from server.config.compile import RegistryVersion, VersionedModel
 from server.config.pbtxt import read_pbtxt
 from server.control.sources import Audit, ModelPlan, VersionPlan
 from server.errors import ModelLoadError
@@ -30,105 +34,182 @@ from server.types import ModelSpec, TensorSpec
 
 log = structlog.get_logger("control")
 
+Over: TypeAlias = Callable[[ModelOptions], ModelOptions]
+#: Where a version of the registry comes from: entry, version, options below its config.pbtxt, section on top.
+_Origin: TypeAlias = tuple[str, Version, ModelOptions, Over]
+
 #: Versions with one of these aliases are kept loaded.
 SERVED_ALIASES = (CHAMPION, CHALLENGER, PREVIOUS, SHADOW)
 
 
-class RegistrySource:
-    """Plans of every model that has a served alias."""
+class RegistryPlans:
+    """Plans of models whose files are the registry's. ``over`` puts a model's own section on top of its options."""
 
-    def __init__(self, registry: RegistryBackend, state_dir: Path, audit: Audit, base: ModelOptions) -> None:
-        self._registry = registry
+    def __init__(self, registry: RegistryBackend, state_dir: Path, audit: Audit) -> None:
+        self.registry = registry
         self._state_dir = state_dir
         self._audit = audit
+
+    def by_alias(self, name: str, entry: str, base: ModelOptions, over: Over = lambda options: options) -> ModelPlan:
+        """The entry's versions that have a served alias, under ``name``; its champion answers."""
+        aliases = self.registry.aliases(entry)
+        numbers = sorted({aliases[alias] for alias in SERVED_ALIASES if alias in aliases})
+        versions, refused = [], {}
+        for number in numbers:
+            try:
+                versions.append(self.version(str(number), entry, number, base, over))
+            except RegistryError as error:
+                refused[str(number)] = str(error)
+        champion = aliases.get(CHAMPION)
+        return ModelPlan(
+            name,
+            base,
+            tuple(versions),
+            refused=refused,
+            aliases={alias: str(number) for alias, number in aliases.items()},
+            stable="" if champion is None else str(champion),
+            request=self.request(name),
+            declared=_declared,
+        )
+
+    def version(self, number: str, entry: str, version: int, base: ModelOptions, over: Over) -> VersionPlan:
+        """One version of an entry, to be served as ``number``. Raises RegistryError."""
+        found = self.registry.version(entry, version)
+        return VersionPlan(number, Path(), (found.digest, over(base)), origin=(entry, found, base, over))
+
+    def request(self, name: str) -> Callable[[VersionPlan], LoadRequest]:
+        """How a version becomes a load request of the model ``name``: fetch it first. Blocking."""
+
+        def request(plan: VersionPlan) -> LoadRequest:
+            entry, found, base, over = cast("_Origin", plan.origin)
+            return self._request(name, plan.version, entry, found, base, over)
+
+        return request
+
+    def _request(
+        self, name: str, number: str, entry: str, found: Version, base: ModelOptions, over: Over
+    ) -> LoadRequest:
+        try:
+            fetched = self.registry.fetch(entry, found.version)
+        except RegistryError as error:
+            raise ModelLoadError(str(error)) from error
+        if fetched.healed:
+            healed = sorted(fetched.healed)
+            log.warning("files_mended", model=name, version=number, files=healed)
+            self._audit("model.files_mended", f"{name}:{number}", {"files": healed})
+        manifest = found.manifest
+        graph = None if manifest is None else manifest.file(MODEL)
+        if manifest is None or graph is None:
+            raise ModelLoadError(f"{entry}:{found.version} has no file of role 'model'")
+        return LoadRequest(
+            name,
+            number,
+            fetched.folder / graph.path,
+            over(_options(name, manifest, fetched.folder, base)),
+            fetched.folder,
+            self._state_dir,
+            listed=_beside(graph.path, manifest),
+        )
+
+
+def _options(model: str, manifest: Manifest, folder: Path, base: ModelOptions) -> ModelOptions:
+    config = manifest.file(CONFIG)
+    if config is None:
+        return base
+    try:
+        text = (folder / config.path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{config.path} cannot be read: {error}") from error
+    return read_pbtxt(text, model=model, base=base).options
+
+
+def _declared(plan: VersionPlan) -> ModelSpec | None:
+    """The signature of the manifest, when its publisher gave one."""
+    entry, found, *_ = cast("_Origin", plan.origin)
+    signature = None if found.manifest is None else found.manifest.description.signature
+    if signature is None:
+        return None
+    inputs, outputs = (
+        tuple(TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in side)
+        for side in (signature.inputs, signature.outputs)
+    )
+    return ModelSpec(entry, plan.version, inputs, outputs)
+
+
+class RegistrySource:
+    """Plans of every model of the registry, by alias."""
+
+    def __init__(self, plans: RegistryPlans, base: ModelOptions) -> None:
+        self._make = plans
         self._base = base
         self._generation = -1
         self._plans: dict[str, ModelPlan] = {}
 
     def scan(self) -> dict[str, ModelPlan]:
         """The plans as the registry stands now; the last ones while it cannot be read."""
+        registry = self._make.registry
         try:
-            generation = self._registry.generation()
+            generation = registry.generation()
             if generation != self._generation:
-                self._plans = {name: self._plan(name) for name in self._registry.models()}
+                self._plans = {name: self._make.by_alias(name, name, self._base) for name in registry.models()}
                 self._generation = generation
         except (RegistryError, StoreError) as error:
             log.error("registry_unreadable", error=str(error), models=len(self._plans))
         return self._plans
 
-    def _plan(self, model: str) -> ModelPlan:
-        aliases = self._registry.aliases(model)
-        numbers = sorted({aliases[alias] for alias in SERVED_ALIASES if alias in aliases})
+
+class VersionedSource:
+    """Models whose versions the configuration names one by one, or that it takes from an entry of the registry."""
+
+    def __init__(self, models: tuple[VersionedModel, ...], plans: RegistryPlans | None, state_dir: Path) -> None:
+        self._models = models
+        self._make = plans
+        self._state_dir = state_dir
+
+    def scan(self) -> dict[str, ModelPlan]:
+        """One plan per model, whatever is found."""
+        return {model.name: self._plan(model) for model in self._models}
+
+    def _plan(self, model: VersionedModel) -> ModelPlan:
+        try:
+            if model.entry:
+                return self._registry().by_alias(model.name, model.entry, model.defaults, model.overlay.over)
+            return self._by_number(model)
+        except (RegistryError, StoreError, ModelLoadError) as error:
+            return ModelPlan(model.name, error=str(error))
+
+    def _by_number(self, model: VersionedModel) -> ModelPlan:
         versions, refused = [], {}
-        for number in numbers:
+        for number, source in model.versions.items():
             try:
-                found = self._registry.version(model, number)
-                versions.append(VersionPlan(str(number), Path(), found.digest))
-            except RegistryError as error:
-                refused[str(number)] = str(error)
-        champion = aliases.get(CHAMPION)
+                versions.append(self._version(model, number, source))
+            except (OSError, RegistryError, ModelLoadError) as error:
+                refused[number] = str(error)
         return ModelPlan(
-            model,
-            self._base,
-            tuple(versions),
-            refused=refused,
-            aliases={alias: str(number) for alias, number in aliases.items()},
-            stable="" if champion is None else str(champion),
-            request=lambda version: self._request(model, version),
-            declared=lambda version: self._declared(model, version),
+            model.name, model.options, tuple(versions), refused=refused, request=partial(self._request, model)
         )
 
-    def _request(self, model: str, plan: VersionPlan) -> LoadRequest:
-        """Fetch a version and say how to load it. Blocking; raises ModelLoadError."""
-        try:
-            fetched = self._registry.fetch(model, int(plan.version))
-            found = self._registry.version(model, int(plan.version))
-        except RegistryError as error:
-            raise ModelLoadError(str(error)) from error
-        if fetched.healed:
-            healed = sorted(fetched.healed)
-            log.warning("files_mended", model=model, version=plan.version, files=healed)
-            self._audit("model.files_mended", f"{model}:{plan.version}", {"files": healed})
-        return self._load_request(model, plan.version, found, fetched)
+    def _version(self, model: VersionedModel, number: str, source: Path | RegistryVersion) -> VersionPlan:
+        if isinstance(source, RegistryVersion):
+            found = self._registry().registry.resolve(source.model, source.version)
+            return self._registry().version(number, source.model, found.version, model.defaults, model.overlay.over)
+        found_on_disk = scan(source)
+        versions = [version for entry in found_on_disk.models.values() for version in entry.versions.values()]
+        if len(versions) != 1:
+            reasons = "; ".join(problem.message for problem in found_on_disk.problems)
+            raise ModelLoadError(reasons or f"its source holds {len(versions)} versions, wanted one")
+        return VersionPlan(number, versions[0].path, (versions[0].fingerprint, model.options))
 
-    def _declared(self, model: str, plan: VersionPlan) -> ModelSpec | None:
-        """The signature of the manifest, when its publisher gave one."""
-        manifest = self._registry.version(model, int(plan.version)).manifest
-        signature = None if manifest is None else manifest.description.signature
-        if signature is None:
-            return None
-        inputs, outputs = (
-            tuple(TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in side)
-            for side in (signature.inputs, signature.outputs)
-        )
-        return ModelSpec(model, plan.version, inputs, outputs)
+    def _request(self, model: VersionedModel, plan: VersionPlan) -> LoadRequest:
+        if plan.origin is not None:
+            return self._registry().request(model.name)(plan)
+        folder = plan.path.parent
+        return LoadRequest(model.name, plan.version, plan.path, model.options, folder, self._state_dir)
 
-    def _load_request(self, model: str, version: str, found: Version, fetched: Fetched) -> LoadRequest:
-        manifest = found.manifest
-        if manifest is None:
-            raise ModelLoadError(f"{model}:{version} has no manifest")
-        graph = manifest.file(MODEL)
-        if graph is None:
-            raise ModelLoadError(f"{model}:{version} has no file of role 'model'")
-        return LoadRequest(
-            model,
-            version,
-            fetched.folder / graph.path,
-            self._options(model, manifest, fetched.folder),
-            fetched.folder,
-            self._state_dir,
-            listed=_beside(graph.path, manifest),
-        )
-
-    def _options(self, model: str, manifest: Manifest, folder: Path) -> ModelOptions:
-        config = manifest.file(CONFIG)
-        if config is None:
-            return self._base
-        try:
-            text = (folder / config.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelLoadError(f"{config.path} cannot be read: {error}") from error
-        return read_pbtxt(text, model=model, base=self._base).options
+    def _registry(self) -> RegistryPlans:
+        if self._make is None:
+            raise ModelLoadError("its source is the registry, and the state folder cannot be read")
+        return self._make
 
 
 def _beside(graph: str, manifest: Manifest) -> dict[str, FileEntry]:

@@ -32,6 +32,8 @@ class VersionPlan:
     version: str
     path: Path
     fingerprint: object
+    #: Where it comes from, for whoever made the plan.
+    origin: object = field(default=None, compare=False)
 
 
 @dataclass(slots=True, frozen=True)
@@ -169,7 +171,7 @@ def _plan(model: FoundModel, named: NamedModel, problems: list[ScanProblem], sta
     except (TidegateError, ValueError) as error:
         return ModelPlan(model.name, error=str(error), folder=model.folder)
     versions = tuple(
-        VersionPlan(number, found.path, (model.fingerprint, found.fingerprint))
+        VersionPlan(number, found.path, (model.fingerprint, found.fingerprint, options))
         for number, found in model.versions.items()
         if number in selected
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,7 @@ def wasserstein(reference: Array, window: Array, low: float, high: float) -> flo
     a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
     a, b = np.clip(a, low, high), np.clip(b, low, high)
     points = np.unique(np.concatenate([a, b]))
-    return sum(
-        abs(float((a <= x).mean()) - float((b <= x).mean())) * float(y - x)
-        for x, y in zip(points[:-1], points[1:], strict=True)
-    )
+    return sum(abs(float((a <= x).mean()) - float((b <= x).mean())) * float(y - x) for x, y in pairwise(points))
 
 
 class Alarms:

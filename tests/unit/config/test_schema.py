@@ -13,9 +13,9 @@ from server.config.model import Config
 from server.config.schema import DIALECT, config_schema
 
 _KEYWORDS = {
-    "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "enum", "exclusiveMinimum",
-    "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength", "minProperties", "minimum", "pattern",
-    "patternProperties", "properties", "required", "title", "type",
+    "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "enum",
+    "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
+    "minProperties", "minimum", "pattern", "patternProperties", "properties", "required", "title", "type",
 }  # fmt: skip
 
 

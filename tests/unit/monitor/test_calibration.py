@@ -14,7 +14,7 @@ from monitor.judging import Judge
 from monitor.layout import Layout
 from monitor.panes import PaneStore
 from monitor.profile import ReferenceProfile
-from monitor.types import HOUR_NS, AlarmRules, Settings, WindowCounts, rows_window, time_window
+from monitor.types import HOUR_NS, Alarm, AlarmRules, Settings, WindowCounts, rows_window, time_window
 
 
 def counts(rows: int, hours: float) -> WindowCounts:
@@ -118,8 +118,12 @@ def test_dependent_rows_alarm_without_calibration_and_not_with_it() -> None:
     raised = []
     for calibration in (None, calibrate(one, table(past))):
         judge = Judge(one, settings, calibration)
-        alarms = []
-        store = PaneStore(one, settings.windows, on_look=lambda c, j=judge, a=alarms: a.extend(j.look("stable", c)))
+        alarms: list[Alarm] = []
+
+        def look(found: WindowCounts, judge: Judge = judge, alarms: list[Alarm] = alarms) -> None:
+            alarms.extend(judge.look("stable", found))
+
+        store = PaneStore(one, settings.windows, on_look=look)
         store.add([now], len(now), 0)
         raised.append(len(alarms))
     assert raised[0] > 20

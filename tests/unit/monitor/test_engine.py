@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numba.core import event
 
-from monitor.engine import Monitor, MonitorSet
+from monitor.engine import Monitor, MonitorSet, OnAlarm
 from monitor.errors import ProfileMismatch, SettingsError, StateError
 from monitor.profile import ReferenceProfile
 from monitor.state import MonitorState, merge
 from monitor.tap import Item, Tap
 from monitor.types import SECOND_NS, Alarm, AlarmRules, Settings, rows_window, time_window
+from monitor.worker import DrainThread
 
 ROWS_ONLY = Settings(windows=(rows_window(1000), rows_window(10_000)), rules=AlarmRules(ert_rows=1_000_000))
 
 
 @dataclass
 class Output:
-    data: object
+    data: Any
 
 
 def normal(seed: int, rows: int, columns: int = 5) -> np.ndarray:
@@ -37,7 +41,7 @@ def profile(columns: int = 5, seed: int = 0) -> ReferenceProfile:
 
 
 def offer(tap: Tap, values: np.ndarray, arm: str = "stable", now_ns: int = 0, parts: int = 1) -> bool:
-    scores = np.random.default_rng(tap.offered).random(len(values))
+    scores = np.random.default_rng(zlib.crc32(values.tobytes())).random(len(values))
     pieces = [piece.tobytes() for piece in np.array_split(values, parts)]
     return tap.offer(len(values), [pieces], [Output(scores.tobytes())], now_ns, arm)
 
@@ -248,22 +252,22 @@ def drive(monitors: MonitorSet, tap: Tap, first: int, last: int) -> None:
         monitors.drain((second + 1) * SECOND_NS)
 
 
+def writer(seen: list[tuple[str, str, int]]) -> OnAlarm:
+    return lambda _, alarm: seen.append((alarm.state, alarm.column, alarm.episode))
+
+
 def test_a_restart_goes_on_from_the_snapshot() -> None:
     settings = Settings(windows=(time_window(10, 1), rows_window(1400, 70)), rules=AlarmRules(ert_rows=10_000_000))
     heard: list[list[tuple[str, str, int]]] = []
     reports = []
     for cut in (None, 45):
         seen: list[tuple[str, str, int]] = []
-        monitors = MonitorSet(
-            on_alarm=lambda _, alarm, seen=seen: seen.append((alarm.state, alarm.column, alarm.episode))
-        )
+        monitors = MonitorSet(on_alarm=writer(seen))
         monitor, tap = attach(monitors, settings)
         drive(monitors, tap, 0, cut or 60)
         if cut:
             data = monitor.snapshot()
-            monitors = MonitorSet(
-                on_alarm=lambda _, alarm, seen=seen: seen.append((alarm.state, alarm.column, alarm.episode))
-            )
+            monitors = MonitorSet(on_alarm=writer(seen))
             monitor, tap = attach(monitors, settings)
             monitor.restore(MonitorState.from_bytes(data))
             drive(monitors, tap, cut, 60)
@@ -336,6 +340,36 @@ def test_a_seasonal_reference_replaces_the_profile_once_it_is_known() -> None:
             monitor.judge.restart("stable")
             heard.clear()
     assert not any(alarm.state == "raised" and alarm.start_ns > 169 * hour for alarm in heard)
+
+
+def test_every_row_of_two_busy_threads_is_counted_or_dropped() -> None:
+    monitors = MonitorSet()
+    monitor, first = attach(monitors, replace(ROWS_ONLY, ring_rows=2000))
+    errors: list[Exception] = []
+    drainer = DrainThread(lambda: monitors.drain(0), interval_s=0.001, on_error=errors.append)
+    second = monitors.tap("m", "1", ["x"], ["score"], wake=drainer.wake)
+    assert second is not None
+    batch = normal(0, 25)
+
+    def produce(tap: Tap, arm: str) -> None:
+        for _ in range(2000):
+            offer(tap, batch, arm)
+
+    drainer.start()
+    producers = [threading.Thread(target=produce, args=pair) for pair in ((first, "stable"), (second, "canary"))]
+    for producer in producers:
+        producer.start()
+    for producer in producers:
+        producer.join(30)
+    assert drainer.stop()
+    assert errors == []
+    report = monitor.report()
+    for arm in ("stable", "canary"):
+        assert report.counted[arm] + report.dropped[arm] == 50_000
+    gauges = monitors.gauges()
+    assert gauges["offered"] == 100_000
+    assert gauges["waiting"] == gauges["refused"] == 0
+    assert gauges["dropped"] == sum(report.dropped.values())
 
 
 def test_nothing_is_compiled_after_the_monitor_is_made() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from monitor.profile import ReferenceProfile
 from tests.reference import naive_monitor as naive
 
 DENORMAL = np.float32(1e-42)
-ODD = {
+ODD: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda r, n: r.standard_normal(n),
     "log-normal": lambda r, n: np.exp(r.standard_normal(n)),
     "cauchy": lambda r, n: r.standard_cauchy(n),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_missing_strings() -> None:
         (lambda: ReferenceProfile.from_table({"x": np.ones((2, 2))}, [Column("x", "x")]), "one-dimensional"),
     ],
 )
-def test_what_cannot_be_profiled_is_said(build: object, message: str) -> None:
+def test_what_cannot_be_profiled_is_said(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
         build()
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from monitor.tap import Tap
+from monitor.tap import Item, Tap
 
 
 @dataclass
 class Output:
-    data: object
+    data: Any
 
 
 def tap(**bounds: int) -> Tap:
     return Tap([("x", 1, False)], [("y", 0, False)], **{"max_rows": 100, "max_bytes": 1 << 20, **bounds})
+
+
+def contents(item: Item) -> bytes:
+    found = item.data[0]
+    assert found is not None
+    return bytes(found[0])
 
 
 def test_contents_are_copied_in_order() -> None:
@@ -97,7 +104,7 @@ def test_counters_are_exact_with_a_consumer_beside() -> None:
 
     def consume() -> None:
         while not done.is_set() or one.waiting:
-            seen.extend(int(np.frombuffer(item.data[0][0], "i8")[0]) for item in one.take(16))
+            seen.extend(int(np.frombuffer(contents(item), "i8")[0]) for item in one.take(16))
 
     thread = threading.Thread(target=consume)
     thread.start()

@@ -1,0 +1,291 @@
+"""Routing from outside: splits, stickiness, shadows, experiments and reloads of a live server, over both protocols."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from server._pb import inference_pb2 as pb
+from tests.support import models
+from tests.support.server import Server, serving
+from tests.support.v2 import call, tensor
+
+X = [tensor("x", "FP32", [1, 4], [1, 2, 3, 4])]
+SCALES = {"1": 2.0, "2": 3.0, "3": 5.0}
+
+
+class Place:
+    """A folder with three versions of ``m`` (x times 2, 3, 5), a configuration file and a state folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = root / "state"
+        self.path = root / "config.yaml"
+        for version, scale in SCALES.items():
+            models.affine(root / f"v{version}.onnx", scale, 0.0)
+
+    def text(self, more: str, versions: str = "123", stable: str = "1") -> str:
+        listed = "\n".join(f'      "{v}": {{source: {self.root}/v{v}.onnx}}' for v in versions)
+        return f'apiVersion: tidegate/v1\nmodels:\n  m:\n    versions:\n{listed}\n    stable: "{stable}"\n{more}'
+
+    def write(self, more: str, **fields: str) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(self.text(more, **fields))
+        new.rename(self.path)
+
+    def token(self) -> str:
+        return (self.state / "admin-token").read_text().strip()
+
+    def serve(self, *more: str) -> Any:
+        return serving(str(self.path), "--state-dir", str(self.state), *more)
+
+    def admin(
+        self, server: Server, method: str, path: str, body: Any = None, **headers: str
+    ) -> tuple[int, Any, dict[str, str]]:
+        given = {"Authorization": f"Bearer {self.token()}", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        return call(server.admin, method, f"/admin/v1/{path}", body, given)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def canary(weight: str, candidate: str = "2") -> str:
+    return f'    key: {{from: [header:x-user]}}\n    rollout: {{id: r1, candidate: "{candidate}", weight: {weight}}}\n'
+
+
+def ask(server: Server, user: str) -> tuple[str, str, int]:
+    """(version, arm, generation) of one answer; its numbers are checked."""
+    status, body, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-user": user})
+    assert status == 200, body
+    version = headers["x-tidegate-version"]
+    assert body["model_version"] == version
+    assert body["outputs"][0]["data"] == [SCALES[version] * x for x in (1, 2, 3, 4)]
+    return version, headers["x-tidegate-arm"], int(headers["x-tidegate-generation"])
+
+
+def ask_grpc(channel: grpc.Channel, user: str) -> str:
+    request = pb.ModelInferRequest(model_name="m")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    request.raw_input_contents.append(np.float32([1, 2, 3, 4]).tobytes())
+    infer = channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=pb.ModelInferRequest.SerializeToString,
+        response_deserializer=pb.ModelInferResponse.FromString,
+    )
+    answer, done = infer.with_call(request, timeout=20, metadata=(("x-user", user),))
+    assert dict(done.initial_metadata())["x-tidegate-version"] == answer.model_version
+    return str(answer.model_version)
+
+
+def eventually(check: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < until, "the server did not follow"
+        time.sleep(0.05)
+
+
+def test_a_canary_is_sticky_on_both_protocols_and_only_grows(place: Place) -> None:
+    place.write(canary("20%"))
+    users = [f"user-{n}" for n in range(400)]
+    with place.serve() as server, grpc.insecure_channel(server.grpc) as channel:
+        first = {user: ask(server, user)[0] for user in users}
+        assert {user: ask_grpc(channel, user) for user in users} == first
+        share = Counter(first.values())["2"] / len(users)
+        assert 0.12 < share < 0.29
+        status, answer, _ = place.admin(server, "POST", "config", place.text(canary("50%")).encode())
+        assert status == 200, answer
+        second = {user: ask(server, user)[0] for user in users}
+        assert all(second[user] == "2" for user in users if first[user] == "2")
+        assert 0.4 < Counter(second.values())["2"] / len(users) < 0.6
+        generation = answer["generation"]
+        assert ask(server, "anybody")[2] == generation
+    with place.serve() as again:
+        assert {user: ask(again, user)[0] for user in users} == first
+
+
+def test_rules_come_first_and_explain_themselves(place: Place) -> None:
+    place.write('    rules:\n      - {name: testers, match: {header: {x-tester: "yes"}}, to: "3"}\n' + canary("1%"))
+    with place.serve() as server:
+        _, _, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-tester": "yes"})
+        assert headers["x-tidegate-version"] == "3"
+        _, _, headers = call(server.http, "POST", "/v2/models/m/versions/2/infer", {"inputs": X})
+        assert (headers["x-tidegate-version"], headers["x-tidegate-arm"]) == ("2", "pinned")
+
+
+def test_changes_need_the_token_and_the_generation(place: Place) -> None:
+    place.write(canary("10%"))
+    with place.serve() as server:
+        text = place.text(canary("11%")).encode()
+        assert call(server.admin, "POST", "/admin/v1/config", text)[0] == 401
+        assert oct((place.state / "admin-token").stat().st_mode & 0o777) == "0o600"
+        status, current, headers = place.admin(server, "GET", "config")
+        assert status == 200
+        assert current == place.path.read_bytes()
+        generation = headers["etag"].strip('"')
+        results = [
+            place.admin(server, "POST", "config", text, If_Match=generation, x_tidegate_actor=f"op{n}")[0]
+            for n in range(2)
+        ]
+        assert results == [200, 412]
+        status, history, _ = place.admin(server, "GET", "config/history")
+        assert status == 200
+        actors = [row["actor"] for row in history["generations"]]
+        assert actors[:2] == ["op0", "tidegate"]
+        status, plan, _ = place.admin(server, "POST", "config?dry_run=1", place.text(canary("30%")).encode())
+        assert status == 200
+        assert plan["plan"]["movements"] if "plan" in plan else plan["movements"]
+        before = ask(server, "u")[2]
+        status, answer, _ = place.admin(server, "POST", f"config:rollback?to={generation}")
+        assert status == 200, answer
+        assert ask(server, "u")[2] == answer["generation"] > before
+
+
+BAD = [
+    "nonsense: [",
+    "apiVersion: tidegate/v1\nmodels: {m: {sorce: x}}\n",
+]
+
+
+def test_good_and_bad_reloads_under_load_lose_nothing(place: Place) -> None:
+    place.write(canary("50%"))
+    with place.serve() as server:
+        seen: list[tuple[str, str, int]] = []
+        failures: list[BaseException] = []
+        done = threading.Event()
+
+        def caller(number: int) -> None:
+            n = 0
+            try:
+                while not done.is_set():
+                    n += 1
+                    seen.append(ask(server, f"u{number}-{n % 50}"))
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=caller, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        served: dict[int, set[str]] = {ask(server, "first")[2]: {"1", "2"}}
+        try:
+            for round_ in range(8):
+                stable, candidate = ("1", "2") if round_ % 2 else ("3", "1")
+                more = canary("50%", candidate).replace("r1", f"r{round_ + 2}")
+                text = place.text("    reshuffle: true\n" + more, stable=stable).encode()
+                status, answer, _ = place.admin(server, "POST", "config", text)
+                assert status == 200, answer
+                served[answer["generation"]] = {stable, candidate}
+                for bad in [*BAD, place.text(canary("5%")).replace("v2.onnx", "gone.onnx")]:
+                    status, answer, _ = place.admin(server, "POST", "config", bad.encode())
+                    assert status == 400, answer
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join(30)
+        assert not failures
+        assert len(seen) > 100
+        for version, _, generation in seen:
+            assert version in served[generation]
+        assert len({generation for *_, generation in seen}) > 2
+
+
+def test_the_file_is_followed_and_a_bad_one_changes_nothing(place: Place) -> None:
+    place.write(canary("0%"))
+    with place.serve() as server:
+        assert ask(server, "u")[0] == "1"
+        place.write("", stable="3")
+        eventually(lambda: ask(server, "u")[0] == "3")
+        place.path.write_text("nonsense: [")
+        server.wait_for("reload_refused")
+        assert ask(server, "u")[0] == "3"
+        os.kill(server.process.pid, signal.SIGHUP)
+        assert ask(server, "u")[0] == "3"
+        server.terminate()
+        assert server.wait() == 0
+    with place.serve() as again:
+        assert ask(again, "u")[0] == "3"
+        assert any("last good" in line for line in again.raw)
+
+
+def shadow_report(place: Place, server: Server) -> dict[str, Any]:
+    status, body, _ = place.admin(server, "GET", "shadows")
+    assert status == 200
+    return dict(body["shadows"][0])
+
+
+def test_a_shadow_is_compared_and_changes_no_answer(place: Place) -> None:
+    place.write('    shadow:\n      - {to: "3", sample: 100%, budget: {rps: 10000}}\n')
+    with place.serve() as server:
+        server.wait_for("shadow_ready")
+        for n in range(50):
+            assert ask(server, f"u{n}")[0] == "1"
+        eventually(lambda: shadow_report(place, server)["comparison"]["pairs"] >= 30)
+        report = json.dumps(shadow_report(place, server))
+        assert "12.0" in report  # the largest difference: 5 * 4 - 2 * 4
+        page = call(server.metrics, "GET", "/metrics")[1].decode()
+        assert "tidegate_shadow_pairs_total" in page
+
+
+def test_an_experiment_hears_of_outcomes(place: Place) -> None:
+    place.write(
+        "    key: {from: [header:x-user]}\n"
+        "    experiment:\n      id: e1\n      coverage: 100%\n"
+        '      arms: {control: {to: "1", share: 50%}, b: {to: "2", share: 50%}}\n'
+        "      outcome: {name: click, kind: binary, window: 1h}\n"
+    )
+    with place.serve() as server:
+        ids = []
+        for n in range(60):
+            _, _, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-user": f"u{n}"})
+            ids.append(headers["x-tidegate-id"])
+        items = [{"id": id_, "outcome": 1, "name": "click"} for id_ in ids[:10]]
+        items += [{"key": "u20", "outcome": "yes"}, {"id": "nobody", "outcome": 1}]
+        status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", items)
+        assert (status, answer) == (200, {"accepted": 12, "joined": 11})
+        assert call(server.http, "POST", "/v2/models/nobody/feedback", items)[0] == 404
+        status, report, _ = place.admin(server, "GET", "experiments/e1")
+        assert status == 200
+        assert {arm["name"] for arm in report["arms"]} == {"control", "b"}
+        server.wait_for("exposure", experiment="e1")
+
+
+@pytest.fixture
+def broken(place: Place) -> Iterator[Place]:
+    """Version 2 refuses every input of these tests: its lookup table is too small."""
+    models.save(
+        place.root / "v2.onnx",
+        [
+            models.helper.make_node("Cast", ["x"], ["i"], to=models.TensorProto.INT64),
+            models.helper.make_node("Gather", ["table", "i"], ["y"], axis=0),
+        ],
+        [("x", models.TensorProto.FLOAT, ["n", 4])],
+        [("y", models.TensorProto.FLOAT, ["n", 4])],
+        {"table": np.zeros(1, np.float32)},
+    )
+    yield place
+
+
+def test_a_fallback_hides_a_candidate_from_users_but_not_from_the_counts(broken: Place) -> None:
+    broken.write(canary("50%") + "    resilience: {fallback: stable}\n")
+    with broken.serve() as server:
+        for n in range(40):
+            assert ask(server, f"u{n}")[0] == "1"
+        page = call(server.metrics, "GET", "/metrics")[1].decode()
+        line = next(
+            line for line in page.splitlines()
+            if line.startswith("tidegate_attempts_total") and 'version="2"' in line
+        )  # fmt: skip
+        assert 'code="input_rejected"' in line
+        assert float(line.split()[-1]) > 5
