@@ -170,9 +170,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     admin = _admin(settings, state, reconfigure, shadows.loader, gateway)
     return Lifecycle(
         readiness=readiness,
-        listeners=_listeners(
-            settings, gateway, services, telemetry, _admin(settings, state, reconfigure, shadows.loader, gateway)
-        ),
+        listeners=_listeners(settings, gateway, services, telemetry, admin),
         start_models=start_models,
         close_models=close_models,
         reload=reload,

@@ -60,6 +60,7 @@ TABLE: Final[Mapping[str, Status]] = {
     "queue_timeout": _unavailable(),
     "request_timeout": Status(408, 4, "DEADLINE_EXCEEDED"),
     "runtime_failure": INTERNAL,
+    "store_error": _unavailable(),
     "too_many_requests": _unavailable(),
     "unimplemented": Status(501, 12, "UNIMPLEMENTED"),
     "unsupported_encoding": Status(415, 12, "UNIMPLEMENTED"),

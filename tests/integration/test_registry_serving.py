@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ def answer(server: Server, version: str = "", model: str = "m") -> tuple[int, st
     return status, body["model_version"], body["outputs"][0]["data"]
 
 
+def last_came_from(seen: list[tuple[int, str, list[float]]], version: str) -> bool:
+    return seen[-1][1] == version
+
+
 def eventually(check: Callable[[], bool], seconds: float = 20) -> None:
     """Ask again until the live server has seen the change; its poll is a second."""
     until = time.monotonic() + seconds
@@ -110,8 +115,8 @@ def test_no_request_fails_while_versions_come_go_and_fail(server: Server, place:
         thread.start()
     try:
         for scale in (3.0, 4.0):
-            version = place.publish(scale, "--alias", "champion")["version"]
-            eventually(lambda version=version: seen[-1][1] == str(version))
+            version = str(place.publish(scale, "--alias", "champion")["version"])
+            eventually(partial(last_came_from, seen, version))
         bad = place.root / "bad.onnx"
         bad.write_bytes(b"not a model at all")
         cli("registry", "publish", "m", str(bad), "--alias", "champion", "--state-dir", place.state)

@@ -9,12 +9,13 @@ import grpc
 import pytest
 
 import server.errors
+import server.store.base
 import server.transport.faults
 from server.errors import InvalidArgument, ModelNotReady, OutOfMemory, QueueFull, TidegateError, TooManyRequests
 from server.transport.status import INTERNAL, SHEDDING, TABLE, StatusTable, safe_text
 
 #: Imported for its classes, which join the tree.
-FAULTS = server.transport.faults
+FAULTS = (server.transport.faults, server.store.base)
 
 
 def classes(base: type[TidegateError] = TidegateError) -> Iterator[type[TidegateError]]:
