@@ -26,6 +26,7 @@ from packaging.utils import canonicalize_name
 import server
 from server.config.compile import compile_models
 from server.config.load import load_config
+from server.config.routing import compile_routing
 from server.config.settings import ServerSettings
 from server.telemetry.instruments import Telemetry
 from server.transport.status import TABLE
@@ -448,10 +449,13 @@ def test_metrics_in_documents_are_served() -> None:
 
 
 def test_configuration_in_the_readme_is_valid(tmp_path: Path) -> None:
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (tmp_path / "config.yaml").write_text(text)
-    (tmp_path / "digits.onnx").touch()
-    assert list(compile_models(load_config(tmp_path / "config.yaml"))) == ["digits"]
+    texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found: list[str] = []
+    for text in texts:
+        (tmp_path / "config.yaml").write_text(text)
+        config = load_config(tmp_path / "config.yaml")
+        found += [*compile_models(config), *compile_routing(config)]
+    assert found == ["digits", "fraud"]
 
 
 def test_bench_measures_every_way(tmp_path: Path) -> None:
