@@ -43,7 +43,9 @@ from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Listener, Readiness
 from server.runtime.base import Engine, ModelOptions, Runtime
+from server.runtime.dispatch import DispatchRuntime
 from server.runtime.onnx import OnnxRuntime
+from server.runtime.upstream import UpstreamRuntime
 from server.shadowing import CompareWorker, ShadowLane
 from server.state import State, open_state
 from server.store.base import StoreError
@@ -113,7 +115,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     state, deferred, audit = _state(settings, models)
     control = ModelControl(
         source=_source(settings, models, state, audit),
-        runtime=runtime or OnnxRuntime(),
+        runtime=DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
         publisher=publisher,
@@ -142,7 +144,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         try:
             if reconfigure is not None:
                 await reconfigure.reload()
-            await control.refresh()
+            await control.refresh(retry_failed=True)
         except (TidegateError, OSError) as error:
             log.error("reload_failed", error=str(error))
 
@@ -402,7 +404,7 @@ def _state(settings: ServerSettings, models: Models) -> tuple[State | None, Defe
 
 def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> JoinedSource:
     """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
-    named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over) for m in models.named.values())
+    named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over, m.golden) for m in models.named.values())
     plans = None if state is None else RegistryPlans(state.registry, settings.state_dir, audit)
     sources: list[ModelSource] = [
         NamedSource(named, settings.state_dir),
@@ -430,7 +432,8 @@ def _server_of_versions(
     def serve(engine: Engine, options: ModelOptions) -> Served:
         spec = engine.spec
         counted = telemetry.model(spec.name, spec.version)
-        batcher = Batcher(
+        kind = OffLoopBatcher if getattr(engine, "remote", False) else Batcher
+        batcher = kind(
             engine,
             options.batching,
             clock=time.monotonic_ns,

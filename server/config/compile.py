@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from router.registry.directory import is_model_name
 from server.config import units
 from server.config.consistency import overlap
-from server.config.kinds import Source
 from server.config.model import (
     Batching,
     Config,
     Defaults,
     Limits,
     Model,
+    ModelVersion,
     Priority,
     QueueRules,
     RuntimeChoice,
     Traces,
+    Upstream,
     VersionPolicy,
     Warmup,
     WarmupTensor,
@@ -31,6 +32,7 @@ from server.config.routing import serves_registry
 from server.config.settings import ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
 from server.errors import ConfigError
 from server.runtime.base import ModelOptions, Provider, QueuePolicy, WarmupInput, WarmupSample
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import RequestLimits
 
 _CHOICES: Final = {
@@ -63,13 +65,14 @@ class Overlay:
 class CompiledModel:
     """One model of the file. Its options are, from weak to strong: ``defaults``, its config.pbtxt, its own section.
 
-    ``source`` is a model file, or a folder that holds one model.
+    ``source`` is a model file, or a folder that holds one model. ``golden``: files of golden requests.
     """
 
     name: str
     source: Path
     defaults: ModelOptions
     overlay: Overlay
+    golden: tuple[Path, ...] = ()
 
     @property
     def options(self) -> ModelOptions:
@@ -91,7 +94,7 @@ def compile_models(config: Config, *, repository: Path | None = None) -> dict[st
     root, defaults = repository or config.registry.directory, compile_defaults(config)
     embedded = serves_registry(config, repository_given=repository is not None)
     return {
-        name: CompiledModel(name, _source(name, model, root), defaults, _overlay(model))
+        name: CompiledModel(name, _source(name, model, root), defaults, _overlay(model), model.golden)
         for name, model in config.models.items()
         if _lies_in_one_place(model, embedded)
     }
@@ -119,19 +122,25 @@ class RegistryVersion:
     version: str
 
 
+#: Where a version comes from.
+VersionOrigin: TypeAlias = Path | RegistryVersion | UpstreamOptions
+
+
 @dataclass(slots=True, frozen=True)
 class VersionedModel:
     """A model whose versions the file names one by one, or (``entry``) one that the embedded registry serves.
 
-    ``versions``: number -> a model file or a folder of one version, or a version of the registry. With ``entry``, the
-    registry's entry of that name, by its aliases; ``versions`` is empty then.
+    ``versions``: number -> a model file or a folder of one version, a version of the registry, or another server's.
+    With ``entry``, the registry's entry of that name, by its aliases; ``versions`` is empty then.
+    ``golden``: files of golden requests.
     """
 
     name: str
-    versions: Mapping[str, Path | RegistryVersion]
+    versions: Mapping[str, VersionOrigin]
     entry: str
     defaults: ModelOptions
     overlay: Overlay
+    golden: tuple[Path, ...] = ()
 
     @property
     def options(self) -> ModelOptions:
@@ -153,17 +162,35 @@ def compile_versions(config: Config, *, repository: Path | None = None) -> dict[
 def _versioned(name: str, model: Model, root: Path | None, defaults: ModelOptions) -> VersionedModel:
     overlay = _overlay(model)
     if model.versions is None:
-        return VersionedModel(name, {}, name if model.source is None else model.source.entry, defaults, overlay)
-    versions = {number: _version_source(of.source, root) for number, of in model.versions.items()}
-    return VersionedModel(name, versions, "", defaults, overlay)
+        entry = name if model.source is None else model.source.entry
+        return VersionedModel(name, {}, entry, defaults, overlay, model.golden)
+    versions = {number: _version_origin(number, of, root) for number, of in model.versions.items()}
+    return VersionedModel(name, versions, "", defaults, overlay, model.golden)
 
 
-def _version_source(source: Source, root: Path | None) -> Path | RegistryVersion:
+def _version_origin(number: str, of: ModelVersion, root: Path | None) -> VersionOrigin:
+    if of.upstream is not None:
+        return _upstream(of.upstream)
+    source = of.source
+    if source is None:
+        raise ConfigError(f"version {number} has neither a source nor an upstream")
     if source.path is not None:
         return source.path
     if root is not None and source.version:
         return root / source.entry / source.version
     return RegistryVersion(source.entry, source.version or f"@{source.alias}")
+
+
+def _upstream(upstream: Upstream) -> UpstreamOptions:
+    return UpstreamOptions(
+        upstream.url,
+        upstream.model or "",
+        upstream.version or "",
+        timeout_s=upstream.timeout / units.NS_PER_S,
+        max_batch_rows=upstream.max_batch_rows,
+        headers=tuple(upstream.headers.items()),
+        ca_file="" if upstream.ca_file is None else str(upstream.ca_file),
+    )
 
 
 def _overlay(model: Defaults) -> Overlay:

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 
 from router.registry.directory import is_version
-from server.config.model import Batching, Config, Defaults, Listeners, Model, QueueRules, RuntimeChoice, Warmup
+from server.config.model import (
+    Batching,
+    Config,
+    Defaults,
+    Listeners,
+    Model,
+    ModelVersion,
+    QueueRules,
+    RuntimeChoice,
+    Warmup,
+)
 from server.config.problems import Contradiction
 from server.config.routing_rules import routing_contradictions
 from server.config.settings import Address
@@ -29,6 +39,8 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
         path = ("models", name)
         if not has_repository:
             yield from _source(name, model, config.registry.embedded)
+        for version, entry in (model.versions or {}).items():
+            yield from _version(entry, (*path, "versions", version))
         yield from _behaviour(model, path)
         yield from _warmups(model, path)
     yield from routing_contradictions(config, repository_given=repository_given)
@@ -102,11 +114,27 @@ def _source(name: str, model: Model, embedded: bool) -> Iterator[Contradiction]:
         yield Contradiction(path, text, (*((*path, key) for key in ("source", "versions", "model")), needs))
     sources = {} if model.source is None else {(*path, "source"): model.source}
     for version, entry in (model.versions or {}).items():
-        sources[*path, "versions", version, "source"] = entry.source
+        if entry.entry is not None:
+            sources[*path, "versions", version, "source"] = entry.entry
     for place, source in sources.items():
         if source.path is None:
             text = f"registry:{source.text} needs registry.directory or registry.embedded, which are not set"
             yield Contradiction(place, text, (needs, ("registry", "embedded")))
+
+
+def _version(entry: ModelVersion, path: KeyPath) -> Iterator[Contradiction]:
+    """A version lies in one place; trusted authorities belong to https."""
+    source, upstream = (*path, "source"), (*path, "upstream")
+    if entry.source is not None and entry.upstream is not None:
+        yield Contradiction(upstream, "give either source or upstream, not both", (source,))
+    if entry.source is None and entry.upstream is None:
+        yield Contradiction(path, "the version has neither a source nor an upstream", (source, upstream))
+    if entry.upstream is not None and entry.upstream.ca_file and not entry.upstream.url.startswith("https:"):
+        yield Contradiction((*upstream, "ca_file"), "ca_file needs an https address", ((*upstream, "url"),))
+    names = [] if entry.upstream is None else list(entry.upstream.headers)
+    for name in names:
+        if sum(other.lower() == name.lower() for other in names) > 1:
+            yield Contradiction((*upstream, "headers", name), f"header {name.lower()} is named more than once")
 
 
 def _behaviour(model: Defaults, path: KeyPath) -> Iterator[Contradiction]:

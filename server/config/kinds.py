@@ -14,11 +14,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from router.registry.directory import MODEL_NAME_PATTERN, is_model_name, is_version
 from server.config import units
 from server.config.settings import Address
+from server.errors import ConfigError
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import ALL_DATATYPES
 
 MAX_SECRET_BYTES: Final = 64 * 1024
@@ -33,6 +35,23 @@ _TARGET_PATTERN: Final = f"(({MODEL_NAME_PATTERN}):)?{_VERSION_PATTERN}|({MODEL_
 _TARGET: Final = re.compile(_TARGET_PATTERN, re.ASCII)
 _OWN_TARGET: Final = re.compile(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}", re.ASCII)
 _ARM: Final = re.compile(_ARM_PATTERN, re.ASCII)
+_UPSTREAM_PATTERN: Final = r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[^\s?#]*)?"
+_UPSTREAM: Final = re.compile(_UPSTREAM_PATTERN, re.ASCII)
+_HEADER_PATTERN: Final = "[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}"
+_HEADER: Final = re.compile(_HEADER_PATTERN, re.ASCII)
+#: What a client of an upstream says itself.
+_OWN_HEADERS: Final = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "host",
+        "inference-header-content-length",
+        "transfer-encoding",
+    }
+)
 _NAME_WANTED: Final = "letters, digits, '.', '_' or '-', at most 255, with no leading dot"
 
 T = TypeVar("T")
@@ -207,6 +226,35 @@ def scalar_text(value: object) -> str:
     return str(value) if isinstance(value, int | float) else _text(value)
 
 
+def _upstream_url(value: object) -> str:
+    """An address that ``UpstreamOptions`` takes. It is not shown, as one that is refused may hold a password."""
+    text = _text(value)
+    if not _UPSTREAM.fullmatch(text):
+        raise ValueError(
+            "wanted http://HOST:PORT or https://HOST:PORT, perhaps with a path, without a user, a query or a fragment; "
+            "the value is not shown"
+        )
+    try:
+        return UpstreamOptions(text).url
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+
+
+def _header_name(value: object) -> str:
+    text = _text(value)
+    if not _HEADER.fullmatch(text):
+        raise ValueError(f"wanted a header's name, got {units.show(value)}")
+    if text.lower() in _OWN_HEADERS:
+        raise ValueError(f"header {text} is set for every request and cannot be another")
+    return text
+
+
+def _header_secret(value: str) -> str:
+    if not (value.isascii() and value.isprintable()):
+        raise ValueError("wanted a secret of printable ASCII characters, as it is sent in a header (not shown here)")
+    return value
+
+
 def _option(value: object) -> str:
     """Options are passed on as text; true and false become the "1" and "0" that ONNX Runtime reads."""
     if isinstance(value, bool):
@@ -250,6 +298,10 @@ Text = Annotated[str, BeforeValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
 ModelSource = Annotated[Source, PlainValidator(_source), WithJsonSchema({"type": "string", "minLength": 1})]
 Secret = Annotated[str, BeforeValidator(_secret), _pattern(r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\}|file:.+)$")]
+#: A secret that can be sent as the value of a header.
+HeaderSecret = Annotated[Secret, AfterValidator(_header_secret)]
+HeaderName = Annotated[str, BeforeValidator(_header_name), _pattern(f"^{_HEADER_PATTERN}$")]
+UpstreamUrl = Annotated[str, BeforeValidator(_upstream_url), _pattern(f"^{_UPSTREAM_PATTERN}$")]
 ModelName = Annotated[str, BeforeValidator(_model_name), _pattern(f"^{MODEL_NAME_PATTERN}$")]
 LoadName = Annotated[str, BeforeValidator(_load_name), _pattern(rf"^(\*|{MODEL_NAME_PATTERN})$")]
 VERSION_SCHEMA: Final = {
@@ -258,6 +310,13 @@ VERSION_SCHEMA: Final = {
 Version = Annotated[str, BeforeValidator(_version), WithJsonSchema(VERSION_SCHEMA)]
 VersionKey = Annotated[str, BeforeValidator(_version), _pattern(f"^{_VERSION_PATTERN}$")]
 VersionSource = Annotated[Source, PlainValidator(_version_source), WithJsonSchema({"type": "string", "minLength": 1})]
+#: A model or version as an upstream calls it; numbers may stand without quotes.
+UpstreamName = Annotated[
+    Text,
+    BeforeValidator(_word),
+    Field(min_length=1, max_length=255),
+    WithJsonSchema({"type": ["string", "integer"], "minLength": 1, "maxLength": 255}),
+]
 Target = Annotated[str, BeforeValidator(_target), WithJsonSchema(_target_schema(_TARGET_PATTERN))]
 OwnTarget = Annotated[
     str, BeforeValidator(_own_target), WithJsonSchema(_target_schema(f"{_VERSION_PATTERN}|@{_ALIAS_PATTERN}"))

@@ -21,6 +21,8 @@ from server.config.kinds import (
     Datatype,
     Delay,
     FilePath,
+    HeaderName,
+    HeaderSecret,
     HeaderSize,
     IdSize,
     Interval,
@@ -39,9 +41,12 @@ from server.config.kinds import (
     RuleTarget,
     Secret,
     Share,
+    Source,
     Target,
     Text,
     Timeout,
+    UpstreamName,
+    UpstreamUrl,
     ValueText,
     Version,
     VersionKey,
@@ -333,10 +338,40 @@ class Defaults(Section):
 # --- routing ------------------------------------------------------------------------------------------------------
 
 
-class ModelVersion(Section):
-    """One version: a model file, a folder of one version, ``registry:NAME/VERSION`` or ``registry:NAME@ALIAS``."""
+class Upstream(Section):
+    """Another V2 server that has the version. ``model`` and ``version`` are its names for it.
 
-    source: VersionSource
+    Without them they are this model's name and the version that it chooses itself. ``timeout`` bounds one exchange,
+    ``max_batch_rows`` the rows of one request (0: what the upstream takes). ``ca_file``: PEM file of the authorities
+    that are trusted for https. ``headers`` carry secrets, such as a token.
+    """
+
+    url: UpstreamUrl = Field(repr=False)
+    model: UpstreamName | None = None
+    version: UpstreamName | None = None
+    timeout: AttemptTime = default("30s", units.parse_duration)
+    max_batch_rows: Count = 0
+    ca_file: FilePath | None = None
+    headers: Annotated[dict[HeaderName, HeaderSecret], Field(json_schema_extra={"additionalProperties": False})] = (
+        Field(default_factory=dict, repr=False)
+    )
+
+
+class ModelVersion(Section):
+    """One version; exactly one of the keys.
+
+    ``source``: a model file, a folder of one version, ``registry:NAME/VERSION`` or ``registry:NAME@ALIAS``.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    source: VersionSource | None = None
+    upstream: Upstream | None = None
+
+    @property
+    def entry(self) -> Source | None:
+        """The version of the registry that it is, if it is one."""
+        return self.source if self.source is not None and self.source.path is None else None
 
 
 class RoutingKey(Section):
@@ -518,6 +553,23 @@ class Resilience(Section):
 # --- a model ------------------------------------------------------------------------------------------------------
 
 
+def _one_or_many(value: object) -> object:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        return [value]
+    raise ValueError(f"wanted a path or a list of paths, got {units.show(value)}")
+
+
+_PATH_SCHEMA: Final = {"type": "string", "minLength": 1}
+#: One path or a list of them.
+FilePaths = Annotated[
+    Many[FilePath],
+    BeforeValidator(_one_or_many),
+    WithJsonSchema({"anyOf": [_PATH_SCHEMA, {"type": "array", "items": _PATH_SCHEMA}]}),
+]
+
+
 class Model(Defaults):
     """One public name: what it serves, and how requests are spread.
 
@@ -535,6 +587,8 @@ class Model(Defaults):
     model: ModelName | None = None
     aliases: Many[ModelName] = ()
     warmup: Many[Warmup] = ()
+    #: Files of requests with known answers; a version that answers one otherwise is refused.
+    golden: FilePaths = ()
     stable: OwnTarget | None = None
     key: RoutingKey = Field(default_factory=RoutingKey)
     tenant_header: Text = ""

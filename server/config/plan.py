@@ -23,7 +23,7 @@ _ORIGIN_KEYS: Final = ("source", "versions", "model")
 _AT_START: Final = ("server", "telemetry", "state", "registry")
 
 _Pair: TypeAlias = tuple[RoutingSpec, RoutingSpec]
-_Options: TypeAlias = tuple[ModelOptions, Overlay]
+_Options: TypeAlias = tuple[ModelOptions, Overlay, tuple[Path, ...]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -169,9 +169,9 @@ def _on_disk_and_by_version(
 
 
 def _options(config: Config, repository: Path | None) -> dict[str, _Options]:
-    """What every model of its own is run with, defaults and its section apart as config.pbtxt goes between them."""
+    """What every model of its own is run and tried with; config.pbtxt goes between its defaults and its section."""
     on_disk, by_version = _on_disk_and_by_version(config, repository)
-    return {name: (model.defaults, model.overlay) for name, model in (on_disk | by_version).items()}
+    return {name: (model.defaults, model.overlay, model.golden) for name, model in (on_disk | by_version).items()}
 
 
 def _made_of(config: Config, repository: Path | None) -> dict[str, tuple[object, _Options]]:
@@ -179,9 +179,9 @@ def _made_of(config: Config, repository: Path | None) -> dict[str, tuple[object,
     on_disk, by_version = _on_disk_and_by_version(config, repository)
     made: dict[str, tuple[object, _Options]] = {}
     for name, found in on_disk.items():
-        made[name] = (found.source, (found.defaults, found.overlay))
+        made[name] = (found.source, (found.defaults, found.overlay, found.golden))
     for name, model in by_version.items():
-        options = (model.defaults, model.overlay)
+        options = (model.defaults, model.overlay, model.golden)
         if model.entry:
             made[name] = (model.entry, options)
         made |= {f"{name}:{number}": (source, options) for number, source in model.versions.items()}

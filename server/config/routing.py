@@ -160,7 +160,7 @@ def has_aliases(config: Config, model: str, *, repository_given: bool = False) -
     if found is None:
         return True
     if found.versions is not None:
-        return any(version.source.path is None for version in found.versions.values())
+        return any(version.entry is not None for version in found.versions.values())
     return found.source is None or found.source.path is None
 
 

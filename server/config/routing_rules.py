@@ -27,7 +27,7 @@ from server.config.tree import KeyPath
 _REGISTRY: Final[tuple[KeyPath, ...]] = (("registry",),)
 _ORIGINS: Final = ("source", "versions", "model")
 #: What belongs to the model that a public name serves, not to the name.
-_OF_THE_MODEL: Final = ("runtime", "batching", "version_policy", "warmup")
+_OF_THE_MODEL: Final = ("runtime", "batching", "version_policy", "warmup", "golden")
 
 
 def routing_contradictions(config: Config, *, repository_given: bool = False) -> Iterator[Contradiction]:
@@ -89,9 +89,9 @@ def _versions(config: Config, entry: Model, path: KeyPath, repository_given: boo
     if serves_registry(config, repository_given=repository_given):
         return
     for version, of in (entry.versions or {}).items():
-        if of.source.alias:
+        if of.entry is not None and of.entry.alias:
             where = (*path, "versions", version, "source")
-            yield Contradiction(where, _no_aliases(of.source.entry), _REGISTRY)
+            yield Contradiction(where, _no_aliases(of.entry.entry), _REGISTRY)
 
 
 def _named_model(config: Config, entry: Model, path: KeyPath, repository_given: bool) -> Iterator[Contradiction]:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import structlog
 
 from server.admission import AdmissionReport, admit
+from server.batching.offloop import OffLoopBatcher
 from server.config.routing import RoutingSpec
 from server.control.publishing import Loaded, Publisher
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
@@ -31,7 +32,8 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway import Gateway, Served
-from server.runtime.base import Engine, ModelOptions, Runtime
+from server.golden import load_golden, run_golden
+from server.runtime.base import Engine, LoadRequest, ModelOptions, Runtime
 from server.types import ModelSpec, ParameterValue
 
 log = structlog.get_logger("control")
@@ -186,10 +188,11 @@ class ModelControl:
             except (TidegateError, OSError) as error:
                 log.warning("poll_failed", error=str(error))
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, retry_failed: bool = False) -> None:
         """One look at the source: load what is new or changed, unload what is gone.
 
-        In explicit mode only models that are loaded are followed.
+        In explicit mode only models that are loaded are followed. ``retry_failed``: what could not be loaded is tried
+        again though it has not changed: an upstream may be up by now.
         """
         async with self.turn:
             before = set(self._plans)
@@ -198,7 +201,7 @@ class ModelControl:
             if self._mode == "explicit":
                 known = {name for name in known if self._ready(name)}
             for name in sorted(known):
-                await self._apply(name)
+                await self._apply(name, retry_failed=retry_failed)
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
         """Load or reload one model of the repository. Raises ModelLoadError with the first version that failed."""
@@ -416,28 +419,18 @@ class ModelControl:
         return None if routes is None else routes.versions[routes.stable].spec
 
     def _load(self, plan: ModelPlan, version: VersionPlan, champion: ModelSpec | None) -> _Loaded:
-        """Load, warm and admit one version, on the loader thread. Raises ModelLoadError with one sentence."""
+        """Load, warm, admit and try one version, on the loader thread. Raises ModelLoadError with one sentence."""
         request = plan.load_request(version)
         engine = self._runtime.load(request)
-        inspection = getattr(engine, "inspection", None)
-        if inspection is None:  # a backend without files of ours, such as an upstream
-            return _Loaded(engine, request.options, None)
         try:
-            verdict = admit(
-                engine,
-                inspection,
-                declared_signature=plan.declared(version) if plan.declared else None,
-                champion=champion,
-                warmup=request.options.warmup,
-                folder=request.folder,
-                advisory=plan.declared is None,
-            )
-            if not verdict.admitted:
-                raise ModelLoadError(verdict.refusal)
+            report = _admitted(engine, plan, version, request, champion)
+            for path in plan.golden_files(version, request.folder):
+                if disagreement := run_golden(engine, load_golden(path), request.options.batching):
+                    raise ModelLoadError(f"{path.name}: {disagreement}")
         except Exception:
             engine.close()
             raise
-        return _Loaded(engine, request.options, verdict.report)
+        return _Loaded(engine, request.options, report)
 
     async def _served(self, engine: Engine, options: ModelOptions) -> Served:
         """The engine behind its batcher; an engine whose options do not fit it is closed again."""
@@ -519,6 +512,27 @@ class ModelControl:
                 self._forget_counts(name, number)
 
 
+def _admitted(
+    engine: Engine, plan: ModelPlan, version: VersionPlan, request: LoadRequest, champion: ModelSpec | None
+) -> AdmissionReport | None:
+    """What was found of a version that may serve; None for a backend without files of ours, such as an upstream."""
+    inspection = getattr(engine, "inspection", None)
+    if inspection is None:
+        return None
+    verdict = admit(
+        engine,
+        inspection,
+        declared_signature=plan.declared(version) if plan.declared else None,
+        champion=champion,
+        warmup=request.options.warmup,
+        folder=request.folder,
+        advisory=plan.declared is None,
+    )
+    if not verdict.admitted:
+        raise ModelLoadError(verdict.refusal)
+    return verdict.report
+
+
 async def _last_call(served: Served) -> None:
     """Wait until no request holds this version. The table no longer names it, so none can come."""
     if served.calls:
@@ -528,8 +542,13 @@ async def _last_call(served: Served) -> None:
 
 
 def _shut(served: Served, engine: Engine) -> None:
-    served.batcher.close()
-    engine.close()
+    """Blocks. An engine whose run has not come back is left as it is: closing it under the run is not safe."""
+    batcher = served.batcher
+    batcher.close()
+    if isinstance(batcher, OffLoopBatcher) and batcher.hung():
+        log.warning("engine_left_open", model=served.spec.name, version=served.spec.version)
+    else:
+        engine.close()
     give_memory_back()
 
 

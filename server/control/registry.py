@@ -24,11 +24,12 @@ from router.registry.base import (
 )
 from router.registry.directory import scan
 from router.registry.manifest import CONFIG, DATA, MODEL, FileEntry, Manifest
-from server.config.compile import RegistryVersion, VersionedModel
+from server.config.compile import RegistryVersion, VersionedModel, VersionOrigin
 from server.config.pbtxt import read_pbtxt
-from server.control.sources import Audit, ModelPlan, VersionPlan
+from server.control.sources import GOLDEN_FILENAME, Audit, ModelPlan, VersionPlan, golden_beside, golden_state
 from server.errors import ModelLoadError
 from server.runtime.base import LoadRequest, ModelOptions
+from server.runtime.upstream_options import UpstreamOptions
 from server.store.base import StoreError
 from server.types import ModelSpec, TensorSpec
 
@@ -50,14 +51,21 @@ class RegistryPlans:
         self._state_dir = state_dir
         self._audit = audit
 
-    def by_alias(self, name: str, entry: str, base: ModelOptions, over: Over = lambda options: options) -> ModelPlan:
+    def by_alias(
+        self,
+        name: str,
+        entry: str,
+        base: ModelOptions,
+        over: Over = lambda options: options,
+        golden: tuple[Path, ...] = (),
+    ) -> ModelPlan:
         """The entry's versions that have a served alias, under ``name``; its champion answers."""
         aliases = self.registry.aliases(entry)
         numbers = sorted({aliases[alias] for alias in SERVED_ALIASES if alias in aliases})
         versions, refused = [], {}
         for number in numbers:
             try:
-                versions.append(self.version(str(number), entry, number, base, over))
+                versions.append(self.version(str(number), entry, number, base, over, golden))
             except RegistryError as error:
                 refused[str(number)] = str(error)
         champion = aliases.get(CHAMPION)
@@ -70,12 +78,18 @@ class RegistryPlans:
             stable="" if champion is None else str(champion),
             request=self.request(name),
             declared=_declared,
+            golden=golden,
         )
 
-    def version(self, number: str, entry: str, version: int, base: ModelOptions, over: Over) -> VersionPlan:
+    def version(
+        self, number: str, entry: str, version: int, base: ModelOptions, over: Over, golden: tuple[Path, ...] = ()
+    ) -> VersionPlan:
         """One version of an entry, to be served as ``number``. Raises RegistryError."""
         found = self.registry.version(entry, version)
-        return VersionPlan(number, Path(), (found.digest, over(base)), origin=(entry, found, base, over))
+        made_of = (found.digest, over(base), golden_state(golden))
+        return VersionPlan(
+            number, Path(), made_of, origin=(entry, found, base, over), golden=_golden_of(found.manifest)
+        )
 
     def request(self, name: str) -> Callable[[VersionPlan], LoadRequest]:
         """How a version becomes a load request of the model ``name``: fetch it first. Blocking."""
@@ -110,6 +124,12 @@ class RegistryPlans:
             self._state_dir,
             listed=_beside(graph.path, manifest),
         )
+
+
+def _golden_of(manifest: Manifest | None) -> Path | None:
+    """Golden requests among a version's files, from its folder."""
+    listed = manifest is not None and any(entry.path == GOLDEN_FILENAME for entry in manifest.files)
+    return Path(GOLDEN_FILENAME) if listed else None
 
 
 def _options(model: str, manifest: Manifest, folder: Path, base: ModelOptions) -> ModelOptions:
@@ -173,7 +193,9 @@ class VersionedSource:
     def _plan(self, model: VersionedModel) -> ModelPlan:
         try:
             if model.entry:
-                return self._registry().by_alias(model.name, model.entry, model.defaults, model.overlay.over)
+                return self._registry().by_alias(
+                    model.name, model.entry, model.defaults, model.overlay.over, model.golden
+                )
             return self._by_number(model)
         except (RegistryError, StoreError, ModelLoadError) as error:
             return ModelPlan(model.name, error=str(error))
@@ -186,21 +208,35 @@ class VersionedSource:
             except (OSError, RegistryError, ModelLoadError) as error:
                 refused[number] = str(error)
         return ModelPlan(
-            model.name, model.options, tuple(versions), refused=refused, request=partial(self._request, model)
+            model.name,
+            model.options,
+            tuple(versions),
+            refused=refused,
+            request=partial(self._request, model),
+            golden=model.golden,
         )
 
-    def _version(self, model: VersionedModel, number: str, source: Path | RegistryVersion) -> VersionPlan:
+    def _version(self, model: VersionedModel, number: str, source: VersionOrigin) -> VersionPlan:
         if isinstance(source, RegistryVersion):
             found = self._registry().registry.resolve(source.model, source.version)
-            return self._registry().version(number, source.model, found.version, model.defaults, model.overlay.over)
+            return self._registry().version(
+                number, source.model, found.version, model.defaults, model.overlay.over, model.golden
+            )
+        if isinstance(source, UpstreamOptions):
+            return VersionPlan(number, Path(), (source, model.options, golden_state(model.golden)), origin=source)
         found_on_disk = scan(source)
-        versions = [version for entry in found_on_disk.models.values() for version in entry.versions.values()]
+        versions = [(entry, version) for entry in found_on_disk.models.values() for version in entry.versions.values()]
         if len(versions) != 1:
             reasons = "; ".join(problem.message for problem in found_on_disk.problems)
             raise ModelLoadError(reasons or f"its source holds {len(versions)} versions, wanted one")
-        return VersionPlan(number, versions[0].path, (versions[0].fingerprint, model.options))
+        entry, only = versions[0]
+        own = golden_beside(entry, only)
+        made_of = (only.fingerprint, model.options, golden_state(model.golden + (() if own is None else (own,))))
+        return VersionPlan(number, only.path, made_of, golden=own)
 
     def _request(self, model: VersionedModel, plan: VersionPlan) -> LoadRequest:
+        if isinstance(plan.origin, UpstreamOptions):
+            return LoadRequest(model.name, plan.version, plan.path, model.options, upstream=plan.origin)
         if plan.origin is not None:
             return self._registry().request(model.name)(plan)
         folder = plan.path.parent

@@ -6,6 +6,7 @@ and spoils nothing else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import structlog
 
-from router.registry.directory import FoundModel, Scan, ScanProblem, is_model_name, scan, select_versions
+from router.registry.directory import FoundModel, FoundVersion, Scan, ScanProblem, is_model_name, scan, select_versions
 from server.config.pbtxt import default_filename, read_pbtxt
 from server.errors import ConfigError, TidegateError
 from server.runtime.base import LoadRequest, ModelOptions
@@ -23,6 +24,9 @@ log = structlog.get_logger("control")
 
 #: ``audit(action, subject, detail)``: record what was done; never waits.
 Audit = Callable[[str, str, Mapping[str, object]], None]
+
+#: Beside the model file of a version: its golden requests.
+GOLDEN_FILENAME = "golden.json"
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,6 +38,8 @@ class VersionPlan:
     fingerprint: object
     #: Where it comes from, for whoever made the plan.
     origin: object = field(default=None, compare=False)
+    #: Golden requests of its own; a relative path starts at the folder of its load request.
+    golden: Path | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,12 +64,18 @@ class ModelPlan:
     request: Callable[[VersionPlan], LoadRequest] | None = None
     #: What a version was published as; None: nobody promised anything, and admission only advises.
     declared: Callable[[VersionPlan], ModelSpec | None] | None = None
+    #: Files of golden requests that every version has to answer rightly.
+    golden: tuple[Path, ...] = ()
 
     def load_request(self, version: VersionPlan) -> LoadRequest:
         """What the runtime is asked for. May block on fetching files; raises ModelLoadError."""
         if self.request is not None:
             return self.request(version)
         return LoadRequest(self.name, version.version, version.path, self.options, self.folder, self.state_dir)
+
+    def golden_files(self, version: VersionPlan, folder: Path | None) -> tuple[Path, ...]:
+        """Every file of golden requests for a version that was asked for with ``folder``; its own comes last."""
+        return self.golden if version.golden is None else (*self.golden, (folder or Path()) / version.golden)
 
 
 class ModelSource(Protocol):
@@ -80,6 +92,7 @@ class NamedModel:
     path: Path
     base: ModelOptions = field(default_factory=ModelOptions)
     over: Callable[[ModelOptions], ModelOptions] = field(default=lambda options: options)
+    golden: tuple[Path, ...] = ()
 
 
 class DirectorySource:
@@ -170,13 +183,46 @@ def _plan(model: FoundModel, named: NamedModel, problems: list[ScanProblem], sta
         selected = select_versions(options.version_policy, [*model.versions, *refused])
     except (TidegateError, ValueError) as error:
         return ModelPlan(model.name, error=str(error), folder=model.folder)
+    golden = golden_state(named.golden)
     versions = tuple(
-        VersionPlan(number, found.path, (model.fingerprint, found.fingerprint, options))
+        VersionPlan(
+            number,
+            found.path,
+            (model.fingerprint, found.fingerprint, options, golden),
+            golden=golden_beside(model, found),
+        )
         for number, found in model.versions.items()
         if number in selected
     )
-    wanted_but_refused = {number: reason for number, reason in refused.items() if number in selected}
-    return ModelPlan(model.name, options, versions, model.folder, "", wanted_but_refused, state_dir, ignored)
+    return ModelPlan(
+        model.name,
+        options,
+        versions,
+        model.folder,
+        refused={number: reason for number, reason in refused.items() if number in selected},
+        state_dir=state_dir,
+        ignored=ignored,
+        golden=named.golden,
+    )
+
+
+def golden_beside(model: FoundModel, version: FoundVersion) -> Path | None:
+    """Golden requests in the version's folder. What lies beside a model that is a bare file belongs to nobody."""
+    path = version.path.with_name(GOLDEN_FILENAME)
+    return path if model.folder is not None and os.path.lexists(path) else None
+
+
+def golden_state(paths: tuple[Path, ...]) -> object:
+    """Changes whenever one of the files does, or comes or goes."""
+    return tuple((path, _stamp(path)) for path in paths)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_mtime_ns, info.st_size, info.st_ino
 
 
 def _declared(model: FoundModel, base: ModelOptions) -> tuple[ModelOptions, tuple[str, ...]]:

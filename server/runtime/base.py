@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import Buffer, ModelSpec, ParameterValue, Tensor
 
 
@@ -145,6 +146,7 @@ class LoadRequest:
     ``state_dir``: where what was learned (batch size per model digest) and engine caches are kept; None = nowhere.
     ``limits``, ``listed``: see ``inspection.inspect_files``. ``expected_digest``: the digest that was admitted; other
     bytes are refused ("": any). ``custom_ops``: libraries of custom operators to load, each allowed by ``limits``.
+    ``upstream``: the server that has the version; there is no file then, and ``path`` means nothing.
     """
 
     name: str
@@ -157,6 +159,7 @@ class LoadRequest:
     listed: Mapping[str, ListedFile] | None = None
     expected_digest: str = ""
     custom_ops: tuple[Path, ...] = ()
+    upstream: UpstreamOptions | None = None
 
 
 @dataclass(slots=True)

@@ -22,7 +22,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -32,6 +31,7 @@ import structlog
 from server.errors import ConfigError, InputRejected, ModelLoadError, RuntimeFailure, TidegateError, UpstreamUnavailable
 from server.runtime.base import Batch, LoadRequest
 from server.runtime.messages import clean
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import ALL_DATATYPES, BYTES, DATATYPES, Buffer, ModelSpec, Tensor, TensorSpec, element_count
 
 _log = structlog.get_logger("tidegate.runtime")
@@ -47,42 +47,6 @@ _MAX_RANK: Final = 32
 _REJECTED: Final = frozenset({400, 413, 415, 422})
 #: The answers of a server that is not ready, overloaded, or has lost the model for now.
 _UNAVAILABLE: Final = frozenset({404, 408, 429, 502, 503, 504})
-
-
-@dataclass(slots=True, frozen=True)
-class UpstreamOptions:
-    """Where a version is served, by the operator's configuration. ConfigError for an address that cannot be one.
-
-    ``url``: scheme, host, port and perhaps a path prefix. ``model``, ``version``: the upstream's names for it ("": the
-    load request's name, and the version that the upstream chooses). ``timeout_s`` bounds one whole exchange.
-    ``max_batch_rows``: at most so many rows in one request (0: what the upstream takes). ``headers`` are sent along.
-    ``ca_file``: PEM file of the authorities trusted for https ("": the system's).
-    """
-
-    url: str
-    model: str = ""
-    version: str = ""
-    connect_timeout_s: float = 2.0
-    timeout_s: float = 30.0
-    hold_off_s: float = 0.25
-    max_response_bytes: int = 256 * 1024 * 1024
-    max_batch_rows: int = 0
-    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    ca_file: str = ""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port_or_default(self.url):
-            raise ConfigError(f"an upstream's address must be http://HOST:PORT or https://HOST:PORT, got '{self.url}'")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ConfigError("an upstream's address must not hold a user, a query or a fragment; use headers")
-
-
-def _has_port_or_default(url: str) -> bool:
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
 
 
 # --- the connection --------------------------------------------------------------------------------------------------
@@ -227,6 +191,9 @@ def _read_bounded(answer: http.client.HTTPResponse, limit: int) -> bytes:
 
 class UpstreamEngine:
     """Implements ``Engine``. An upstream that is gone fails its batches and serves again once it is back."""
+
+    #: Its runs wait on a network: none may be on the loop, however short they turn out.
+    remote: Final = True
 
     def __init__(self, spec: ModelSpec, instances: int, options: UpstreamOptions, path: str) -> None:
         self.spec = spec

@@ -16,7 +16,8 @@ import pytest
 
 from server.errors import ConfigError, InputRejected, ModelLoadError, RuntimeFailure, UpstreamUnavailable
 from server.runtime.base import Batch, BatchingOptions, LoadRequest, ModelOptions
-from server.runtime.upstream import UpstreamEngine, UpstreamOptions, UpstreamRuntime
+from server.runtime.upstream import UpstreamEngine, UpstreamRuntime
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import DATATYPES
 from tests.contracts.runtime_contract import Case, RuntimeContract, batch_of, expected, some_rows
 from tests.support import models

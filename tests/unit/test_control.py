@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.batching.batcher import Batcher
+from server.batching.batcher import Batcher, Work
+from server.batching.offloop import OffLoopBatcher
 from server.control.models import ModelControl
 from server.control.publishing import Publisher
 from server.control.sources import DirectorySource, NamedModel, NamedSource
@@ -28,7 +30,7 @@ from server.gateway import AdmissionLimits, Gateway, Served
 from server.runtime.base import Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.telemetry.instruments import Telemetry
-from server.types import RequestHead, RequestLimits
+from server.types import RequestHead, RequestLimits, Tensor
 
 
 @dataclass
@@ -38,16 +40,20 @@ class FileRuntime:
     engines: list[Any] = field(default_factory=list)
     hold: threading.Event = field(default_factory=threading.Event)
     loading: threading.Event = field(default_factory=threading.Event)
+    before_run: Callable[[int], None] | None = None
+    unreachable: bool = False
 
     def load(self, request: LoadRequest) -> Engine:
         self.loading.set()
         assert self.hold.wait(20)
         text = request.path.read_text()
+        if self.unreachable:
+            raise ModelLoadError("it is down.")
         if text == "bad":
             raise ModelLoadError(f"{request.path.name} is bad.")
         if text == "crash":
             raise ZeroDivisionError
-        engine = FakeRuntime(Script(scale=float(text))).load(request)
+        engine = FakeRuntime(Script(scale=float(text), before_run=self.before_run)).load(request)
         self.engines.append(engine)
         return engine
 
@@ -74,9 +80,10 @@ class Rig:
         self.runtime.hold.set()
         self.changes = 0
         self.audited: list[tuple[str, str]] = []
+        self.batcher: Callable[..., Batcher] = Batcher
 
         def serve(engine: Engine, options: ModelOptions) -> Served:
-            batcher = Batcher(
+            batcher = self.batcher(
                 engine,
                 options.batching,
                 clock=time.monotonic_ns,
@@ -217,6 +224,50 @@ def test_a_version_in_use_is_closed_after_its_last_call(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert not rig.runtime.engines[0].closed
         held.release()
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_an_engine_is_not_closed_under_a_run_that_hangs(tmp_path: Path, hangs: bool) -> None:
+    async def body(rig: Rig) -> None:
+        started, go = threading.Event(), threading.Event()
+
+        def hang(_: int) -> None:
+            started.set()
+            assert go.wait(20)
+
+        rig.runtime.before_run = hang
+        rig.batcher = partial(OffLoopBatcher, close_seconds=0.1 if hangs else 20.0)
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        ended: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
+        x = Tensor("x", "FP32", (1, 4), bytes(16))
+        # As a caller that has gone away leaves it: nobody holds the version, and its run goes on.
+        rig.gateway.served("m", "").batcher.submit(Work([x], 1, ended.set_result))
+        assert await asyncio.to_thread(started.wait, 20)
+        if not hangs:
+            go.set()
+        await rig.control.close()
+        assert rig.runtime.engines[0].closed is not hangs
+        go.set()
+        await ended
+        rig.runtime.engines[0].close()
+
+    run(tmp_path, body)
+
+
+def test_what_failed_is_tried_again_when_asked(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        rig.runtime.unreachable = True
+        await rig.control.start()
+        assert rig.rows()["m", "1"] == ("UNAVAILABLE", "it is down.")
+        rig.runtime.unreachable = False
+        await rig.control.refresh()
+        assert rig.rows()["m", "1"] == ("UNAVAILABLE", "it is down.")
+        await rig.control.refresh(retry_failed=True)
+        assert rig.stable("m") == "1"
 
     run(tmp_path, body)
 

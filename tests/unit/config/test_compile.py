@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from server.config.compile import compile_defaults, compile_models, compile_settings, settings_from_flags
+from server.config.compile import (
+    compile_defaults,
+    compile_models,
+    compile_settings,
+    compile_versions,
+    settings_from_flags,
+)
 from server.config.load import parse_config
 from server.config.model import Config
 from server.config.pbtxt import parse_pbtxt
@@ -127,6 +133,19 @@ def test_warmup_arrives() -> None:
     inputs = {"x": WarmupInput("FP32", (4,), "random"), "y": WarmupInput("BYTES", (1,), "data")}
     assert found.warmup[0] == WarmupSample("w", 2, inputs, 3)
     assert found.warmup[1] == WarmupSample("warmup", 0, {"x": WarmupInput("INT8", ())})
+
+
+def test_golden_requests_arrive_from_the_folder_of_the_file() -> None:
+    found = parse_config(
+        "apiVersion: tidegate/v1\nregistry: {embedded: true}\nmodels: {a: {source: a.onnx, golden: g/a.json}, b: "
+        "{versions: {1: {source: b.onnx}}, golden: [b.json, /c.json]}, c: {golden: c.json}, d: {source: d.onnx}}\n",
+        folder=Path("/etc/tidegate"),
+    )
+    on_disk, by_version = compile_models(found), compile_versions(found)
+    assert on_disk["a"].golden == (Path("/etc/tidegate/g/a.json"),)
+    assert on_disk["d"].golden == ()
+    assert by_version["b"].golden == (Path("/etc/tidegate/b.json"), Path("/c.json"))
+    assert by_version["c"].golden == (Path("/etc/tidegate/c.json"),)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,11 @@ def said(text: str) -> dict[str, str]:
     return {problem.key: problem.message for problem in problems(HEAD + text)}
 
 
+def test_golden_requests_belong_to_the_model_behind_a_name() -> None:
+    text = "models: {m: {source: m.onnx}, n: {model: m, golden: g.json}}\n"
+    assert said(text) == {"models.n.golden": "golden belongs to the model, 'm', not to another name of its versions"}
+
+
 def test_every_mistake_of_a_large_file_at_once_and_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(BAD)
@@ -341,6 +346,8 @@ def test_listeners_that_do_not(listeners: str) -> None:
         ("runtime: {instances: 1.0}", "runtime.instances", "wanted a whole number, got number 1.0"),
         ("runtime: {session_config: {a: [1]}}", "runtime.session_config.a", "wanted text, got a list"),
         ("warmup: [{inputs: {}}]", "warmup[0].inputs", "wanted a length of at least 1"),
+        ("golden: 5", "golden", "wanted a path or a list of paths, got number 5"),
+        ("golden: [a.json, '']", "golden[1]", "wanted a path"),
         ("warmup: [{inputs: {x: {datatype: float, dims: [1]}}}]", "warmup[0].inputs.x.datatype", "wanted one of BF16"),
         (
             "warmup: [{inputs: {x: {datatype: FP32, dims: [1], file: ../x}}}]",

@@ -31,6 +31,7 @@ from server.config.model import Config
 from server.config.plan import ReloadPlan, plan_reload
 from server.config.problems import InvalidConfig
 from server.config.routing import LATEST, Bound, Reference, RoutingSpec, bind, compile_all, compile_routing
+from server.runtime.upstream_options import UpstreamOptions
 
 HEAD = "apiVersion: tidegate/v1\n"
 TWO = 'versions: {"7": {source: a.onnx}, "8": {source: b.onnx}}'
@@ -322,6 +323,90 @@ models:
     }
 
 
+def upstream(keys: str) -> str:
+    return f"versions: {{'8': {{source: b.onnx}}, '9': {{upstream: {{{keys}}}}}}}"
+
+
+def origin(keys: str) -> object:
+    return compile_versions(model(upstream(keys)))["m"].versions["9"]
+
+
+def test_a_version_may_be_another_servers() -> None:
+    assert origin("url: 'http://host:8000'") == UpstreamOptions("http://host:8000")
+    keys = (
+        "url: 'https://[::1]/v2-of-it', model: name, version: 3, timeout: 1500ms, max_batch_rows: 32, "
+        "ca_file: ca.pem, headers: {x-token: '${SALT}'}"
+    )
+    found = origin(keys)
+    assert found == UpstreamOptions(
+        "https://[::1]/v2-of-it",
+        "name",
+        "3",
+        timeout_s=1.5,
+        max_batch_rows=32,
+        headers=(("x-token", "s3cret"),),
+        ca_file="/conf/ca.pem",
+    )
+    assert "s3cret" not in repr(model(upstream(keys))) + repr(found)
+
+
+def test_an_upstream_has_no_alias_of_the_registry() -> None:
+    versions = upstream("url: 'http://h'")
+    section = f"registry: {{embedded: true}}\nmodels: {{m: {{{versions}, stable: '@champion'}}}}\n"
+    assert "aliases need a model of the registry" in said(section)["models.m.stable"]
+
+
+UPSTREAM_MISTAKES = """\
+models:
+  m:
+    versions:
+      "1": {source: a.onnx, upstream: {url: "http://h"}}
+      "2": {}
+      "3": {upstream: {model: x}}
+      "4": {upstream: {url: "http://h", timeout: 0s, ca_file: x.pem}}
+      "5": {upstream: {url: "http://me:hunter2@h"}}
+      "6": {upstream: {url: "http://h:65536"}}
+      "7": {upstream: {url: "http://h", headers: {X-A: "${SALT}", x-a: "${SALT}", Host: "${SALT}", "a b": "${SALT}"}}}
+      "8": {upstream: {url: "http://h", headers: {x: hunter2, y: "${LINES}"}}}
+      "9": {upstream: {url: "http://h", version: true, max_batch_rows: -1}}
+      "10": {source: {}, upstreams: 1}
+"""
+
+
+def test_mistakes_about_upstreams() -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        parse_config(HEAD + UPSTREAM_MISTAKES, folder=Path("/conf"), environ={"SALT": "s3cret", "LINES": "a\nb"})
+    found = [(p.line, p.column, p.key.removeprefix("models.m.versions."), p.message) for p in caught.value.problems]
+    expected = [
+        (5, 29, '"1".upstream', "give either source or upstream, not both"),
+        (6, 7, '"2"', "the version has neither a source nor an upstream"),
+        (7, 13, '"3".upstream.url', "required key is missing"),
+        (8, 50, '"4".upstream.timeout', "wanted 1ms to 1h, got 0s"),
+        (8, 63, '"4".upstream.ca_file', "ca_file needs an https address"),
+        (
+            9,
+            29,
+            '"5".upstream.url',
+            "wanted http://HOST:PORT or https://HOST:PORT, perhaps with a path, without a user",
+        ),
+        (10, 29, '"6".upstream.url', "an upstream's address must be http://HOST:PORT or https://HOST:PORT, got 'http"),
+        (11, 56, '"7".upstream.headers.X-A', "header x-a is named more than once"),
+        (11, 72, '"7".upstream.headers.x-a', "header x-a is named more than once"),
+        (11, 83, '"7".upstream.headers.Host', "header Host is set for every request and cannot be another"),
+        (11, 100, '"7".upstream.headers."a b"', "wanted a header's name, got text 'a b'"),
+        (12, 54, '"8".upstream.headers.x', "a secret is given as ${VARIABLE} or file:/path"),
+        (12, 66, '"8".upstream.headers.y', "wanted a secret of printable ASCII characters"),
+        (13, 50, '"9".upstream.version', "wanted text, got boolean true"),
+        (13, 72, '"9".upstream.max_batch_rows', "wanted at least 0, got number -1"),
+        (14, 22, '"10".source', "wanted text, got a mapping"),
+        (14, 26, '"10".upstreams', "unknown key; did you mean upstream?"),
+    ]
+    assert [row[:3] for row in found] == [row[:3] for row in expected]
+    for (*_, message), (*_, start) in zip(found, expected, strict=True):
+        assert message.startswith(start)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_directory_is_the_registry_when_there_is_one() -> None:
     text = 'registry: {directory: /d}\nmodels: {b: {versions: {"2": {source: "registry:x/5"}}}, c: {}}\n'
     assert list(compile_models(parse(text))) == ["c"]
@@ -446,6 +531,15 @@ def test_sources_and_options_are_told_apart() -> None:
     assert found.unloads == ("gone", "same", "m:7", "m:8")
     (move,) = found.movements["m"].moves
     assert (move.old.version, move.new.version, move.share) == ("8", "9", 1)
+
+
+@pytest.mark.parametrize("change", ["url: 'http://b'", "url: 'http://a', headers: {x: '${SALT}'}"])
+def test_another_upstream_is_another_version(change: str) -> None:
+    old, new = (f"models: {{m: {{{upstream(keys)}}}}}\n" for keys in ("url: 'http://a'", change))
+    found = plan_reload(parse(old), parse(new))
+    assert {of.model: of.parts for of in found.changed} == {"m": ("source",)}
+    assert (found.loads, found.unloads) == (("m:9",), ("m:9",))
+    assert plan_reload(parse(new), parse(new)).empty
 
 
 @pytest.mark.parametrize(
