@@ -150,6 +150,7 @@ class ConfigControl:
         restores: int | None,
         digests: Mapping[str, str] | None,
     ) -> int:
+        specs = self._specs(config)
         prepared = await self._control.prepare(self._source(config))
         try:
             found = self._control.digests(prepared)
@@ -158,7 +159,7 @@ class ConfigControl:
         except BaseException:
             await self._control.discard(prepared)
             raise
-        self._control.commit(prepared, self._specs(config), number)
+        self._control.commit(prepared, specs, number)
         self._number, self._text, self._config = number, text, config
         return number
 

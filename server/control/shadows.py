@@ -94,7 +94,17 @@ class ShadowLoader:
         if (current.origin if isinstance(current, Target) else None) is served or key in self._tasks:
             return
         self._tasks[key] = task = asyncio.get_running_loop().create_task(self._switch(key, lane, served))
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        task.add_done_callback(lambda _: self._switched(key, lane, served))
+
+    def _switched(self, key: LaneKey, lane: ShadowLane, served: Served | None) -> None:
+        """What was wanted may have changed under the switch: if so, point again. A failure is not tried again."""
+        self._tasks.pop(key, None)
+        shadow = self._specs.get(key)
+        if shadow is None:
+            return
+        found = self._publisher.find(shadow.to)
+        if self._publisher.lanes[key] is not lane or (None if found is None else found[1]) is not served:
+            self._point(key, shadow)
 
     async def _switch(self, key: LaneKey, lane: ShadowLane, served: Served | None) -> None:
         """Give a lane its new target, and close the old one."""

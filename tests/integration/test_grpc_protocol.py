@@ -530,6 +530,7 @@ def test_reflection_lists_every_service_and_gives_whole_files(channel: grpc.Chan
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         _INFERENCE,
+        "tidegate.v1.Feedback",
     ]
     for symbol in [*listed, "inference.ModelInferRequest.InferInputTensor", f"{_INFERENCE}.ModelInfer"]:
         answer = reflect(channel, version, file_containing_symbol=symbol)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from server._pb import feedback_pb2
 from server._pb import inference_pb2 as pb
 from tests.support import models
 from tests.support.server import Server, serving
@@ -256,6 +257,21 @@ def test_an_experiment_hears_of_outcomes(place: Place) -> None:
         status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", items)
         assert (status, answer) == (200, {"accepted": 12, "joined": 11})
         assert call(server.http, "POST", "/v2/models/nobody/feedback", items)[0] == 404
+        with grpc.insecure_channel(server.grpc) as channel:
+            report_rpc = channel.unary_unary(
+                "/tidegate.v1.Feedback/Report",
+                request_serializer=feedback_pb2.ReportRequest.SerializeToString,
+                response_deserializer=feedback_pb2.ReportResponse.FromString,
+            )
+            request = feedback_pb2.ReportRequest(model_name="m")
+            request.outcomes.add(id=ids[30], name="click", value=1)
+            request.outcomes.add(key="u31", value=1)
+            taken = report_rpc(request, timeout=20)
+            assert (taken.accepted, taken.joined) == (2, 2)
+            request.outcomes.add(value=1)
+            with pytest.raises(grpc.RpcError) as refused:
+                report_rpc(request, timeout=20)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         status, report, _ = place.admin(server, "GET", "experiments/e1")
         assert status == 200
         assert {arm["arm"] for arm in report["arms"]} == {"control", "b"}

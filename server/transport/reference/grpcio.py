@@ -24,6 +24,7 @@ from server.transport.faults import Internal, check_version, new_id
 from server.transport.port import Services
 from server.transport.reference.stream import StreamSession
 from server.transport.rpc import reflection
+from server.transport.rpc.feedback import FeedbackRpcs
 from server.transport.rpc.health import WATCH_PATH, HealthRpcs
 from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
 from server.transport.status import StatusTable, safe_text
@@ -121,7 +122,8 @@ class GrpcServer:
         self._statuses = statuses or StatusTable()
         self._credentials = credentials
         self._health = HealthRpcs(services)
-        self._methods = {**InferenceRpcs(services).methods, **self._health.methods}
+        feedback = FeedbackRpcs(services)
+        self._methods = {**InferenceRpcs(services).methods, **self._health.methods, **feedback.methods}
         self._draining = False
         self._ending = False  # streams are read no further
         self._goaway_sent = asyncio.Event()

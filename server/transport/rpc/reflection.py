@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import FileDescriptor
 
-from server._pb import health_pb2, inference_pb2, reflection_pb2, reflection_v1alpha_pb2
+from server._pb import feedback_pb2, health_pb2, inference_pb2, reflection_pb2, reflection_v1alpha_pb2
 from server.transport.rpc.unary import parse
 
 V1_PATH: Final = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
@@ -18,7 +18,7 @@ V1ALPHA_PATH: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectio
 _INVALID_ARGUMENT: Final = 3
 _NOT_FOUND: Final = 5
 
-_ROOTS: Final = (inference_pb2, health_pb2, reflection_pb2, reflection_v1alpha_pb2)
+_ROOTS: Final = (inference_pb2, feedback_pb2, health_pb2, reflection_pb2, reflection_v1alpha_pb2)
 
 
 def _with_imports(file: FileDescriptor) -> Iterator[FileDescriptor]:

@@ -1,0 +1,43 @@
+"""``tidegate.v1.Feedback``: the gRPC form of ``POST /v2/models/{model}/feedback``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from server._pb import feedback_pb2 as pb
+from server.errors import InvalidArgument
+from server.transport.feedback import MAX_ITEMS, Feedback
+from server.transport.port import Services
+from server.transport.rpc.unary import Method, parse
+
+SERVICE: Final = "tidegate.v1.Feedback"
+_MAX_TEXT: Final = 4096
+
+
+class FeedbackRpcs:
+    """Takes outcomes for the gateway; without a taker the service is not offered."""
+
+    def __init__(self, services: Services) -> None:
+        self._catalog = services.catalog
+        self._hear = services.hear
+        self.methods: Mapping[str, Method] = {} if services.hear is None else {f"/{SERVICE}/Report": self._report}
+
+    async def _report(self, raw: bytes) -> bytes:
+        request = parse(pb.ReportRequest, raw)
+        if len(request.outcomes) > MAX_ITEMS:
+            raise InvalidArgument(f"at most {MAX_ITEMS} outcomes are taken at once, got {len(request.outcomes)}")
+        items = [_feedback(number, outcome) for number, outcome in enumerate(request.outcomes)]
+        self._catalog.model_ready(request.model_name, "")
+        hear = self._hear
+        joined = 0 if hear is None else sum(hear(request.model_name, item) for item in items)
+        return pb.ReportResponse(accepted=len(items), joined=joined).SerializeToString()
+
+
+def _feedback(number: int, outcome: pb.Outcome) -> Feedback:
+    if not outcome.id and not outcome.key:
+        raise InvalidArgument(f"item {number}: 'id' or 'key' must say whose outcome it is")
+    for name in ("id", "key", "name"):
+        if len(getattr(outcome, name)) > _MAX_TEXT:
+            raise InvalidArgument(f"item {number}: '{name}' must be text of at most {_MAX_TEXT} characters")
+    return Feedback(outcome.id, outcome.key, outcome.name, outcome.value)
