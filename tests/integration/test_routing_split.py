@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,14 @@ def place(tmp_path: Path) -> Place:
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_each_arm_gets_its_share_of_keys(weight: int) -> None:
     hits = Counter(drawn(weight, KEYS).values())["2"]
+    assert chi_square(hits, len(KEYS), weight / 10_000) < UNLIKELY
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_requests_without_a_key_are_shared_alike(weight: int) -> None:
+    table = RoutingTable({"m": routes.routes(split=routes.rollout(weight))}, 1)
+    chance = random.Random(7)
+    hits = sum(table.resolve(routes.ask(), chance.getrandbits(64)).version == "2" for _ in KEYS)
     assert chi_square(hits, len(KEYS), weight / 10_000) < UNLIKELY
 
 
