@@ -83,12 +83,18 @@ class ConfigControl:
         return self._planned(config)[0]
 
     async def apply(self, text: bytes, *, expected: int | None, actor: str, reason: str) -> Json:
-        """Apply ``text`` as the next generation. Raises Stale, ConfigError or ModelLoadError; then nothing changed."""
+        """Apply ``text`` as the next generation; the text in force stays the generation that it is.
+
+        Raises Stale, ConfigError or ModelLoadError; then nothing changed.
+        """
         async with self._lock:
             return await self._apply(text, expected, actor, reason, None)
 
     async def rollback(self, to: int, *, actor: str, reason: str) -> Json:
-        """Apply the text of generation ``to`` as a new one. Raises NotFound, and what ``apply`` raises."""
+        """Apply the text of generation ``to`` as a new one, also when that moves keys that are otherwise kept.
+
+        Raises NotFound, and what ``apply`` raises.
+        """
         async with self._lock:
             old = await asyncio.to_thread(self._history.get, to)
             if old.text is None:
@@ -130,7 +136,10 @@ class ConfigControl:
         try:
             config = await self._parse(text)
             plan, refusals = self._planned(config)
-            if refusals:
+            if text == self._text:
+                return {"generation": self._number, "plan": plan}
+            # Whoever rolls back asks for what was, whichever keys move by it.
+            if refusals and restores is None:
                 raise ConfigError("; ".join(refusals))
             async with self._control.turn:
                 number = await self._swap(text, config, actor, reason, restores, digests)

@@ -149,10 +149,17 @@ def test_changes_need_the_token_and_the_generation(place: Place) -> None:
         status, plan, _ = place.admin(server, "POST", "config?dry_run=1", place.text(canary("30%")).encode())
         assert status == 200
         assert plan["plan"]["movements"] if "plan" in plan else plan["movements"]
+        status, same, _ = place.admin(server, "POST", "config", text)
+        assert (status, same["generation"]) == (200, int(generation) + 1)
         before = ask(server, "u")[2]
         status, answer, _ = place.admin(server, "POST", f"config:rollback?to={generation}")
         assert status == 200, answer
         assert ask(server, "u")[2] == answer["generation"] > before
+        moved = place.text(canary("10%").replace("r1", "r2")).encode()
+        assert place.admin(server, "POST", "config", moved)[0] == 400
+        allowed = place.text("    reshuffle: true\n" + canary("10%").replace("r1", "r2")).encode()
+        assert place.admin(server, "POST", "config", allowed)[0] == 200
+        assert place.admin(server, "POST", f"config:rollback?to={generation}")[0] == 200
 
 
 BAD = [
