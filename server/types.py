@@ -189,6 +189,8 @@ class Decision:
     version: str
     arm: str
     generation: int
+    #: Why: the name of the rule that matched, or version, default, split, keyless, fallback.
+    reason: str = ""
 
 
 class Reply(Protocol):

@@ -43,7 +43,7 @@ class Attempt:
     def __init__(self, route: RouteDecision[Served], term: int, now: int) -> None:
         self.route = route
         self.served = route.target
-        self.decision = Decision(route.model, route.version, route.arm, route.generation)
+        self.decision = Decision(route.model, route.version, route.arm, route.generation, route.reason)
         self.term = term
         self.started_ns = now
         self.picked: list[int] | None = None

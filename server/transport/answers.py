@@ -99,6 +99,8 @@ def decision_headers(tidegate_id: str, decision: Decision | None, traceresponse:
         headers.append((b"x-tidegate-version", header_value(decision.version)))
         headers.append((b"x-tidegate-arm", header_value(decision.arm)))
         headers.append((b"x-tidegate-generation", b"%d" % decision.generation))
+        if decision.reason:
+            headers.append((b"x-tidegate-reason", header_value(decision.reason)))
     if traceresponse:
         headers.append((b"traceresponse", header_value(traceresponse)))
     return headers

@@ -122,9 +122,10 @@ def test_rules_come_first_and_explain_themselves(place: Place) -> None:
     place.write('    rules:\n      - {name: testers, match: {header: {x-tester: "yes"}}, to: "3"}\n' + canary("1%"))
     with place.serve() as server:
         _, _, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-tester": "yes"})
-        assert headers["x-tidegate-version"] == "3"
+        assert (headers["x-tidegate-version"], headers["x-tidegate-reason"]) == ("3", "testers")
         _, _, headers = call(server.http, "POST", "/v2/models/m/versions/2/infer", {"inputs": X})
         assert (headers["x-tidegate-version"], headers["x-tidegate-arm"]) == ("2", "pinned")
+        assert headers["x-tidegate-reason"] == "version"
 
 
 def test_changes_need_the_token_and_the_generation(place: Place) -> None:
