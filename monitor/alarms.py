@@ -57,6 +57,8 @@ class AlarmBook:
         calm = self._calm[window]
         calm[:] = np.where(quiet, calm + 1, 0)
         self._looks[window] += 1
+        if not (over.any() or self._active.any()):
+            return []
         raised = over & ~self._active & (np.bitwise_count(history) >= self._rules.k)
         cleared = self._active & self._all_calm() if self._active.any() else np.zeros_like(self._active)
         self._episodes[raised] += 1

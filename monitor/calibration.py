@@ -21,6 +21,7 @@ rows for calibrated ones unwarned.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,9 +59,12 @@ def looks_per_false_alarm(rules: AlarmRules, window: Window, counts: WindowCount
     return max(1.0, rules.ert_rows / max(1.0, look_rows))
 
 
-def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, columns: int, windows: int) -> float:
-    """ln of the p that one column of one look may have by chance, never over 0.05; halve it for each of two tests."""
-    looks = looks_per_false_alarm(rules, window, counts) * max(1, columns) * max(1, windows)
+def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, tests: int, windows: int) -> float:
+    """ln of the p that one of ``tests`` (columns, times what traffic is cut into) may have by chance in one look.
+
+    Never over 0.05; halve it where a column has two tests.
+    """
+    looks = looks_per_false_alarm(rules, window, counts) * max(1, tests) * max(1, windows)
     return -math.log(max(looks, 20.0))
 
 
@@ -90,6 +94,44 @@ def _effective(n: Array, m: Array) -> Array:
     """n m / (n + m), 0 where a side is empty."""
     wide_n, wide_m = np.asarray(n, "f8"), np.asarray(m, "f8")
     return np.asarray(wide_n * wide_m / np.maximum(wide_n + wide_m, 1.0))
+
+
+def critical_ks(log_p: Array, n: Array, m: Array, inflation: Array) -> Array:
+    """The distances whose p is ``exp(log_p)``: ``sqrt(-ln(p / 2) / 2)`` (the tail's first term; p <= 0.05 leaves less
+    than 1e-6 to the others) over ``sqrt(n m / (n + m) / inflation)``. Infinite where a side is empty."""
+    size = _effective(n, m)
+    return np.asarray(
+        np.where(size > 0, np.sqrt((math.log(2.0) - log_p) / 2 * inflation / np.maximum(size, 1e-9)), np.inf)
+    )
+
+
+def critical_psi(log_p: Array, n: Array, m: Array, degrees: Array, inflation: Array) -> Array:
+    """The PSIs whose p is ``exp(log_p)`` with ``degrees`` degrees of freedom. Infinite where a side is empty."""
+    size = _effective(n, m)
+    quantiles = _chi_square_quantiles(np.asarray(log_p, "f8").tobytes(), np.asarray(degrees, "f8").tobytes())
+    return np.asarray(np.where((size > 0) & (degrees > 0), quantiles * inflation / np.maximum(size, 1e-9), np.inf))
+
+
+@functools.lru_cache(maxsize=64)
+def _chi_square_quantiles(log_p: bytes, degrees: bytes) -> Array:
+    """Of float64 vectors, as bytes: consecutive looks ask for the same ones. Not to be changed."""
+    pairs = zip(np.frombuffer(log_p).tolist(), np.frombuffer(degrees).tolist(), strict=True)
+    return np.array([_chi_square_quantile(p, k) for p, k in pairs])
+
+
+@functools.lru_cache(maxsize=4096)
+def _chi_square_quantile(log_p: float, degrees: float) -> float:
+    """The value whose tail is ``exp(log_p)``, by bisection."""
+    if degrees <= 0:
+        return math.inf
+    # The tail is at most exp(log_p) here (Laurent and Massart 2000, lemma 1).
+    low, high = 0.0, degrees + 2 * math.sqrt(-degrees * log_p) - 2 * log_p
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if log_tail_chi_square(np.array([middle]), np.array([degrees]))[0] > log_p else (low, middle)
+        )
+    return high
 
 
 # --- dependence ------------------------------------------------------------------------------------------------------

@@ -1,29 +1,53 @@
 """Looks and reports: a window's counts, a reference and the rules in; verdicts, alarms and reports out.
 
-``Judge`` keeps the alarms of one profile's arms. The process that counts uses one on its own windows; whoever adds up
-several processes uses one on the merged windows instead.
+``Judge`` keeps the alarms of one profile's arms and segments, and the history of their looks. The process that counts
+uses one on its own windows; whoever adds up several processes uses one on the merged windows instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import numpy as np
 
-from monitor.alarms import AlarmBook
-from monitor.calibration import INFLATION_LIMIT, Calibration, log_level
+from monitor.alarms import AlarmBook, Change
+from monitor.calibration import INFLATION_LIMIT, Calibration, critical_ks, critical_psi, log_level
 from monitor.drift.base import Pair
+from monitor.drift.contribution import contributions, distributions, order_of
 from monitor.drift.judge import Judgement, judge
+from monitor.drift.quality import Checks, QualityJudgement, checks_of, judge_quality
 from monitor.drift.scores import score_columns
-from monitor.errors import ProfileMismatch
+from monitor.errors import ProfileMismatch, StateError
+from monitor.history import History
 from monitor.layout import Layout
+from monitor.schema import Check, compile_rules
+from monitor.segments import Cutter
 from monitor.state import MonitorState
-from monitor.types import Alarm, Array, DriftReport, Settings, WindowCounts, WindowReport
+from monitor.types import (
+    Alarm,
+    Array,
+    ColumnScore,
+    DriftReport,
+    QualityScore,
+    SegmentReport,
+    Settings,
+    Verdict,
+    WindowCounts,
+    WindowReport,
+)
+
+#: Columns that the report of a segment names.
+_STRONGEST: Final = 5
 
 
 class Judge:
-    """Looks at windows of any arm. Not thread safe. Raises ProfileMismatch for a calibration of another profile."""
+    """Looks at windows of any arm. Not thread safe.
+
+    Raises ProfileMismatch for a calibration of another profile, SettingsError for rules or segments that do not fit.
+    Every test has the same level: columns, windows and, with segments, the whole and each of its parts share the ERT.
+    """
 
     def __init__(self, layout: Layout, settings: Settings, calibration: Calibration | None = None) -> None:
         if calibration is not None and calibration.sha256 != layout.sha256:
@@ -33,55 +57,126 @@ class Judge:
         self.layout = layout
         self.settings = settings
         self.calibration = calibration or Calibration.none(layout)
+        self.cutter = Cutter(layout, settings.segment) if settings.segment is not None else None
+        #: The rules that are counted, in the order of the marks behind the cells.
+        self.rules: tuple[Check, ...] = compile_rules(settings.schema, layout, "count")
+        self.checks: Checks = checks_of(layout, [(c.place, f"rule {c.name}", c.tolerated) for c in self.rules])
+        self._cuts = 1 + (len(self.cutter.names) if self.cutter is not None else 0)
         self._windows = {window.name: window for window in settings.windows}
-        self._books: dict[str, AlarmBook] = {}
+        #: By (arm, segment); the segment is empty for the whole arm.
+        self._books: dict[tuple[str, str], AlarmBook] = {}
+        self._quality: dict[str, AlarmBook] = {}
+        self._history: dict[tuple[str, str], History] = {}
+
+    @property
+    def rule_names(self) -> tuple[str, ...]:
+        """What each mark behind the cells counts."""
+        return tuple([f"{check.column.name}: {check.name} {check.wanted}" for check in self.rules])
+
+    # --- looks -----------------------------------------------------------------------------------------------------
 
     def look(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> list[Alarm]:
-        """One look of one window: what changed. ``reference``: int64 counts, the profile's own when None."""
-        pair = Pair(self.layout, self.layout.reference if reference is None else reference, counts.cells)
+        """One look of one window: what drift alarms changed. ``reference``: int64 counts, the profile's when None."""
+        return self._look(arm, counts, self._pair(counts, reference))
+
+    def look_at_all(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> list[Alarm]:
+        """The same, and what quality alarms changed: missing, out of range and new values, the rules of the schema."""
+        pair = self._pair(counts, reference)
+        return [*self._look(arm, counts, pair), *self._look_quality(arm, counts, pair)]
+
+    def _look(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
         judged = self._judge(pair, counts)
-        changes = self.book(arm).look(counts.window, judged.over, judged.quiet)
+        book = self.book(arm)
+        changes = book.look(counts.window, judged.over, judged.quiet)
+        self._remember(arm, counts, pair, judged, book.active)
+        return self._drift_alarms(arm, "", counts, pair, judged, changes)
+
+    def _look_quality(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
+        judged = self._judge_quality(pair, counts)
+        changes = self._quality_book(arm).look(counts.window, judged.over, judged.quiet)
         if not changes:
             return []
-        scores = score_columns(pair, judged, self.calibration.ks)
+        scores = self._scores(pair, counts)
         return [
-            Alarm(
-                "raised" if change.raised else "cleared",
+            _alarm(
+                change,
                 arm,
-                self.layout.names[change.column],
-                change.window,
-                change.episode,
-                counts.look,
-                counts.start_ns,
-                counts.end_ns,
-                judged.verdict(change.column, self.layout.names[change.column], self.settings.rules),
-                scores[change.column],
+                counts,
+                judged.verdict(self.checks, change.column),
+                scores[int(self.checks.places[change.column])],
+                check=self.checks.names[change.column],
+                quality=judged.score(self.checks, change.column, in_alarm=change.raised),
             )
             for change in changes
         ]
 
-    def book(self, arm: str) -> AlarmBook:
-        """The arm's alarms, made at its first look."""
-        if arm not in self._books:
-            self._books[arm] = AlarmBook(len(self.layout.columns), list(self._windows), self.settings.rules)
-        return self._books[arm]
+    def look_segment(self, arm: str, segment: str, counts: WindowCounts) -> list[Alarm]:
+        """One look of a segment's window, held against the segment's own reference."""
+        pair = self._segment_pair(segment, counts)
+        judged = self._judge(pair, counts)
+        changes = self.book(arm, segment).look(counts.window, judged.over, judged.quiet)
+        return self._drift_alarms(arm, segment, counts, pair, judged, changes)
 
-    def in_alarm(self, arm: str) -> tuple[str, ...]:
-        """Names of the columns in alarm."""
-        if arm not in self._books:
-            return ()
-        return tuple([self.layout.names[place] for place in np.flatnonzero(self._books[arm].active)])
+    def _drift_alarms(
+        self, arm: str, segment: str, counts: WindowCounts, pair: Pair, judged: Judgement, changes: list[Change]
+    ) -> list[Alarm]:
+        if not changes:
+            return []
+        scores = score_columns(pair, judged, self.calibration.ks)
+        verdicts = self._verdicts(judged)
+        return [
+            _alarm(change, arm, counts, verdicts(change.column), scores[change.column], segment=segment)
+            for change in changes
+        ]
+
+    def _remember(self, arm: str, counts: WindowCounts, pair: Pair, judged: Judgement, active: Array) -> None:
+        key = (arm, counts.window)
+        if key not in self._history:
+            self._history[key] = History(len(self.layout.columns), self.settings.history_looks)
+        psi_critical, ks_critical = self._critical(pair, judged)
+        log10_p = np.minimum(judged.psi_log_p, judged.ks_log_p) / math.log(10.0)
+        values = (judged.psi.value, psi_critical, judged.ks_low, ks_critical, log10_p)
+        self._history[key].add(counts.end_ns, counts.rows, self._log_level(counts), values, active)
+
+    def _critical(self, pair: Pair, judged: Judgement) -> tuple[Array, Array]:
+        """(PSI, KS) per column from which on a test is over: its level, and its floor where that is higher."""
+        (m, n), (missing_m, missing_n) = pair.rows, pair.missing
+        rules, calibration = self.settings.rules, self.calibration
+        degrees = np.maximum(judged.psi.occupied - 1, 0) * calibration.psi_degrees
+        psi = critical_psi(judged.psi_log_level, n, m, degrees, calibration.psi)
+        ks = critical_ks(judged.ks_log_level, n - missing_n, m - missing_m, calibration.ks)
+        return np.maximum(psi, rules.min_psi), np.maximum(ks, rules.min_ks)
+
+    def book(self, arm: str, segment: str = "") -> AlarmBook:
+        """The alarms of an arm, or of one of its segments; made at the first look."""
+        key = (arm, segment)
+        if key not in self._books:
+            self._books[key] = AlarmBook(len(self.layout.columns), list(self._windows), self.settings.rules)
+        return self._books[key]
+
+    def _quality_book(self, arm: str) -> AlarmBook:
+        if arm not in self._quality:
+            self._quality[arm] = AlarmBook(len(self.checks), list(self._windows), self.settings.rules)
+        return self._quality[arm]
+
+    def in_alarm(self, arm: str, segment: str = "") -> tuple[str, ...]:
+        """Names of the columns in drift alarm."""
+        found = self._books.get((arm, segment))
+        return () if found is None else tuple([self.layout.names[place] for place in np.flatnonzero(found.active)])
+
+    # --- reports ---------------------------------------------------------------------------------------------------
 
     def window_report(
         self, arm: str, counts: WindowCounts, reference: Array | None = None, inflation: Array | None = None
     ) -> WindowReport:
         """All statistics of one window, the strongest evidence first. Changes nothing."""
-        pair = Pair(self.layout, self.layout.reference if reference is None else reference, counts.cells)
+        pair = self._pair(counts, reference)
         judged = self._judge(pair, counts)
         known = self.calibration.ks if inflation is None else np.maximum(self.calibration.ks, inflation)
         scores = score_columns(pair, judged, known)
-        order = np.argsort(-judged.ratio, kind="stable")
-        rules = self.settings.rules
+        order = order_of(judged).tolist()
+        verdicts = self._verdicts(judged)
+        level = self._log_level(counts)
         return WindowReport(
             arm,
             counts.window,
@@ -91,10 +186,46 @@ class Judge:
             counts.full,
             counts.start_ns,
             counts.end_ns,
-            float(np.exp(self._log_level(counts))),
+            float(np.exp(level)),
             tuple([scores[place] for place in order]),
-            tuple([judged.verdict(place, self.layout.names[place], rules) for place in order]),
+            tuple([verdicts(place) for place in order]),
             self.in_alarm(arm),
+            contributions(pair, judged, level, order),
+            self._quality_scores(arm, self._judge_quality(pair, counts)),
+        )
+
+    def _quality_scores(self, arm: str, judged: QualityJudgement) -> tuple[QualityScore, ...]:
+        book = self._quality.get(arm)
+        active = np.zeros(len(self.checks), bool) if book is None else book.active
+        told = (judged.count > 0) | active
+        told[len(self.checks.kinds) :] = True
+        return tuple(
+            [
+                judged.score(self.checks, which, in_alarm=bool(active[which]))
+                for which in np.flatnonzero(told)[np.argsort(judged.log_p[told], kind="stable")].tolist()
+            ]
+        )
+
+    def _segment_report(self, arm: str, segment: str, counts: WindowCounts) -> SegmentReport:
+        pair = self._segment_pair(segment, counts)
+        judged = self._judge(pair, counts)
+        order = order_of(judged).tolist()
+        strongest = order[:_STRONGEST]
+        level = self._log_level(counts)
+        verdicts = self._verdicts(judged)
+        return SegmentReport(
+            arm,
+            segment,
+            counts.window,
+            counts.rows,
+            counts.full,
+            counts.start_ns,
+            counts.end_ns,
+            float(np.exp(level)),
+            float(judged.ratio[order[0]]),
+            self.in_alarm(arm, segment),
+            tuple([verdicts(place) for place in strongest]),
+            contributions(pair, judged, level, strongest),
         )
 
     def report(
@@ -105,10 +236,7 @@ class Judge:
         inflation: Mapping[str, Array] | None = None,
     ) -> DriftReport:
         """Every window of every arm of a state, live or merged. Equal counts give equal reports, bit for bit."""
-        if state.sha256 != self.layout.sha256:
-            raise ProfileMismatch(
-                f"the state is of profile {state.sha256[:12]}, the monitor's is {self.layout.sha256[:12]}"
-            )
+        self._check(state)
         live = inflation or {}
         windows = [
             self.window_report(arm, state.arms[arm].window(window), reference, live.get(arm))
@@ -127,11 +255,60 @@ class Judge:
             {arm: state.arms[arm].refused for arm in arms},
             not self._uncalibrated(live),
             (*warnings, *self._sampling(state)),
+            self.cutter.column if self.cutter is not None else "",
+            self._segment_reports(state),
         )
+
+    def _check(self, state: MonitorState) -> None:
+        if state.sha256 != self.layout.sha256:
+            raise ProfileMismatch(
+                f"the state is of profile {state.sha256[:12]}, the monitor's is {self.layout.sha256[:12]}"
+            )
+        if state.rules != self.rule_names:
+            raise StateError("the state has counts of other rules than the monitor's schema")
+
+    def _segment_reports(self, state: MonitorState) -> tuple[SegmentReport, ...]:
+        known = set() if self.cutter is None else set(self.cutter.names)
+        found = [
+            self._segment_report(arm, segment, state.segments[arm][segment].window(window))
+            for arm in sorted(state.segments)
+            for segment in sorted(set(state.segments[arm]) & known)
+            for window in self.settings.windows
+        ]
+        return tuple(sorted(found, key=lambda report: -report.ratio))
+
+    def distributions(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> dict[str, Any]:
+        """Shares of every PSI bin in the window and in the reference, for plots; the strongest column first."""
+        pair = self._pair(counts, reference)
+        judged = self._judge(pair, counts)
+        columns = distributions(pair, judged)
+        return {
+            "arm": arm,
+            "window": counts.window,
+            "rows": counts.rows,
+            "start_ns": counts.start_ns,
+            "end_ns": counts.end_ns,
+            "columns": [columns[place] for place in order_of(judged).tolist()],
+        }
+
+    def history(self, arm: str | None = None, column: str | None = None, last: int | None = None) -> dict[str, Any]:
+        """Looks of each window, oldest first; of one arm or column only where one is named, the ``last`` ones only."""
+        names = [name if column in (None, name) else "" for name in self.layout.names]
+        looks = self.settings.history_looks if last is None else last
+        rules = self.settings.rules
+        return {
+            "min_psi": rules.min_psi,
+            "min_ks": rules.min_ks,
+            "windows": [
+                {"arm": own, "window": window, **kept.to_dict(names, looks)}
+                for (own, window), kept in self._history.items()
+                if arm in (None, own)
+            ],
+        }
 
     def compare(self, counts: WindowCounts, other: WindowCounts, arm: str) -> WindowReport:
         """The arm's window held against another arm's: a two-sample test on the same cells."""
-        return self.window_report(arm, counts, other.cells)
+        return self.window_report(arm, counts, other.cells[: self.layout.cells])
 
     def warnings(self, inflation: Mapping[str, Array]) -> tuple[str, ...]:
         """Sentences about what the p-values cannot be trusted for."""
@@ -171,23 +348,106 @@ class Judge:
             if found.dropped
         ]
 
+    # --- ingredients -----------------------------------------------------------------------------------------------
+
+    def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
+        cells = counts.cells[: self.layout.cells]
+        return Pair(self.layout, self.layout.reference if reference is None else reference, cells)
+
+    def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
+        if self.cutter is None:
+            raise StateError(f"the monitor has no segments, got '{segment}'")
+        return Pair(self.layout, self.cutter.references[segment], counts.cells)
+
     def _judge(self, pair: Pair, counts: WindowCounts) -> Judgement:
         return judge(pair, self.settings.rules, self._log_level(counts), self.calibration)
 
-    def _log_level(self, counts: WindowCounts) -> float:
+    def _judge_quality(self, pair: Pair, counts: WindowCounts) -> QualityJudgement:
+        marks = counts.cells[self.layout.cells :]
+        level = self._log_level(counts, self.checks.budget)
+        return judge_quality(self.checks, pair, marks, self.settings.rules, level, self.calibration.psi)
+
+    def _scores(self, pair: Pair, counts: WindowCounts) -> tuple[ColumnScore, ...]:
+        return score_columns(pair, self._judge(pair, counts), self.calibration.ks)
+
+    def _verdicts(self, judged: Judgement) -> Callable[[int], Verdict]:
+        return lambda place: judged.verdict(place, self.layout.names[place], self.settings.rules)
+
+    def _log_level(self, counts: WindowCounts, tests: int = 0) -> float:
+        """``tests`` 0: one per column."""
         window = self._windows[counts.window]
-        return log_level(self.settings.rules, window, counts, len(self.layout.columns), len(self._windows))
+        family = (tests or len(self.layout.columns)) * self._cuts
+        return log_level(self.settings.rules, window, counts, family, len(self._windows))
+
+    # --- what goes into a state ------------------------------------------------------------------------------------
 
     def alarms_state(self) -> dict[str, Any]:
-        return {arm: book.to_dict() for arm, book in self._books.items()}
+        return {
+            "drift": [[arm, segment, book.to_dict()] for (arm, segment), book in self._books.items()],
+            "quality": {arm: book.to_dict() for arm, book in self._quality.items()},
+            "checks": [f"{column} {name}" for column, name in zip(self.checks.columns, self.checks.names, strict=True)],
+        }
 
     def restore_alarms(self, found: Mapping[str, Any]) -> None:
-        for arm, entry in found.items():
-            self.book(arm).restore(entry)
+        """Raises StateError when they are not those of ``alarms_state``. Quality alarms of other checks begin anew."""
+        known = ("", *(self.cutter.names if self.cutter is not None else ()))
+        try:
+            for arm, segment, entry in found.get("drift", ()):
+                if segment in known:
+                    self.book(arm, segment).restore(entry)
+            if found.get("checks") == self.alarms_state()["checks"]:
+                for arm, entry in found["quality"].items():
+                    self._quality_book(arm).restore(entry)
+        except (TypeError, ValueError, AttributeError, KeyError) as failure:
+            raise StateError(f"the state's alarms are damaged ({type(failure).__name__})") from None
+
+    def history_state(self) -> dict[tuple[str, str], dict[str, Array]]:
+        return {key: kept.state() for key, kept in self._history.items()}
+
+    def restore_history(self, found: Mapping[tuple[str, str], Mapping[str, Array]]) -> None:
+        """Raises StateError for the history of other columns; that of windows that are no more is left out."""
+        for (arm, window), state in found.items():
+            if window in self._windows:
+                kept = History(len(self.layout.columns), self.settings.history_looks)
+                kept.restore(state)
+                self._history[arm, window] = kept
 
     def restart(self, arm: str) -> None:
-        """Begin the arm's alarms anew."""
-        self.book(arm).restart()
+        """Begin the arm's alarms and history anew."""
+        for (own, _), book in self._books.items():
+            if own == arm:
+                book.restart()
+        if arm in self._quality:
+            self._quality[arm].restart()
+        self._history = {key: kept for key, kept in self._history.items() if key[0] != arm}
+
+
+def _alarm(
+    change: Change,
+    arm: str,
+    counts: WindowCounts,
+    verdict: Verdict,
+    score: ColumnScore,
+    *,
+    check: str = "drift",
+    segment: str = "",
+    quality: QualityScore | None = None,
+) -> Alarm:
+    return Alarm(
+        "raised" if change.raised else "cleared",
+        arm,
+        score.column,
+        change.window,
+        change.episode,
+        counts.look,
+        counts.start_ns,
+        counts.end_ns,
+        verdict,
+        score,
+        check,
+        segment,
+        quality,
+    )
 
 
 def _some(names: list[str]) -> str:

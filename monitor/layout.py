@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from monitor.errors import ProfileError
+from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
 from monitor.kernels.folding import fold
@@ -42,7 +42,19 @@ class _Tables:
 class TensorPlan:
     """How the rows of one tensor are read and counted."""
 
-    __slots__ = ("_dtype", "_lookups", "_tables", "carrier", "columns", "datatype", "name", "places", "source", "width")
+    __slots__ = (
+        "_dtype",
+        "_lookups",
+        "_tables",
+        "carrier",
+        "columns",
+        "datatype",
+        "name",
+        "places",
+        "read_columns",
+        "source",
+        "width",
+    )
 
     def __init__(self, profiles: Sequence[ColumnProfile], places: Sequence[int]) -> None:
         first = profiles[0].column
@@ -51,11 +63,12 @@ class TensorPlan:
         self.columns = [found.column.index for found in profiles]
         self.carrier = first.carrier
         self._dtype = DATATYPES[self.datatype][0]
-        self._tables = _tables(profiles, self.carrier, self._read_columns())
+        #: Which columns of a matrix made by ``rows_of`` are the monitored ones.
+        self.read_columns = self._read_columns()
+        self._tables = _tables(profiles, self.carrier, self.read_columns)
         self._lookups = [_lookup(found) for found in profiles] if self.datatype == BYTES else []
 
     def _read_columns(self) -> Array:
-        """Which columns of the matrix made by ``rows_of`` are the monitored ones."""
         if self.datatype == BYTES or self._dtype != self.carrier:
             return np.arange(len(self.columns), dtype="i8")
         return np.array(self.columns, "i8")
@@ -79,9 +92,19 @@ class TensorPlan:
             return (picked.astype("u4") << 16).view("f4")
         return picked.astype(self.carrier)
 
-    def _strings(self, parts: Parts, rows: int) -> Array | None:
+    def missing_rows(self, rows: int) -> Array:
+        """What an optional input that is absent counts as."""
+        return np.full((rows, self.width), np.nan, self.carrier)
+
+    def strings_of(self, parts: Parts | None, rows: int) -> list[bytes]:
+        """The elements of a BYTES tensor, row after row; empty ones for ``rows`` rows when it is absent."""
+        if parts is None:
+            return [b""] * (rows * self.width)
         pieces = cast("Sequence[list[bytes]]", parts)
-        values = pieces[0] if len(pieces) == 1 else [value for piece in pieces for value in piece]
+        return pieces[0] if len(pieces) == 1 else [value for piece in pieces for value in piece]
+
+    def _strings(self, parts: Parts, rows: int) -> Array | None:
+        values = self.strings_of(parts, rows)
         if len(values) != rows * self.width:
             return None
         out = np.empty((rows, len(self.columns)), "f4")
@@ -94,6 +117,25 @@ class TensorPlan:
         t = self._tables
         places = (t.columns, t.knots, t.knot_start, t.table, t.knot_count, t.origin, t.scale)
         codes.count_cells(rows, *places, _BUCKETS, t.steps, cell_start, counts)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Block:
+    """Rows of all tensors of a layout. ``matrices``: as ``TensorPlan.rows_of`` makes them; ``strings[t]``: the elements
+    of a BYTES tensor, None for others."""
+
+    layout: Layout
+    rows: int
+    matrices: Sequence[Array]
+    strings: Sequence[list[bytes] | None]
+
+    def column(self, place: int) -> Array | list[bytes]:
+        """The values of one column of the layout: floats of the carrier type (a view), or strings."""
+        tensor, position = self.layout.seat[place]
+        plan, strings = self.layout.tensors[tensor], self.strings[tensor]
+        if strings is not None:
+            return strings[plan.columns[position] :: plan.width]
+        return np.asarray(self.matrices[tensor][:, plan.read_columns[position]])
 
 
 class Layout:
@@ -125,13 +167,36 @@ class Layout:
         self.knots = _joined([found.knots for found in ordered], "f8")
         self.knot_start = _starts([len(found.knots) for found in ordered])
         self.tensors: list[TensorPlan] = []
+        #: Per column: (place of its tensor, its position among that tensor's columns).
+        self.seat: list[tuple[int, int]] = []
         self._starts: list[Array] = []
         place = 0
         for group in groups.values():
             _check_group([found.column for found in group])
+            self.seat.extend([(len(self.tensors), position) for position in range(len(group))])
             self.tensors.append(TensorPlan(group, range(place, place + len(group))))
             self._starts.append(np.ascontiguousarray(self.start[place : place + len(group) + 1]))
             place += len(group)
+
+    def place_of(self, column: str) -> int:
+        """Where a column is in this order. Raises SettingsError for one that the profile does not have."""
+        if column not in self.names:
+            raise SettingsError(f"the profile has no column '{column}'; there are {', '.join(self.names)}")
+        return self.names.index(column)
+
+    def read(self, contents: Sequence[Parts | None], rows: int) -> Block | None:
+        """Rows from the contents of each tensor (None: absent, all missing), or None when one has not that many."""
+        matrices: list[Array] = []
+        strings: list[list[bytes] | None] = []
+        for plan, given in zip(self.tensors, contents, strict=True):
+            texts = plan.strings_of(given, rows) if plan.datatype == BYTES else None
+            parts = given if texts is None else [texts]
+            matrix = plan.rows_of(parts, rows) if parts is not None else plan.missing_rows(rows)
+            if matrix is None:
+                return None
+            matrices.append(matrix)
+            strings.append(texts)
+        return Block(self, rows, matrices, strings)
 
     def count(self, matrices: Sequence[Array], counts: Array) -> None:
         """Add rows to ``counts`` (int32, ``cells``): one matrix per tensor, as ``TensorPlan.rows_of`` makes them."""

@@ -5,6 +5,9 @@ full or over, ``fresh`` is added to the open pane of every series and begun anew
 closed, and a window is always exactly the sum of its panes. Memory per series: cells x 4 bytes for each pane of the
 longest window, and cells x 8 bytes for each window.
 
+Beside the cells of its layout a store may count *marks*: yes or no per row, as the rules of a schema give. Their counts
+follow the cells in every vector.
+
 Windows of time have panes that begin at whole multiples of their length, so those of several processes line up; windows
 of rows are lined up by age (the newest pane of each process, the one before, ...).
 
@@ -14,7 +17,7 @@ Nothing here reads a clock: ``now_ns`` is ns since the epoch. Not thread safe.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -78,6 +81,31 @@ class ArmState:
             if (found.unit, found.pane) == (window.unit, window.pane):
                 return found.window(window)
         raise StateError(f"the state has no panes for the window {window.name}")
+
+
+def recut(state: ArmState, cells: int, size: int) -> ArmState:
+    """The state with its first ``cells`` counts of every vector, filled up with zeros to ``size``.
+
+    Raises StateError when a vector has fewer.
+    """
+
+    def cut(counts: Array) -> Array:
+        if counts.shape[-1] < cells:
+            raise StateError("the state has another number of cells than the profile")
+        out = np.zeros((*counts.shape[:-1], size), counts.dtype)
+        out[..., :cells] = counts[..., :cells]
+        return out
+
+    series = [replace(one, counts=cut(one.counts)) for one in state.series]
+    return replace(state, total=cut(state.total), series=series)
+
+
+def store_bytes(cells: int, windows: Sequence[Window]) -> int:
+    """Memory that a store of so many cells takes."""
+    series = {(window.unit, window.pane): 0 for window in windows}
+    for window in windows:
+        series[window.unit, window.pane] = max(series[window.unit, window.pane], window.panes)
+    return cells * (12 + 8 * len(windows) + sum([4 * (panes + 1) for panes in series.values()]))
 
 
 def merge_arms(states: Sequence[ArmState]) -> ArmState:
@@ -235,8 +263,10 @@ class PaneStore:
         on_look: OnLook | None = None,
         on_pane: OnPane | None = None,
         on_fresh: Callable[[Array, int, int], None] | None = None,
+        marks: int = 0,
     ) -> None:
         self.layout = layout
+        self._size = layout.cells + marks
         self.rows = 0
         self.dropped = 0
         self.refused = 0
@@ -244,23 +274,33 @@ class PaneStore:
         self._on_look = on_look
         self._on_pane = on_pane
         self._on_fresh = on_fresh
-        self._fresh = np.zeros(layout.cells, "i4")
+        self._fresh = np.zeros(self._size, "i4")
         self._fresh_rows = 0
-        self._total = np.zeros(layout.cells, "i8")
+        self._total = np.zeros(self._size, "i8")
         self._now_ns = 0
         keys = list(dict.fromkeys((window.unit, window.pane) for window in windows))
-        self._series = [_Series(*key, [w for w in windows if (w.unit, w.pane) == key], layout.cells) for key in keys]
+        self._series = [_Series(*key, [w for w in windows if (w.unit, w.pane) == key], self._size) for key in keys]
 
-    def add(self, matrices: Sequence[Array], rows: int, now_ns: int, first_ns: int = -1) -> None:
+    def add(
+        self,
+        matrices: Sequence[Array],
+        rows: int,
+        now_ns: int,
+        first_ns: int = -1,
+        marks: Array | None = None,
+    ) -> None:
         """Count rows: one matrix per tensor of the layout (``TensorPlan.rows_of``), all with ``rows`` rows.
 
-        They came between ``first_ns`` (default: the same) and ``now_ns``, which lie in one pane of time.
+        They came between ``first_ns`` (default: the same) and ``now_ns``, which lie in one pane of time. ``marks``:
+        bool (rows, marks), where the store has any.
         """
         self.tick(now_ns)
         done = 0
         while done < rows:
             take = min(rows - done, *[series.room() for series in self._series])
-            self.layout.count([matrix[done : done + take] for matrix in matrices], self._fresh)
+            self.layout.count([matrix[done : done + take] for matrix in matrices], self._fresh[: self.layout.cells])
+            if marks is not None:
+                self._fresh[self.layout.cells :] += marks[done : done + take].sum(axis=0, dtype="i4")
             done += take
             self.rows += take
             self._fresh_rows += take
@@ -339,8 +379,8 @@ class PaneStore:
         mine = [(series.unit, series.pane) for series in self._series]
         if [(series.unit, series.pane) for series in state.series] != mine:
             raise StateError("the state was made with other windows")
-        if any(array.shape[-1] != self.layout.cells for array in (state.total, *[s.counts for s in state.series])):
-            raise StateError("the state has another number of cells than the profile")
+        if any(array.shape[-1] != self._size for array in (state.total, *[s.counts for s in state.series])):
+            raise StateError("the state has another number of cells than the profile and the schema")
         self.rows, self.dropped, self.refused = state.rows, state.dropped, state.refused
         self._total = state.total.astype("i8")
         for series, saved in zip(self._series, state.series, strict=True):

@@ -88,11 +88,24 @@ class ColumnProfile:
         return float(self.counts[:-1:2].max(initial=0)) / max(1, self.present)
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class SegmentReference:
+    """The reference cut by the values of one column (``monitor.segments.with_segments`` makes it).
+
+    ``counts`` int64 (values, cells): one row per value, in the cells' order of ``monitor.layout.Layout``.
+    """
+
+    column: str
+    values: tuple[str | float, ...]
+    counts: Array
+
+
 @dataclass(frozen=True, eq=False)
 class ReferenceProfile:
     """The columns of one model version's reference, and the SHA-256 that names them."""
 
     columns: tuple[ColumnProfile, ...]
+    segments: SegmentReference | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -192,7 +205,8 @@ class ReferenceProfile:
         try:
             if header["schema"] != _SCHEMA:
                 raise ProfileError(f"{what}: schema {header['schema']} is not known, wanted {_SCHEMA}")
-            return cls(_columns_from(header, arrays))
+            columns = _columns_from(header, arrays)
+            return cls(columns, _segments_from(header, arrays, columns))
         except (KeyError, TypeError, ValueError, IndexError) as failure:
             raise ProfileError(f"{what}: the profile is damaged ({type(failure).__name__})") from None
 
@@ -207,6 +221,9 @@ class ReferenceProfile:
             "strings": np.frombuffer(b"".join(strings), "u1"),
             "string_sizes": np.array([len(s) for s in strings], "i8"),
         }
+        if self.segments is not None:
+            header["segments"] = {"column": self.segments.column, "values": list(self.segments.values)}
+            arrays["segments"] = self.segments.counts
         return header, arrays
 
 
@@ -441,6 +458,20 @@ def _columns_from(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> tup
     if knot != len(arrays["knots"]) or cell != len(arrays["counts"]) or not built:
         raise ValueError("sizes")
     return tuple(built)
+
+
+def _segments_from(
+    header: Mapping[str, Any], arrays: Mapping[str, Array], columns: Sequence[ColumnProfile]
+) -> SegmentReference | None:
+    if "segments" not in header:
+        return None
+    column, values = str(header["segments"]["column"]), tuple(header["segments"]["values"])
+    counts = arrays["segments"]
+    if counts.shape != (len(values), sum(len(found.counts) for found in columns)) or counts.min(initial=0) < 0:
+        raise ValueError("segments")
+    if not all(isinstance(value, str | int | float) for value in values):
+        raise ValueError("segments")
+    return SegmentReference(column, values, counts)
 
 
 def _check(found: ColumnProfile) -> None:

@@ -24,11 +24,11 @@ MAGIC: Final = b"TIDEMON1"
 #: Bounds on a file that is read, so that a damaged length cannot ask for all memory.
 MAX_HEADER_BYTES: Final = 256 * 1024 * 1024
 MAX_ARRAY_BYTES: Final = 8 * 1024**3
-_DTYPES: Final = {"u1": "|u1", "i4": "<i4", "i8": "<i8", "f8": "<f8"}
+_DTYPES: Final = {"u1": "|u1", "i4": "<i4", "i8": "<i8", "f4": "<f4", "f8": "<f8"}
 
 
 def pack(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
-    """The file's bytes. Arrays are of dtype u1, i4, i8 or f8; NaN in the header is refused."""
+    """The file's bytes. Arrays are of dtype u1, i4, i8, f4 or f8; NaN in the header is refused."""
     raws = {name: _raw(array) for name, array in sorted(arrays.items())}
     shapes = {name: [array.dtype.str[1:], list(array.shape)] for name, array in arrays.items()}
     content = _canonical({"kind": kind, "header": header, "arrays": shapes})

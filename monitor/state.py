@@ -7,7 +7,7 @@ bit-identical counts. Alarms and the seasonal reference belong to whoever looks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,13 +19,17 @@ from monitor.panes import ArmState, SeriesState, merge_arms
 from monitor.types import Array
 
 _KIND: Final = "monitor state"
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _FACTS: Final = ("index", "rows", "dropped", "start_ns", "end_ns")
 
 
 @dataclass(slots=True, eq=False)
 class MonitorState:
-    """``alarms`` and ``inflation`` by arm, and ``seasonal`` arrays: empty where they do not travel."""
+    """``segments``: by arm and name. ``rules``: what is counted behind the cells (see ``monitor.panes``).
+
+    ``alarms`` and ``inflation`` by arm, ``seasonal`` arrays, ``history`` arrays by (arm, window): empty where they do
+    not travel.
+    """
 
     model: str
     version: str
@@ -34,18 +38,21 @@ class MonitorState:
     alarms: dict[str, Any] = field(default_factory=dict)
     inflation: dict[str, Any] = field(default_factory=dict)
     seasonal: tuple[Array, Array, Array] | None = None
+    rules: tuple[str, ...] = ()
+    segments: dict[str, dict[str, ArmState]] = field(default_factory=dict)
+    history: dict[tuple[str, str], dict[str, Array]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """A sealed file: see ``monitor.sealed``."""
         arrays: dict[str, Array] = {}
-        arms: dict[str, Any] = {}
-        for arm, state in self.arms.items():
-            arms[arm] = {"rows": state.rows, "dropped": state.dropped, "refused": state.refused, "series": []}
-            arrays[f"{arm}/total"] = state.total
-            for place, series in enumerate(state.series):
-                arms[arm]["series"].append({"unit": series.unit, "pane": series.pane, "closed": series.closed})
-                arrays[f"{arm}/{place}/facts"] = np.stack([getattr(series, name) for name in _FACTS])
-                arrays[f"{arm}/{place}/counts"] = series.counts
+        arms = {arm: _stored(arm, state, arrays) for arm, state in self.arms.items()}
+        segments = [
+            {"arm": arm, "segment": name, **_stored(f"/segments/{arm}/{place}", state, arrays)}
+            for arm, found in self.segments.items()
+            for place, (name, state) in enumerate(found.items())
+        ]
+        for place, kept in enumerate(self.history.values()):
+            arrays |= {f"/history/{place}/{name}": values for name, values in kept.items()}
         for name, values in zip(("slots", "rows", "written"), self.seasonal or (), strict=False):
             arrays[f"/seasonal/{name}"] = values
         header = {
@@ -56,6 +63,9 @@ class MonitorState:
             "arms": arms,
             "alarms": self.alarms,
             "inflation": self.inflation,
+            "rules": list(self.rules),
+            "segments": segments,
+            "history": [{"arm": arm, "window": window} for arm, window in self.history],
         }
         return sealed.pack(_KIND, header, arrays)
 
@@ -70,9 +80,49 @@ class MonitorState:
             names = [f"/seasonal/{name}" for name in ("slots", "rows", "written")]
             seasonal = (arrays[names[0]], arrays[names[1]], arrays[names[2]]) if names[0] in arrays else None
             texts = [str(header[name]) for name in ("model", "version", "sha256")]
-            return cls(texts[0], texts[1], texts[2], arms, header["alarms"], header["inflation"], seasonal)
+            return cls(
+                texts[0],
+                texts[1],
+                texts[2],
+                arms,
+                header["alarms"],
+                header["inflation"],
+                seasonal,
+                tuple([str(rule) for rule in header["rules"]]),
+                _segments(header["segments"], arrays),
+                _history(header["history"], arrays),
+            )
         except (KeyError, TypeError, ValueError, IndexError) as failure:
             raise StateError(f"{what}: the state is damaged ({type(failure).__name__})") from None
+
+
+def _stored(key: str, state: ArmState, arrays: dict[str, Array]) -> dict[str, Any]:
+    """The header's entry of one arm; its arrays go into ``arrays``."""
+    series = []
+    arrays[f"{key}/total"] = state.total
+    for place, one in enumerate(state.series):
+        series.append({"unit": one.unit, "pane": one.pane, "closed": one.closed})
+        arrays[f"{key}/{place}/facts"] = np.stack([getattr(one, name) for name in _FACTS])
+        arrays[f"{key}/{place}/counts"] = one.counts
+    return {"rows": state.rows, "dropped": state.dropped, "refused": state.refused, "series": series}
+
+
+def _segments(entries: Sequence[dict[str, Any]], arrays: dict[str, Array]) -> dict[str, dict[str, ArmState]]:
+    found: dict[str, dict[str, ArmState]] = {}
+    for entry in entries:
+        own = found.setdefault(str(entry["arm"]), {})
+        own[str(entry["segment"])] = _arm(f"/segments/{entry['arm']}/{len(own)}", entry, arrays)
+    return found
+
+
+def _history(entries: Sequence[dict[str, Any]], arrays: dict[str, Array]) -> dict[tuple[str, str], dict[str, Array]]:
+    found: dict[tuple[str, str], dict[str, Array]] = {}
+    for place, entry in enumerate(entries):
+        key = f"/history/{place}/"
+        found[str(entry["arm"]), str(entry["window"])] = {
+            name.removeprefix(key): values for name, values in arrays.items() if name.startswith(key)
+        }
+    return found
 
 
 def _arm(arm: str, found: dict[str, Any], arrays: dict[str, Array]) -> ArmState:
@@ -97,6 +147,24 @@ def merge(states: Sequence[MonitorState]) -> MonitorState:
             raise ProfileMismatch(
                 f"counts under profile {state.sha256[:12]} cannot be added to counts under profile {first.sha256[:12]}"
             )
-    arms = sorted({arm for state in states for arm in state.arms})
-    merged = {arm: merge_arms([state.arms[arm] for state in states if arm in state.arms]) for arm in arms}
-    return MonitorState(first.model, first.version, first.sha256, merged)
+        if state.rules != first.rules:
+            raise StateError(
+                f"counts of the rules {', '.join(state.rules) or 'none'} cannot be added to those of the rules "
+                f"{', '.join(first.rules) or 'none'}"
+            )
+    return MonitorState(
+        first.model,
+        first.version,
+        first.sha256,
+        _merged([state.arms for state in states]),
+        rules=first.rules,
+        segments={
+            arm: _merged([state.segments[arm] for state in states if arm in state.segments])
+            for arm in sorted({arm for state in states for arm in state.segments})
+        },
+    )
+
+
+def _merged(parts: Sequence[Mapping[str, ArmState]]) -> dict[str, ArmState]:
+    names = sorted({name for part in parts for name in part})
+    return {name: merge_arms([part[name] for part in parts if name in part]) for name in names}

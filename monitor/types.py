@@ -116,6 +116,66 @@ def _duration(ns: int) -> str:
     return f"{ns / SECOND_NS:g}s"
 
 
+#: Values of one column that traffic is cut by.
+MAX_SEGMENTS: Final = 16
+
+
+@dataclass(slots=True, frozen=True)
+class Segment:
+    """Traffic cut by the values of one column: the rows of each value are windows of their own; others are not cut out.
+
+    Numbers are compared as the column's datatype holds them, strings byte for byte. Each value seen in an arm takes as
+    much memory as an arm (``monitor.panes.store_bytes``); ``max_bytes`` bounds their sum in one monitor, and rows of
+    values that come when it is used up are left out and counted.
+    """
+
+    column: str
+    values: tuple[str | float, ...]
+    max_bytes: int = 256 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.values) <= MAX_SEGMENTS:
+            raise SettingsError(f"a segment needs 1 to {MAX_SEGMENTS} values, got {len(self.values)}")
+        if len(set(self.names)) != len(self.values):
+            raise SettingsError(f"the values of segment '{self.column}' must differ, got {', '.join(self.names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The values as reports write them."""
+        return tuple([value if isinstance(value, str) else f"{value:.12g}" for value in self.values])
+
+
+@dataclass(slots=True, frozen=True)
+class ColumnRule:
+    """What the values of one column must be. A rule that is not given does not exist.
+
+    ``min`` and ``max``: bounds, both allowed; NaN passes. ``categories``: the only values allowed, missing ones apart.
+    ``finite``: neither NaN nor infinite. ``missing``: the largest share of missing values (NaN, the empty string), of a
+    window or of a request. ``range`` "profile" takes bounds (of discrete columns: categories) that are not given from
+    the reference.
+
+    ``action`` "count": violations are counted per window, and more than the share ``tolerate`` is an alarm. "reject":
+    requests that violate are refused (see ``monitor.schema.SchemaCheck``); outputs cannot be.
+    """
+
+    column: str
+    min: float | None = None
+    max: float | None = None
+    missing: float | None = None
+    categories: tuple[str | float, ...] | None = None
+    finite: bool = False
+    range: Literal["", "profile"] = ""
+    action: Literal["count", "reject"] = "count"
+    tolerate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min is not None and self.max is not None and not self.min <= self.max:
+            raise SettingsError(f"rule of '{self.column}': wanted min <= max, got {self.min:g} and {self.max:g}")
+        for name, share in (("missing", self.missing), ("tolerate", self.tolerate)):
+            if share is not None and not 0 <= share <= 1:
+                raise SettingsError(f"rule of '{self.column}': {name} must be a share in 0..1, got {share:g}")
+
+
 @dataclass(slots=True, frozen=True)
 class AlarmRules:
     """When a column is in alarm. See ``monitor.calibration`` for the level and ``monitor.alarms`` for the states.
@@ -123,12 +183,16 @@ class AlarmRules:
     One false alarm is expected per ``ert_rows`` rows, or per ``ert_hours`` hours when that is set. ``k`` of the last
     ``m`` looks of one window must be over; ``clear_looks`` looks in a row must be under, with the effect below
     ``clear_ratio`` of its floor or p over the level, before the alarm ends.
+
+    ``min_rate`` is the floor of the quality checks: by how much the share of missing values, of values outside the
+    reference's range or of new categories must exceed the reference's. They may add a tenth to the false alarms.
     """
 
     ert_rows: int = 10_000_000
     ert_hours: float = 0.0
     min_psi: float = 0.02
     min_ks: float = 0.05
+    min_rate: float = 0.01
     k: int = 2
     m: int = 3
     clear_looks: int = 6
@@ -141,6 +205,8 @@ class AlarmRules:
             raise SettingsError(f"persistence needs 1 <= k <= m <= 64, got k={self.k}, m={self.m}")
         if self.clear_looks < 1 or not 0 <= self.clear_ratio <= 1:
             raise SettingsError("clear_looks must be at least 1 and clear_ratio within 0..1")
+        if not 0 < self.min_rate <= 1:
+            raise SettingsError(f"min_rate must be a share over 0, at most 1, got {self.min_rate:g}")
         if self.ert_rows < 1 or self.ert_hours < 0 or self.min_psi < 0 or self.min_ks < 0 or self.min_rows < 1:
             raise SettingsError("ert_rows and min_rows must be positive; ert_hours and floors must not be negative")
 
@@ -157,6 +223,13 @@ class Settings:
     ring_bytes: int = 64 * 1024 * 1024
     #: Arms counted apart at most; rows of further arms are refused and counted.
     max_arms: int = 8
+    segment: Segment | None = None
+    schema: tuple[ColumnRule, ...] = ()
+    #: The newest rows that are kept as they came, for ``Monitor.sample``; 0 is off. Not in snapshots.
+    keep_rows: int = 0
+    keep_bytes: int = 64 * 1024 * 1024
+    #: Looks kept for plots, per arm and window: 25 bytes per look and column.
+    history_looks: int = 512
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -170,12 +243,15 @@ class Settings:
             raise SettingsError("two windows are the same")
         if self.ring_rows < 1 or self.ring_bytes < 1 or self.max_arms < 1:
             raise SettingsError("ring_rows, ring_bytes and max_arms must be positive")
+        if self.keep_rows < 0 or self.keep_bytes < 1 or self.history_looks < 1:
+            raise SettingsError("keep_bytes and history_looks must be positive, keep_rows must not be negative")
 
 
 @dataclass(slots=True, frozen=True)
 class WindowCounts:
-    """What a window holds. ``cells`` are counts per cell of the layout; ``dropped`` rows were offered but not counted.
+    """What a window holds. ``dropped`` rows were offered but not counted.
 
+    ``cells`` are counts per cell of the layout, and after those the violations of each counted rule of the schema.
     ``full`` says that the window has its whole length; ``look`` numbers the panes closed so far.
     """
 
@@ -252,8 +328,32 @@ class Verdict:
 
 
 @dataclass(slots=True, frozen=True)
+class QualityScore:
+    """One check of one column in one window: ``count`` of ``rows`` rows.
+
+    ``check``: "missing", "below", "above", "new_category" (held against the reference's share), or "rule min", "rule
+    max", "rule missing", "rule categories", "rule finite" (held against the share tolerated). ``allowed``: that share.
+    ``p``: 1 where the share is too small for an alarm.
+    """
+
+    column: str
+    check: str
+    count: int
+    rows: int
+    share: float
+    allowed: float
+    p: float
+    over: bool
+    in_alarm: bool = False
+
+
+@dataclass(slots=True, frozen=True)
 class Alarm:
-    """A change of a column's alarm. ``episode`` is unique per column and arm, and the same for raise and end."""
+    """A change of an alarm. ``check`` is "drift", or the name of a quality check (``quality`` then has its numbers, and
+    ``verdict.test`` its name). ``segment`` is empty for the whole arm.
+
+    ``episode`` is unique per arm, segment, column and check, and the same for raise and end.
+    """
 
     state: Literal["raised", "cleared"]
     arm: str
@@ -265,6 +365,34 @@ class Alarm:
     end_ns: int
     verdict: Verdict
     score: ColumnScore
+    check: str = "drift"
+    segment: str = ""
+    quality: QualityScore | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class MovedBin:
+    """One PSI bin: its share of the reference and of the window, and its share of the column's PSI."""
+
+    bin: str
+    reference: float
+    window: float
+    share: float
+
+
+@dataclass(slots=True, frozen=True)
+class Contribution:
+    """How much of a window's evidence of drift is this column's. ``rank`` 1 is the strongest.
+
+    ``contribution`` is the column's share of the sum of ``max(0, -ln p - 1)`` over columns, p that of its stronger
+    test: -ln p beyond its mean under no drift. 0 everywhere when no column has any. ``moved``: the bins that moved
+    most.
+    """
+
+    column: str
+    rank: int
+    contribution: float
+    moved: tuple[MovedBin, ...]
 
 
 @dataclass(slots=True, frozen=True)
@@ -283,6 +411,32 @@ class WindowReport:
     scores: tuple[ColumnScore, ...]
     verdicts: tuple[Verdict, ...]
     in_alarm: tuple[str, ...] = ()
+    #: In the order of ``scores`` and ``verdicts``.
+    contributions: tuple[Contribution, ...] = ()
+    #: Checks with something to say: a count over 0, a rule of the schema, or an alarm.
+    quality: tuple[QualityScore, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class SegmentReport:
+    """One window of one segment of an arm, held against the same segment of the reference.
+
+    ``ratio`` is the strongest column's (see ``Verdict``); the columns of ``verdicts`` and ``contributions`` are the
+    strongest few.
+    """
+
+    arm: str
+    segment: str
+    window: str
+    rows: int
+    full: bool
+    start_ns: int
+    end_ns: int
+    level: float
+    ratio: float
+    in_alarm: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    contributions: tuple[Contribution, ...]
 
 
 @dataclass(slots=True, frozen=True)
@@ -299,6 +453,9 @@ class DriftReport:
     refused: dict[str, int] = field(default_factory=dict)
     calibrated: bool = True
     warnings: tuple[str, ...] = ()
+    #: The column that traffic is cut by, and its values' windows, the strongest evidence first.
+    segment_column: str = ""
+    segments: tuple[SegmentReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN and infinities stay floats."""

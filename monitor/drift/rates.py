@@ -7,14 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from monitor.drift.base import Pair
+from monitor.layout import Layout
 from monitor.types import Array
 
 
 @dataclass(slots=True, frozen=True, eq=False)
-class Rates:
-    """Shares of all rows of the window, per column; NaN without rows. ``new_category`` is 0 for ordered columns and
-    ``below`` and ``above`` are 0 for discrete ones. A reference without any value has no range: all is ``above``.
+class Amounts:
+    """Rows of one sample, per column. ``new_category`` is 0 for ordered columns and ``below`` and ``above`` are 0 for
+    discrete ones. A reference without any value has no range: all is ``above``.
     """
+
+    missing: Array
+    below: Array
+    above: Array
+    new_category: Array
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Rates:
+    """Shares of all rows of the window, per column, as ``Amounts``; NaN without rows."""
 
     missing: Array
     missing_reference: Array
@@ -23,21 +34,26 @@ class Rates:
     new_category: Array
 
 
-def rates(pair: Pair) -> Rates:
-    layout, window = pair.layout, pair.window
-    reference_rows, rows = pair.rows
+def amounts(layout: Layout, cells: Array) -> Amounts:
+    """From int64 counts of the layout's cells."""
     first, last = layout.start[:-1], layout.start[1:] - 1
-    discrete = layout.discrete
     empty = last - first == 1
-    gaps = np.array([int(window[a:b:2].sum()) for a, b in zip(first, last, strict=True)])
-    below = np.where(discrete | empty, 0, window[first])
-    above = np.where(discrete, 0, window[last - 1])
+    new = np.zeros(len(first), "i8")
+    for place in np.flatnonzero(layout.discrete):
+        new[place] = cells[first[place] : last[place] : 2].sum()
+    below = np.where(layout.discrete | empty, 0, cells[first])
+    return Amounts(cells[last], below, np.where(layout.discrete, 0, cells[last - 1]), new)
+
+
+def rates(pair: Pair) -> Rates:
+    reference_rows, rows = pair.rows
+    found = amounts(pair.layout, pair.window)
     return Rates(
-        _share(window[last], rows),
-        _share(pair.reference[last], reference_rows),
-        _share(below, rows),
-        _share(above, rows),
-        _share(np.where(discrete, gaps, 0), rows),
+        _share(found.missing, rows),
+        _share(pair.missing[0], reference_rows),
+        _share(found.below, rows),
+        _share(found.above, rows),
+        _share(found.new_category, rows),
     )
 
 

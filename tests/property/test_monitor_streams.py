@@ -117,6 +117,29 @@ def test_windows_are_what_a_recount_gives(batches: list[int], seed: int) -> None
             assert (shuffled.state().window(window).cells == expected).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 25), min_size=1, max_size=30), st.integers(0, 2**32 - 1))
+def test_marks_of_rows_move_with_their_windows(batches: list[int], seed: int) -> None:
+    layout = Layout(PROFILE)
+    windows = [rows_window(12, 4), rows_window(40, 4), rows_window(30, 10)]
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((sum(batches), 3)).astype("f4")
+    marked = rng.random((len(rows), 2)) < 0.3
+    store, place = PaneStore(layout, windows, marks=2), 0
+    for size in batches:
+        own = slice(place, place + size)
+        store.add([rows[own]], size, 0, marks=marked[own])
+        place += size
+    plain = PaneStore(layout, windows)
+    plain.add([rows], len(rows), 0)
+    assert (store.state().total[layout.cells :] == marked.sum(axis=0)).all()
+    for window in windows:
+        end = len(rows) // window.pane * window.pane
+        found = store.state().window(window).cells
+        assert (found[: layout.cells] == plain.state().window(window).cells).all()
+        assert (found[layout.cells :] == marked[max(0, end - window.length) : end].sum(axis=0)).all()
+
+
 signs = st.sampled_from(["over", "quiet", "neither"])
 
 

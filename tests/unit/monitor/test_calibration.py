@@ -8,7 +8,17 @@ import math
 import numpy as np
 import pytest
 
-from monitor.calibration import Calibration, Inflation, calibrate, log_level, looks_per_false_alarm
+from monitor.calibration import (
+    Calibration,
+    Inflation,
+    calibrate,
+    critical_ks,
+    critical_psi,
+    kolmogorov_log_p,
+    log_level,
+    looks_per_false_alarm,
+    psi_log_p,
+)
 from monitor.errors import CalibrationError, ProfileMismatch
 from monitor.judging import Judge
 from monitor.layout import Layout
@@ -128,3 +138,13 @@ def test_dependent_rows_alarm_without_calibration_and_not_with_it() -> None:
         raised.append(len(alarms))
     assert raised[0] > 20
     assert raised[1] == 0
+
+
+@pytest.mark.parametrize("log_p", [math.log(0.05), math.log(1e-6), -60.0])
+def test_critical_values_have_the_p_that_they_are_for(log_p: float) -> None:
+    n, m, one = np.array([200.0, 5000.0, 0.0]), np.array([50_000.0, 300.0, 10.0]), np.array([1.0, 2.5, 1.0])
+    levels, degrees = np.full(3, log_p), np.array([9.0, 3.7, 9.0])
+    ks, psi = critical_ks(levels, n, m, one), critical_psi(levels, n, m, degrees, one)
+    assert kolmogorov_log_p(ks[:2], n[:2], m[:2], one[:2]) == pytest.approx([log_p] * 2, rel=1e-5)
+    assert psi_log_p(psi[:2], n[:2], m[:2], degrees[:2], one[:2]) == pytest.approx([log_p] * 2, rel=1e-6)
+    assert np.isinf([ks[2], psi[2]]).all()

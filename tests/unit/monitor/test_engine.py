@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba.core import event
 
+from monitor import snapshots
 from monitor.engine import Monitor, MonitorSet, OnAlarm
 from monitor.errors import ProfileMismatch, SettingsError, StateError
 from monitor.profile import ReferenceProfile
 from monitor.state import MonitorState, merge
 from monitor.tap import Item, Tap
-from monitor.types import SECOND_NS, Alarm, AlarmRules, Settings, rows_window, time_window
+from monitor.types import SECOND_NS, Alarm, AlarmRules, ColumnRule, Settings, rows_window, time_window
 from monitor.worker import DrainThread
 
 ROWS_ONLY = Settings(windows=(rows_window(1000), rows_window(10_000)), rules=AlarmRules(ert_rows=1_000_000))
@@ -402,6 +406,237 @@ def test_undefined_statistics_are_nan_in_reports() -> None:
     (short, _) = monitor.report().windows
     assert (short.rows, short.full) == (0, False)
     assert all(math.isnan(score.psi) and score.psi_p == 1 for score in short.scores)
+
+
+# --- slots: threads and profiles come and go ---
+
+
+def test_a_slot_follows_attach_replace_and_detach(monitors: MonitorSet) -> None:
+    slot = monitors.tap_for("m", "1", ["y", "x"], ["score"])
+    assert slot.tap is None
+    first = monitors.attach("m", "1", profile(), ROWS_ONLY)
+    before = slot.tap
+    assert before is not None
+    assert before.offer(100, [None, [normal(0, 100).tobytes()]], [Output(np.zeros(100).tobytes())], 0)
+    second = monitors.replace("m", "1", profile(seed=1), ROWS_ONLY)
+    after = slot.tap
+    assert after is not None
+    assert after is not before
+    assert after.offer(7, [None, [normal(0, 7).tobytes()]], [Output(np.zeros(7).tobytes())], 0)
+    monitors.drain(0)
+    assert (first.report().counted, second.report().counted) == ({"stable": 100}, {"stable": 7})
+    assert monitors.get("m", "1") is second
+    assert monitors.detach("m", "1") is second
+    assert slot.tap is None
+    assert monitors.gauges() == {"offered": 107, "taken": 107, "dropped": 0, "refused": 0, "waiting": 0}
+    monitors.attach("m", "1", profile(), ROWS_ONLY)
+    assert slot.tap is not None
+    monitors.close_slot(slot)
+    assert slot.tap is None
+    monitors.replace("m", "1", profile(seed=1), ROWS_ONLY)
+    assert slot.tap is None
+
+
+def test_a_profile_that_does_not_fit_a_slot_changes_nothing(monitors: MonitorSet) -> None:
+    slot = monitors.tap_for("m", "1", ["x"], ["label"])
+    with pytest.raises(ProfileMismatch, match="watches the output 'score'"):
+        monitors.attach("m", "1", profile(), ROWS_ONLY)
+    assert monitors.get("m", "1") is None
+    only_x = ReferenceProfile.from_arrays({"x": normal(0, 1000)})
+    kept = monitors.attach("m", "1", only_x, ROWS_ONLY)
+    before = slot.tap
+    with pytest.raises(ProfileMismatch, match="watches the output 'score'"):
+        monitors.replace("m", "1", profile(), ROWS_ONLY)
+    assert monitors.get("m", "1") is kept
+    assert slot.tap is before is not None
+    with pytest.raises(ProfileMismatch, match="watches the input 'x'"):
+        monitors.tap_for("m", "1", ["z"], [])
+
+
+def test_replacing_settings_alone_keeps_counts_and_alarms(monitors: MonitorSet, alarms: list[Alarm]) -> None:
+    _, tap = attach(monitors)
+    for batch in range(4):
+        offer(tap, normal(batch, 500) + 1)
+        monitors.drain(0)
+    raised = len(alarms)
+    assert raised >= 5
+    offer(tap, normal(9, 250) + 1)  # still waits when the monitor is replaced
+    rules = replace(ROWS_ONLY, schema=(ColumnRule("x[0]", max=100.0),))
+    again = monitors.replace("m", "1", profile(), rules)
+    assert again.report().counted == {"stable": 2250}
+    assert again.in_alarm() == tuple(f"x[{i}]" for i in range(5))
+    assert len(again.history()["windows"][0]["rows"]) == 3
+    anew = monitors.replace("m", "1", profile(), replace(ROWS_ONLY, windows=(rows_window(700, 70),)))
+    assert anew.report().counted == {}
+
+
+def test_a_mirror_holds_for_taps_that_come_later(monitors: MonitorSet) -> None:
+    first = monitors.attach("m", "1", profile(), ROWS_ONLY)
+    second = monitors.attach("m", "2", profile(seed=1), ROWS_ONLY)
+    monitors.mirror("m", "2", "1", "canary")
+    slot = monitors.tap_for("m", "2", ["x"], ["score"])
+    assert slot.tap is not None
+    offer(slot.tap, normal(1, 300))
+    monitors.drain(0)
+    assert first.report().counted == {"canary": 300}
+    renewed = monitors.replace("m", "2", profile(seed=2), ROWS_ONLY)
+    offer(slot.tap, normal(2, 200))
+    monitors.drain(0)
+    assert first.report().counted == {"canary": 500}
+    assert (second.report().counted, renewed.report().counted) == ({"stable": 300}, {"stable": 200})
+    narrow = ReferenceProfile.from_arrays({"x": normal(0, 1000)})
+    with pytest.raises(ProfileMismatch, match="does not carry output 'score'"):
+        monitors.replace("m", "2", narrow, ROWS_ONLY)
+    with pytest.raises(SettingsError, match="onto itself"):
+        monitors.mirror("m", "2", "2", "canary")
+    monitors.detach("m", "1")
+    monitors.attach("m", "1", profile(), ROWS_ONLY)
+    offer(slot.tap, normal(3, 100))
+    monitors.drain(0)
+    assert monitors.monitors()[1].report().counted == {}
+
+
+def test_no_row_is_counted_under_the_wrong_profile_while_versions_are_swapped() -> None:
+    monitors = MonitorSet()
+    references = {
+        version: ReferenceProfile.from_arrays({"x": np.full(100, float(version)).astype("f4")}) for version in "12"
+    }
+    slots = {version: monitors.tap_for("m", version, ["x"], []) for version in "12"}
+    done, offered = threading.Event(), threading.Event()
+    rows, timed = replace(ROWS_ONLY, ring_rows=200), replace(TIMED, ring_rows=200)
+
+    def produce(version: str) -> None:
+        batch = [np.full(10, float(version), "f4").tobytes()]
+        while not done.is_set():
+            tap = slots[version].tap
+            if tap is not None:
+                tap.offer(10, [batch], [], 0)
+                offered.set()
+
+    def until_offered(version: str) -> None:
+        tap = slots[version].tap
+        assert tap is not None
+        while not tap.offered:
+            assert offered.wait(30)
+            offered.clear()
+
+    threads = [threading.Thread(target=produce, args=(version,)) for version in "12"]
+    seen: list[Monitor] = []
+    for thread in threads:
+        thread.start()
+    for turn in range(12):
+        version = "12"[turn % 2]
+        seen.append(monitors.attach("m", version, references[version], rows))
+        until_offered(version)
+        monitors.drain(0)
+        if turn % 3 == 0:
+            seen.append(monitors.replace("m", version, references[version], timed))
+            until_offered(version)
+        monitors.detach("m", version)
+    done.set()
+    for thread in threads:
+        thread.join(30)
+    totals = {version: np.zeros(4, "i8") for version in "12"}
+    for monitor in seen:
+        for arm in monitor.state().arms.values():
+            totals[monitor.version] += arm.total
+    for total in totals.values():
+        assert total[1] > 0
+        assert total[[0, 2, 3]].tolist() == [0, 0, 0]  # nothing but the knot, which is the version's own value
+
+
+def test_a_stalled_drain_thread_costs_rows_and_nothing_else() -> None:
+    monitors = MonitorSet()
+    monitor, tap = attach(monitors, replace(ROWS_ONLY, ring_rows=3000))
+    stalled, released = threading.Event(), threading.Event()
+
+    def drain() -> None:
+        stalled.set()
+        assert released.wait(30)
+        monitors.drain(0)
+
+    errors: list[Exception] = []
+    thread = DrainThread(drain, interval_s=0.001, on_error=errors.append)
+    thread.start()
+    assert stalled.wait(30)
+    batch, most = normal(0, 32), 0
+    for _ in range(2000):
+        offer(tap, batch)
+        most = max(most, tap.waiting)
+    assert most <= 3000
+    released.set()
+    assert thread.stop()
+    assert errors == []
+    report = monitor.report()
+    assert report.counted["stable"] + report.dropped["stable"] == 64_000
+    assert report.counted["stable"] == most
+
+
+# --- snapshots ---
+
+
+def test_snapshots_of_all_are_written_restored_and_pruned(monitors: MonitorSet, tmp_path: Path) -> None:
+    monitor, tap = attach(monitors)
+    monitors.attach("../odd name", "v/2", profile(seed=3), ROWS_ONLY)
+    offer(tap, normal(0, 1200))
+    monitors.drain(0)
+    written = monitors.snapshot_all(tmp_path / "states")
+    assert len(set(written)) == 2
+    assert sorted(written) == sorted((tmp_path / "states").iterdir())
+    again = MonitorSet()
+    fresh, _ = attach(again)
+    again.attach("../odd name", "v/2", profile(seed=4), ROWS_ONLY)  # another profile: another file
+    assert again.restore_all(tmp_path / "states") == {("m", "1"): "restored", ("../odd name", "v/2"): "none"}
+    assert repr(fresh.report()) == repr(monitor.report())
+    data = bytearray(written[0].read_bytes())
+    data[-1] ^= 1
+    written[0].write_bytes(bytes(data))
+    assert "checksum" in again.restore_all(tmp_path / "states")["m", "1"]
+    assert fresh.report().counted == {"stable": 1200}  # a file that cannot be read changes nothing
+    again.snapshot_all(tmp_path / "states", spare=0)
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    with pytest.raises(SettingsError, match="m:7 is not watched"):
+        again.restore(tmp_path, "m", "7")
+    monitors.detach("m", "1")
+    renamed = tmp_path / "states" / snapshots.file_name("m", "2", fresh.sha256)
+    again.snapshot_all(tmp_path / "states")[0].rename(renamed)
+    again.attach("m", "2", profile(), ROWS_ONLY)
+    with pytest.raises(StateError, match="is of m:1, wanted m:2"):
+        again.restore(tmp_path / "states", "m", "2")
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from monitor.engine import MonitorSet
+from monitor.tap import Item
+from tests.unit.monitor import test_engine as shared
+
+monitors = MonitorSet()
+monitor, _ = shared.attach(monitors)
+monitor.ingest(monitor.keys, [shared.item(shared.normal(seed, 300)) for seed in range(5)])
+monitors.snapshot_all(Path(sys.argv[1]))
+monitor.ingest(monitor.keys, [shared.item(shared.normal(9, 700))])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_process_goes_on_from_its_last_snapshot(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[3]
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.kill()
+    twin = Monitor("m", "1", profile(), ROWS_ONLY)
+    twin.ingest(twin.keys, [item(normal(seed, 300)) for seed in range(5)])
+    monitors = MonitorSet()
+    monitor, _ = attach(monitors)
+    assert monitors.restore(tmp_path, "m", "1")
+    assert repr(monitor.report()) == repr(twin.report())
 
 
 @pytest.fixture(autouse=True)

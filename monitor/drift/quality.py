@@ -1,0 +1,204 @@
+"""Checks of a window's rows: are more missing, out of range or of new categories than in the reference; does the schema
+hold.
+
+**Against the reference** (k of n rows here, k0 of m there): real when ``exp(-G / 2)`` is under the level, where G is
+the likelihood ratio of one common share against two, and the share is the larger one here. That bounds the tail of the
+chi-square with one degree of freedom, and is about the exact conditional probability where k0 is 0. Large when the
+share exceeds the reference's by ``AlarmRules.min_rate``.
+
+How often rows of the *same* source are new is not what the reference itself shows, which is never outside its own
+range. Of m exchangeable rows and one more, the last is the largest once in m + 1 times: k0 is at least 1 for ``below``
+and ``above``. The chance of a new category is about the share of rows whose category occurs once (Good 1953).
+
+**Against a rule**: k of n rows may violate it with the tolerated share r; real by Chernoff's bound
+``exp(-n KL(k/n | r))``, and at once where r is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from monitor.drift.base import Pair
+from monitor.drift.rates import Amounts, amounts
+from monitor.layout import Layout
+from monitor.types import AlarmRules, Array, QualityScore, Verdict
+
+#: Checks against the reference, by the field of ``Amounts``.
+REFERENCE_CHECKS: Final = ("missing", "below", "above", "new_category")
+#: A check's tests together take this share of what the drift tests may take.
+_BUDGET: Final = 0.1
+#: ln p is given as this at least.
+_LEAST: Final = -700.0
+_HYSTERESIS: Final = math.log(10.0)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Checks:
+    """All quality checks of one monitor, those against the reference first. ``tolerated`` is per rule."""
+
+    columns: tuple[str, ...]
+    places: Array
+    names: tuple[str, ...]
+    #: Per check against the reference: row of the table (check, column) that its count is in.
+    kinds: Array
+    tolerated: Array
+    #: By (check, column): what the profile's own reference leads one to expect; see ``_expected``.
+    expected: Array
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def budget(self) -> int:
+        """How many tests they count as, where each may fire by chance."""
+        return max(1, round(len(self.kinds) / _BUDGET))
+
+
+def checks_of(layout: Layout, rules: Sequence[tuple[int, str, float]]) -> Checks:
+    """``rules``: (place of the column, name, tolerated share), in the order of the marks."""
+    found = [
+        (kind, place)
+        for kind, name in enumerate(REFERENCE_CHECKS)
+        for place in range(len(layout.columns))
+        if kind == 0 or bool(layout.discrete[place]) == (name == "new_category")
+    ]
+    places = [*[place for _, place in found], *[place for place, _, _ in rules]]
+    return Checks(
+        tuple([layout.names[place] for place in places]),
+        np.array(places, "i8"),
+        (*[REFERENCE_CHECKS[kind] for kind, _ in found], *[name for _, name, _ in rules]),
+        np.array([kind for kind, _ in found], "i8"),
+        np.array([share for _, _, share in rules], "f8"),
+        _expected(layout, layout.reference),
+    )
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class QualityJudgement:
+    """Per check: what was counted, of how many rows, and what of it may be; see ``drift.judge.Judgement``."""
+
+    count: Array
+    rows: Array
+    share: Array
+    allowed: Array
+    log_p: Array
+    real: Array
+    over: Array
+    quiet: Array
+    log_level: float
+
+    def score(self, checks: Checks, which: int, *, in_alarm: bool) -> QualityScore:
+        return QualityScore(
+            checks.columns[which],
+            checks.names[which],
+            int(self.count[which]),
+            int(self.rows[which]),
+            float(self.share[which]),
+            float(self.allowed[which]),
+            math.exp(self.log_p[which]),
+            bool(self.over[which]),
+            in_alarm,
+        )
+
+    def verdict(self, checks: Checks, which: int) -> Verdict:
+        return Verdict(
+            checks.columns[which],
+            bool(self.over[which]),
+            bool(self.real[which]),
+            bool(self.over[which] or not self.real[which]),
+            bool(self.quiet[which]),
+            float(self.log_p[which]) / self.log_level,
+            checks.names[which],
+            math.exp(self.log_level),
+        )
+
+
+def judge_quality(
+    checks: Checks, pair: Pair, marks: Array, rules: AlarmRules, log_level: float, inflation: Array
+) -> QualityJudgement:
+    """``marks``: violations of each rule in the window; ``inflation``: of the columns' counts (``calibration``).
+
+    p is 1 where a share is not over what is allowed, or exceeds the reference's by too little to keep an alarm up.
+    """
+    reference_rows, rows = pair.rows
+    own, others = len(checks.kinds), checks.places[len(checks.kinds) :]
+    at = checks.places[:own]
+    count = _table(amounts(pair.layout, pair.window))[checks.kinds, at]
+    own_reference = pair.reference is pair.layout.reference
+    table = checks.expected if own_reference else _expected(pair.layout, pair.reference)
+    expected = table[checks.kinds, at]
+    m, n = reference_rows[at], rows[at]
+    excess = _ratio(count, n) - _ratio(expected, m)
+    small = excess < rules.clear_ratio * rules.min_rate
+    large = np.flatnonzero(~small)
+    reference_log_p = np.zeros(own)
+    if len(large):
+        reference_log_p[large] = _two_shares(count[large], n[large], expected[large], m[large]) / inflation[at[large]]
+    rule_rows = rows[others]
+    rule_share = _ratio(marks, rule_rows)
+    rule_over = rule_share > checks.tolerated
+    rule_log_p = np.zeros(len(others))
+    if rule_over.any():
+        rule_log_p = np.where(
+            rule_over, -rule_rows * _divergence(rule_share, checks.tolerated) / inflation[others], 0.0
+        )
+    log_p = np.maximum(np.concatenate([reference_log_p, rule_log_p]), _LEAST)
+    real = log_p < log_level
+    quiet = np.concatenate([small | (reference_log_p > log_level + _HYSTERESIS), ~rule_over])
+    return QualityJudgement(
+        np.concatenate([count, marks]),
+        np.concatenate([n, rule_rows]),
+        np.concatenate([_ratio(count, n), rule_share]),
+        np.concatenate([_ratio(expected, m), checks.tolerated]),
+        log_p,
+        real,
+        real & np.concatenate([excess >= rules.min_rate, rule_over]),
+        quiet,
+        log_level,
+    )
+
+
+def _table(found: Amounts) -> Array:
+    return np.stack([getattr(found, name) for name in REFERENCE_CHECKS])
+
+
+def _expected(layout: Layout, reference: Array) -> Array:
+    """What as many rows as the reference has, of its own source, would show against it: (check, column)."""
+    found = _table(amounts(layout, reference))
+    once = [_once(layout, reference, place) for place in range(len(layout.columns))]
+    found[1:] = np.maximum(found[1:], 1)
+    found[3] = np.maximum(found[3], once)
+    return found
+
+
+def _once(layout: Layout, reference: Array, place: int) -> int:
+    """Rows of the reference whose category occurs once, at most."""
+    column = layout.columns[place]
+    if not column.column.discrete:
+        return 0
+    start, stop = int(layout.start[place]), int(layout.start[place + 1]) - 1
+    return int((reference[start + 1 : stop : 2] == 1).sum()) + len(column.rare)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    return np.asarray(part / np.maximum(whole, 1))
+
+
+def _two_shares(k: Array, n: Array, k0: Array, m: Array) -> Array:
+    """-G/2 where the share k/n is larger than k0/m, else 0."""
+    common = (k + k0) / np.maximum(n + m, 1)
+    half_g = n * _divergence(_ratio(k, n), common) + m * _divergence(_ratio(k0, m), common)
+    return np.where((n > 0) & (m > 0) & (k * m > k0 * n), -half_g, 0.0)
+
+
+def _divergence(share: Array, against: Array) -> Array:
+    """KL of two Bernoulli distributions in nats; infinite where ``against`` is 0 or 1 and ``share`` is not."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hit = np.where(share > 0, share * np.log(share / against), 0.0)
+        miss = np.where(share < 1, (1 - share) * np.log((1 - share) / (1 - against)), 0.0)
+    return np.asarray(np.maximum(hit + miss, 0.0))

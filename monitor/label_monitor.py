@@ -1,0 +1,369 @@
+"""Labels of one model, from the join to the alarm: what the server holds.
+
+``join.remember`` and ``join.label`` are the serving thread's. ``drain`` joins what waits, scores it in windows per
+group (version, arm, slice), looks at every window that moved and says which alarms were raised or cleared. A group's
+first rows are its reference, unless a reference was given. Rows of a slice count in the slice and in their arm's whole.
+
+Reports come from any other thread, under a lock that the serving thread never takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from monitor.alarms import AlarmBook
+from monitor.decay import ReferenceRows, Signal, SignalJudge
+from monitor.errors import CalibrationError, SettingsError, StateError
+from monitor.estimate import Calibrator, Estimate, estimate_accuracy, estimate_binary
+from monitor.kernels._jit import compile_all
+from monitor.label_windows import LabelWindows, WindowRows, WindowsState, merge_windows, windows_of
+from monitor.labels import LabelJoin
+from monitor.outcomes import ALL, Joined, LabelSettings
+from monitor.performance import Ranking, scorer_of
+from monitor.types import Array
+
+#: (version, arm, slice).
+GroupKey: TypeAlias = tuple[str, str, str]
+LabelState: TypeAlias = Mapping[GroupKey, WindowsState]
+
+
+@dataclass(slots=True, frozen=True)
+class LabelAlarm:
+    """A change of a signal's alarm in one group. ``episode`` is the same for raise and end."""
+
+    state: Literal["raised", "cleared"]
+    model: str
+    version: str
+    arm: str
+    slice: str
+    window: str
+    episode: int
+    look: int
+    start_ns: int
+    end_ns: int
+    signal: Signal
+
+
+class Sample(NamedTuple):
+    """One value of /metrics."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+OnLabelAlarm: TypeAlias = Callable[[LabelAlarm], None]
+
+
+class _Group:
+    """Windows, reference and alarms of one (version, arm, slice)."""
+
+    def __init__(self, settings: LabelSettings, reference: ReferenceRows | None) -> None:
+        self._settings = settings
+        self._scorer = scorer_of(settings)
+        self.windows = LabelWindows(settings, self._scorer)
+        self.book = AlarmBook(len(settings.signals), [w.name for w in settings.windows], settings.rules.alarm)
+        self.reference = reference
+        self._first: list[tuple[Array, Array]] = []
+        self._missing = 0 if reference is not None else settings.rules.learn_rows
+        #: What the last look of each window found.
+        self.signals: dict[str, list[Signal]] = {}
+
+    @property
+    def learning(self) -> int:
+        """Rows that the reference still lacks."""
+        return self._missing
+
+    def give(self, reference: ReferenceRows) -> None:
+        """A reference from elsewhere, unless there is one already."""
+        if self.reference is None:
+            self.reference, self._missing, self._first = reference, 0, []
+
+    def add(self, predictions: Array, labels: Array, times: Array) -> list[WindowRows]:
+        if self._missing:
+            taken = min(self._missing, len(labels))
+            self._first.append((predictions[:taken], labels[:taken]))
+            self._missing -= taken
+            if not self._missing:
+                self.reference = reference_rows(self._settings, *map(np.concatenate, zip(*self._first, strict=True)))
+                self._first = []
+        return self.windows.add(predictions, labels, times)
+
+    def in_alarm(self) -> list[str]:
+        return [self._settings.signals[place] for place in np.flatnonzero(self.book.active)]
+
+
+def reference_rows(settings: LabelSettings, predictions: Array, labels: Array) -> ReferenceRows:
+    """A reference from rows (n, width) and labels (n,), all as a ``LabelJoin`` gives them."""
+    scorer = scorer_of(settings)
+    pairs = scorer.pairs(predictions, labels)
+    ranking = None
+    if pairs is not None:
+        ranking = Ranking(len(labels))
+        ranking.add(*pairs)
+    return ReferenceRows(scorer.tally(predictions, labels), ranking)
+
+
+class LabelMonitor:
+    """Making one compiles kernels: never do it in a request. ``drain`` is for one thread, reading for any but serving.
+
+    ``on_alarm`` and the join's subscribers are called on the draining thread with the lock held: they must only hand
+    on what they get.
+    """
+
+    def __init__(self, model: str, settings: LabelSettings, on_alarm: OnLabelAlarm | None = None) -> None:
+        compile_all()
+        self.model, self.settings = model, settings
+        self.join = LabelJoin(model, settings, self._predicted if self._estimates(settings) else None)
+        #: Groups that made room for others.
+        self.forgotten_groups = 0
+        self._scorer = scorer_of(settings)
+        self._judge = SignalJudge(settings, self._scorer)
+        self._on_alarm = on_alarm
+        self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
+        self._given: OrderedDict[str, ReferenceRows] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def _estimates(settings: LabelSettings) -> bool:
+        return settings.estimate_rows > 0 and settings.task != "regression" and settings.form != "class"
+
+    # --- counting --------------------------------------------------------------------------------------------------
+
+    def drain(self, now_ns: int) -> list[Joined]:
+        """Join, score and judge what waits, and close what is over at ``now_ns`` (wall). The rows joined."""
+        with self._lock:
+            joined = self.join.drain(now_ns)
+            for key, rows in self._by_group(joined):
+                self._score(key, rows)
+            for key, group in self._groups.items():
+                self._look(key, group, group.windows.tick(now_ns))
+        return joined
+
+    def learn(self, version: str, predictions: Array, labels: Array) -> None:
+        """Give a version's reference: rows of its own evaluation. For arms as a whole that have none yet.
+
+        Predictions (n, width) as the join gives them (probabilities, not logits). Raises SettingsError for shapes or
+        values that do not fit.
+        """
+        rows, truth = np.asarray(predictions, "f8"), np.asarray(labels, "f8")
+        if rows.ndim != 2 or rows.shape[1] != self.settings.width or truth.shape != rows.shape[:1] or not len(rows):
+            raise SettingsError(
+                f"a reference needs predictions (n, {self.settings.width}) and labels (n,), got {rows.shape} and "
+                f"{truth.shape}"
+            )
+        if not self._in_range(rows, truth):
+            raise SettingsError(f"the reference of {self.model}:{version} holds values that are none of its task")
+        found = reference_rows(self.settings, rows, truth)
+        with self._lock:
+            self._given[version] = found
+            if len(self._given) > self.settings.max_groups:
+                self._given.popitem(last=False)
+            for key, group in self._groups.items():
+                if key[0] == version and key[2] == ALL:
+                    group.give(found)
+
+    def _in_range(self, rows: Array, truth: Array) -> bool:
+        if not (np.isfinite(rows).all() and np.isfinite(truth).all()):
+            return False
+        if self.settings.task == "regression":
+            return bool(max(np.abs(rows).max(), np.abs(truth).max()) < 1e60)
+        classes = max(2, len(self.settings.classes))
+        top = classes - 1 if self.settings.form == "class" else 1
+        whole = bool((truth == np.floor(truth)).all() and truth.min() >= 0 and truth.max() < classes)
+        return whole and bool(rows.min() >= 0 and rows.max() <= top)
+
+    def restart(self) -> None:
+        """Forget windows, alarms and learnt references, as after a promotion; the join goes on."""
+        with self._lock:
+            self._groups.clear()
+            self._recent.clear()
+
+    def _by_group(self, joined: Sequence[Joined]) -> Iterable[tuple[GroupKey, list[Joined]]]:
+        groups: dict[GroupKey, list[Joined]] = {}
+        for row in joined:
+            groups.setdefault((row.version, row.arm, ALL), []).append(row)
+            if row.slice != ALL:
+                groups.setdefault((row.version, row.arm, row.slice), []).append(row)
+        return groups.items()
+
+    def _score(self, key: GroupKey, rows: Sequence[Joined]) -> None:
+        group = self._group(key)
+        predictions = np.array([row.prediction for row in rows], "f8")
+        labels = np.array([row.label for row in rows], "f8")
+        times = np.array([row.labelled_ns for row in rows], "i8")
+        self._look(key, group, group.add(predictions, labels, times))
+
+    def _group(self, key: GroupKey) -> _Group:
+        if key not in self._groups:
+            self._groups[key] = _Group(self.settings, self._given.get(key[0]) if key[2] == ALL else None)
+            if len(self._groups) > self.settings.max_groups:
+                self._groups.popitem(last=False)
+                self.forgotten_groups += 1
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def _look(self, key: GroupKey, group: _Group, moved: Sequence[WindowRows]) -> None:
+        for window in moved:
+            if not self._tells(window):
+                continue
+            found = self._judge.signals(window, group.reference, len(self._groups))
+            group.signals[window.window.name] = found
+            over = np.array([signal.over for signal in found])
+            quiet = np.array([signal.quiet for signal in found])
+            for change in group.book.look(window.window.name, over, quiet):
+                if self._on_alarm is not None:
+                    self._on_alarm(
+                        LabelAlarm(
+                            "raised" if change.raised else "cleared", self.model, *key, change.window, change.episode,
+                            window.look, window.start_ns, window.end_ns, found[change.column],
+                        )
+                    )  # fmt: skip
+
+    def _tells(self, window: WindowRows) -> bool:
+        """Windows of rows are looked at when they are full, those of time when they hold enough."""
+        if window.window.unit == "rows":
+            return window.full
+        return window.rows >= self.settings.rules.alarm.min_rows
+
+    def _predicted(self, version: str, arm: str, values: Sequence[float]) -> None:
+        """Keep what an estimate needs of the newest predictions."""
+        key = (version, arm)
+        if key not in self._recent:
+            self._recent[key] = deque(maxlen=self.settings.estimate_rows)
+            if len(self._recent) > self.settings.max_groups:
+                self._recent.popitem(last=False)
+        if self.settings.task == "multiclass":
+            scores = np.asarray(values).reshape(-1, self.settings.width)
+            totals = scores.sum(axis=1)
+            values = (scores.max(axis=1) / np.where(totals > 0, totals, 1.0)).tolist()
+        self._recent[key].extend(values)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Join, windows, signals, alarms and estimates as plain values; NaN where something is undefined."""
+        with self._lock:
+            return {
+                "model": self.model,
+                "task": self.settings.task,
+                "output": self.settings.output,
+                "name": self.settings.name,
+                "join": {**self.join.counters(), "groups": [group.to_dict() for group in self.join.groups()]},
+                "windows": self._windows(self._state(), own=True),
+                "learning": [
+                    {**_named(key), "rows_missing": group.learning}
+                    for key, group in sorted(self._groups.items())
+                    if group.learning
+                ],
+                "estimates": [
+                    {"version": version, "arm": arm, **estimate.to_dict()}
+                    for (version, arm), estimate in self._estimate_all()
+                ],
+                "forgotten_groups": self.forgotten_groups,
+            }
+
+    def state(self) -> LabelState:
+        """Closed panes of every group, for a merge with those of other processes."""
+        with self._lock:
+            return self._state()
+
+    def windows(self, state: LabelState) -> list[dict[str, Any]]:
+        """Metrics per group and window of any state, merged ones included. Raises StateError for other windows."""
+        return self._windows(state, own=False)
+
+    def in_alarm(self) -> list[tuple[GroupKey, list[str]]]:
+        """Groups with alarms, and of which signals."""
+        with self._lock:
+            return [(key, names) for key, group in sorted(self._groups.items()) if (names := group.in_alarm())]
+
+    def samples(self) -> list[Sample]:
+        """Values for /metrics; metrics of arms as a whole only, so there are few."""
+        with self._lock:
+            return [*self._join_samples(), *self._window_samples()]
+
+    def _state(self) -> LabelState:
+        return {key: group.windows.state() for key, group in self._groups.items()}
+
+    def _windows(self, state: LabelState, *, own: bool) -> list[dict[str, Any]]:
+        found = []
+        for key in sorted(state):
+            group = self._groups.get(key) if own else None
+            for window in windows_of(state[key], self.settings.windows, self._scorer):
+                entry: dict[str, Any] = {
+                    **_named(key),
+                    "window": window.window.name,
+                    "rows": window.rows,
+                    "full": window.full,
+                    "start_ns": window.start_ns,
+                    "end_ns": window.end_ns,
+                    "metrics": self._scorer.metrics(window.tally, window.ranking),
+                }
+                if group is not None:
+                    signals = group.signals.get(window.window.name, [])
+                    entry |= {"signals": [s.to_dict() for s in signals], "in_alarm": group.in_alarm()}
+                found.append(entry)
+        return found
+
+    def _estimate_all(self) -> Iterable[tuple[tuple[str, str], Estimate]]:
+        for key, scores in sorted(self._recent.items()):
+            calibrator = self._calibrator(*key)
+            if calibrator is not None:
+                recent = np.array(scores)
+                if self.settings.task == "binary":
+                    yield key, estimate_binary(recent, calibrator, self.settings.threshold)
+                else:
+                    yield key, estimate_accuracy(recent, calibrator)
+
+    def _calibrator(self, version: str, arm: str) -> Calibrator | None:
+        """Of the arm's reference; None while there is none, or too little in it."""
+        group = self._groups.get((version, arm, ALL))
+        reference = self._given.get(version) if group is None else group.reference
+        pairs = None if reference is None or reference.ranking is None else reference.ranking.rows()
+        if pairs is None:
+            return None
+        try:
+            return Calibrator.fit(*pairs, self.settings.calibrator)
+        except CalibrationError:
+            return None
+
+    def _join_samples(self) -> Iterable[Sample]:
+        model = {"model": self.model}
+        for name, value in self.join.counters().items():
+            yield Sample(f"label_{name}", model, float(value))
+        for group in self.join.groups():
+            labels = {**model, "version": group.version, "arm": group.arm, "slice": group.slice}
+            for fate in ("predicted", "joined", "late", "duplicate", "conflicting", "expired"):
+                yield Sample("label_rows_total", {**labels, "fate": fate}, float(getattr(group, fate)))
+            if not isnan(group.join_rate):
+                yield Sample("label_join_ratio", labels, group.join_rate)
+
+    def _window_samples(self) -> Iterable[Sample]:
+        for entry in self._windows({k: s for k, s in self._state().items() if k[2] == ALL}, own=False):
+            labels = {"model": self.model, **{name: entry[name] for name in ("version", "arm", "window")}}
+            for name, value in entry["metrics"].items():
+                if isinstance(value, int | float) and not isnan(value):
+                    yield Sample("performance", {**labels, "metric": name}, float(value))
+        for key, group in sorted(self._groups.items()):
+            for name, active in zip(self.settings.signals, group.book.active, strict=True):
+                yield Sample("performance_alarm", {"model": self.model, **_named(key), "signal": name}, float(active))
+
+
+def _named(key: GroupKey) -> dict[str, str]:
+    return {"version": key[0], "arm": key[1], "slice": key[2]}
+
+
+def merge_states(states: Sequence[LabelState]) -> dict[GroupKey, WindowsState]:
+    """The windows of several processes as one, the same bits in any order. Raises StateError for none."""
+    if not states:
+        raise StateError("there are no label states to merge")
+    keys = sorted({key for state in states for key in state})
+    return {key: merge_windows([state[key] for state in states if key in state]) for key in keys}

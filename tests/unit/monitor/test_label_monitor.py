@@ -1,0 +1,240 @@
+"""From the join to the alarm: decay that inputs do not show is found, once, in the right group."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monitor.errors import SettingsError, StateError
+from monitor.label_monitor import LabelAlarm, LabelMonitor, merge_states
+from monitor.outcomes import LabelRules, LabelSettings
+from monitor.types import SECOND_NS, AlarmRules, rows_window, time_window
+
+
+@dataclass
+class Output:
+    data: bytes
+    name: str = "p"
+    datatype: str = "FP64"
+
+
+class Traffic:
+    """Answers and their labels, one request per row, into a monitor."""
+
+    def __init__(self, monitor: LabelMonitor, seed: int = 0) -> None:
+        self.monitor, self.rng, self.sent = monitor, np.random.default_rng(seed), 0
+
+    def send(self, count: int, noise: float = 0.0, arm: str = "stable", part: str = "", labels: float = 1.0) -> None:
+        """Calibrated scores; with probability ``noise`` the label is a coin's. ``labels``: share of rows labelled."""
+        for start in range(0, count, 500):
+            for score in self.rng.beta(1, 3, min(500, count - start)):
+                self.sent += 1
+                name, now = f"r{self.sent}", self.sent * 1000
+                self.monitor.join.remember([name], "1", arm, 1, [Output(np.float64(score).tobytes())], part, now)
+                if self.rng.random() < labels:
+                    chance = 0.25 if self.rng.random() < noise else score
+                    self.monitor.join.label(name, 0, int(self.rng.random() < chance), "", now + 10)
+            self.monitor.drain(self.sent * 1000 + 20)
+
+
+def monitor_of(alarms: list[LabelAlarm] | None = None, **settings: Any) -> LabelMonitor:
+    wanted = LabelSettings(**{"task": "binary", "output": "p", **settings})
+    return LabelMonitor("m", wanted, None if alarms is None else alarms.append)
+
+
+def test_decay_is_one_alarm_per_signal_and_ends() -> None:
+    alarms: list[LabelAlarm] = []
+    monitor = monitor_of(alarms, windows=(rows_window(1000),))
+    traffic = Traffic(monitor)
+    traffic.send(8000)
+    assert alarms == []
+    traffic.send(4000, noise=0.8)
+    raised = [alarm.signal.name for alarm in alarms]
+    assert {"accuracy", "auc", "log_loss"} <= set(raised)
+    assert len(raised) == len(set(raised))
+    assert {alarm.state for alarm in alarms} == {"raised"}
+    assert monitor.in_alarm() == [(("1", "stable", ""), [n for n in monitor.settings.signals if n in raised])]
+    first = alarms[0]
+    assert (first.model, first.version, first.arm, first.slice, first.window) == ("m", "1", "stable", "", "1000rows")
+    assert first.signal.over
+    assert first.end_ns > first.start_ns > 0
+    traffic.send(8000)
+    assert sorted(alarm.signal.name for alarm in alarms if alarm.state == "cleared") == sorted(raised)
+    assert monitor.in_alarm() == []
+    assert {alarm.episode for alarm in alarms} == {1}
+
+
+def test_the_slice_that_decays_is_named() -> None:
+    alarms: list[LabelAlarm] = []
+    rules = LabelRules(learn_rows=1000, alarm=AlarmRules(ert_rows=1_000_000))
+    traffic = Traffic(monitor_of(alarms, windows=(rows_window(1000),), rules=rules))
+    for _ in range(10):
+        for part in ("eu", "us"):
+            traffic.send(500, part=part)
+    assert alarms == []
+    for _ in range(5):
+        traffic.send(500, part="eu", noise=0.9)
+        traffic.send(500, part="us")
+    assert {alarm.slice for alarm in alarms} == {"eu", ""}
+
+
+def test_windows_of_time_need_enough_rows() -> None:
+    alarms: list[LabelAlarm] = []
+    rules = LabelRules(reference={"accuracy": 0.999}, learn_rows=0, alarm=AlarmRules(min_rows=300))
+    monitor = monitor_of(alarms, windows=(time_window(10, 1),), rules=rules)
+    traffic = Traffic(monitor)
+    traffic.send(299)
+    for second in range(1, 40):
+        monitor.drain(second * SECOND_NS)
+    assert alarms == []
+    traffic.send(1)
+    assert monitor.report()["windows"][0]["rows"] in (0, 299)
+
+
+def test_report_is_plain_and_says_what_is_an_estimate() -> None:
+    monitor = monitor_of()
+    traffic = Traffic(monitor)
+    traffic.send(1000, part="eu")
+    assert monitor.report()["learning"] == [
+        {"version": "1", "arm": "stable", "slice": "", "rows_missing": 1000},
+        {"version": "1", "arm": "stable", "slice": "eu", "rows_missing": 1000},
+    ]
+    assert monitor.report()["estimates"] == []
+    traffic.send(3000)
+    report = json.loads(json.dumps(monitor.report()))
+    assert report["join"]["groups"][0]["joined"] == 3000
+    assert report["join"]["groups"][1]["slice"] == "eu"
+    assert report["join"]["remembered_rows"] == 4000
+    assert [(w["slice"], w["window"], w["rows"]) for w in report["windows"]] == [
+        ("", "1000rows", 1000), ("", "10000rows", 4000), ("eu", "1000rows", 1000), ("eu", "10000rows", 1000),
+    ]  # fmt: skip
+    whole = report["windows"][0]
+    assert {signal["name"] for signal in whole["signals"]} == set(monitor.settings.signals)
+    assert 0 < whole["signals"][0]["p"] <= 1
+    assert whole["in_alarm"] == []
+    (estimate,) = report["estimates"]
+    assert (estimate["version"], estimate["arm"], estimate["estimated"]) == ("1", "stable", True)
+    assert estimate["rows"] == 4000
+    assert estimate["metrics"]["auc"]["low"] < whole["metrics"]["auc"] < estimate["metrics"]["auc"]["high"] + 0.05
+
+
+def test_estimates_follow_what_has_no_label_yet() -> None:
+    monitor = monitor_of(rules=LabelRules(learn_rows=500), estimate_rows=100)
+    traffic = Traffic(monitor)
+    traffic.send(600)
+    for number in range(100):
+        monitor.join.remember([f"x{number}"], "1", "stable", 1, [Output(np.float64(0.01).tobytes())], "", 10**9)
+    monitor.drain(10**9)
+    (estimate,) = monitor.report()["estimates"]
+    assert estimate["metrics"]["base_rate"]["value"] < 0.05
+
+
+def test_multiclass_and_regression() -> None:
+    rng = np.random.default_rng(1)
+    many = monitor_of(task="multiclass", classes=("a", "b", "c"), rules=LabelRules(learn_rows=300))
+    flat = monitor_of(task="regression", rules=LabelRules(learn_rows=300))
+    for number in range(1200):
+        scores = rng.dirichlet(np.ones(3))
+        many.join.remember([f"{number}"], "1", "stable", 1, [Output(scores.tobytes())], "", number)
+        many.join.label(f"{number}", 0, "abc"[int(rng.choice(3, p=scores))], "", number)
+        flat.join.remember([f"{number}"], "1", "stable", 1, [Output(scores[:1].tobytes())], "", number)
+        flat.join.label(f"{number}", 0, float(scores[0] + rng.normal()), "", number)
+    assert len(many.drain(1200)) == len(flat.drain(1200)) == 1200
+    report = many.report()
+    (estimate,) = report["estimates"]
+    observed = report["windows"][0]["metrics"]["accuracy"]
+    assert abs(estimate["metrics"]["accuracy"]["value"] - observed) < 0.06
+    assert flat.report()["estimates"] == []
+    assert flat.report()["windows"][0]["metrics"]["rmse"] == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("before", [0, 500])
+def test_a_given_reference_needs_no_learning(before: int) -> None:
+    alarms: list[LabelAlarm] = []
+    monitor, rng = monitor_of(alarms, windows=(rows_window(1000),)), np.random.default_rng(2)
+    traffic = Traffic(monitor)
+    traffic.send(before)
+    scores = rng.beta(1, 3, 5000)
+    monitor.learn("1", scores[:, None], (rng.random(5000) < scores).astype("f8"))
+    traffic.send(2500, noise=0.9)
+    assert monitor.report()["learning"] == []
+    assert "auc" in {alarm.signal.name for alarm in alarms}
+    assert len(monitor.report()["estimates"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels"),
+    [
+        (np.zeros((3, 2)), np.zeros(3)),
+        (np.zeros(3), np.zeros(3)),
+        (np.zeros((3, 1)), np.zeros(2)),
+        (np.zeros((0, 1)), np.zeros(0)),
+        (np.full((3, 1), 2.0), np.zeros(3)),
+        (np.zeros((3, 1)), np.full(3, 0.5)),
+        (np.full((3, 1), np.nan), np.zeros(3)),
+    ],
+)
+def test_a_reference_that_does_not_fit(predictions: np.ndarray, labels: np.ndarray) -> None:
+    with pytest.raises(SettingsError):
+        monitor_of().learn("1", predictions, labels)
+
+
+def test_groups_are_bounded() -> None:
+    monitor = monitor_of(max_groups=2)
+    traffic = Traffic(monitor)
+    for number in range(5):
+        traffic.send(10, arm=f"arm{number}")
+    report = monitor.report()
+    assert {window["arm"] for window in report["windows"]} == {"arm3", "arm4"}
+    assert report["forgotten_groups"] == 3
+
+
+def test_restart_forgets_windows_and_keeps_the_join() -> None:
+    monitor = monitor_of()
+    traffic = Traffic(monitor)
+    traffic.send(1000, labels=0.5)
+    monitor.restart()
+    report = monitor.report()
+    assert report["windows"] == []
+    assert report["join"]["groups"][0]["predicted"] == 1000
+
+
+def test_states_of_several_processes_give_the_metrics_of_one() -> None:
+    windows = (time_window(100, 10),)
+    parts, whole = [monitor_of(windows=windows) for _ in range(3)], monitor_of(windows=windows)
+    rng = np.random.default_rng(3)
+    for number in range(900):
+        now = number * SECOND_NS // 10
+        score, label = float(rng.random()), int(rng.integers(2))
+        for monitor in (parts[number % 3], whole):
+            monitor.join.remember([f"{number}"], "1", "stable", 1, [Output(np.float64(score).tobytes())], "", now)
+            monitor.join.label(f"{number}", 0, label, "", now)
+            monitor.drain(now)
+    for monitor in (*parts, whole):
+        monitor.drain(91 * SECOND_NS)
+    (merged,) = whole.windows(merge_states([part.state() for part in parts]))
+    (single,) = whole.windows(whole.state())
+    assert merged == single
+    assert merged["rows"] == 900
+    with pytest.raises(StateError):
+        merge_states([])
+
+
+def test_samples_are_few_and_finite() -> None:
+    monitor = monitor_of()
+    traffic = Traffic(monitor)
+    traffic.send(1200, part="eu")
+    samples = monitor.samples()
+    assert all(math.isfinite(sample.value) for sample in samples)
+    assert len({(sample.name, *sorted(sample.labels.items())) for sample in samples}) == len(samples)
+    joined = [s.value for s in samples if s.name == "label_rows_total" and s.labels["fate"] == "joined"]
+    assert joined == [1200.0]
+    assert {s.labels["metric"] for s in samples if s.name == "performance"} >= {"auc", "accuracy", "brier", "ece"}
+    assert not any("slice" in s.labels for s in samples if s.name == "performance")
+    alarms = [s for s in samples if s.name == "performance_alarm"]
+    assert len(alarms) == 2 * len(monitor.settings.signals)

@@ -1,0 +1,92 @@
+"""Windows of joined rows: exactly their panes, whatever the pieces; gaps in time; states that merge or refuse to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from monitor.errors import StateError
+from monitor.label_windows import LabelWindows, merge_windows, windows_of
+from monitor.outcomes import LabelSettings
+from monitor.performance import scorer_of
+from monitor.types import SECOND_NS, rows_window, time_window
+
+SETTINGS = LabelSettings("binary", "p", windows=(rows_window(20, 10), time_window(10, 2)))
+SCORER = scorer_of(SETTINGS)
+
+
+def windows(settings: LabelSettings = SETTINGS) -> LabelWindows:
+    return LabelWindows(settings, SCORER)
+
+
+def add(one: LabelWindows, count: int, *seconds: float) -> list[tuple[str, int, int]]:
+    """What moved: (window, rows, look). All rows at the given times, in turn."""
+    times = (np.resize(np.array(seconds), count) * SECOND_NS).astype("i8")
+    moved = one.add(np.full((count, 1), 0.5), np.ones(count), times)
+    return [(window.window.name, window.rows, window.look) for window in moved]
+
+
+def test_rows_and_time_move_apart() -> None:
+    one = windows()
+    assert add(one, 9, 1.0) == []
+    assert add(one, 2, 3.0) == [("20rows", 10, 1), ("10s", 9, 1)]
+    assert add(one, 25, 3.9) == [("20rows", 20, 2), ("20rows", 20, 3)]
+    full = [window.full for window in one.now()]
+    assert full == [True, False]
+
+
+def test_time_passes_without_rows() -> None:
+    one = windows()
+    add(one, 4, 1.0)
+    assert one.tick(1 * SECOND_NS) == []
+    assert [window.rows for window in one.tick(2 * SECOND_NS)] == [4]
+    assert [window.rows for window in one.tick(11 * SECOND_NS)] == [4] * 4
+    assert [window.rows for window in one.tick(13 * SECOND_NS)] == [0]
+    assert one.tick(10_000_000 * SECOND_NS) == []
+    assert add(one, 3, 20_000_000.0) == []
+    assert [window.rows for window in one.tick(20_000_002 * SECOND_NS)] == [3]
+    assert windows_of(one.state(), SETTINGS.windows, SCORER)[1].rows == 3
+
+
+def test_a_row_older_than_the_open_pane_is_counted_in_it() -> None:
+    one = windows()
+    add(one, 1, 100.0)
+    add(one, 1, 1.0)
+    (moved,) = one.tick(102 * SECOND_NS)
+    assert (moved.rows, moved.start_ns, moved.end_ns) == (2, 1 * SECOND_NS, 100 * SECOND_NS)
+
+
+def test_panes_of_rows_merge_by_age_and_those_of_time_by_time() -> None:
+    a, b = windows(), windows()
+    add(a, 35, 1.0, 1.5)
+    add(b, 12, 3.0)
+    for one in (a, b):
+        one.tick(4 * SECOND_NS)
+    by_rows, by_time = windows_of(merge_windows([a.state(), b.state()]), SETTINGS.windows, SCORER)
+    assert by_rows.rows == 30
+    assert by_time.rows == 47
+    assert (by_time.start_ns, by_time.end_ns) == (1 * SECOND_NS, 3 * SECOND_NS)
+
+
+def test_states_that_do_not_fit() -> None:
+    other = LabelSettings("binary", "p", windows=(rows_window(20, 5),))
+    with pytest.raises(StateError, match="other panes"):
+        merge_windows([windows().state(), LabelWindows(other, SCORER).state()])
+    with pytest.raises(StateError, match="no label windows"):
+        merge_windows([])
+    with pytest.raises(StateError, match="no panes for the window 20rows"):
+        windows_of(windows().state(), other.windows, SCORER)
+
+
+def test_a_million_rows_leave_no_residue() -> None:
+    settings = LabelSettings("binary", "p", windows=(rows_window(1000, 500),), exact_rows=10)
+    one, rng = LabelWindows(settings, SCORER), np.random.default_rng(0)
+    for _ in range(50):
+        scores, labels = rng.random((20_000, 1)), rng.integers(0, 2, 20_000).astype("f8")
+        one.add(scores, labels, np.zeros(20_000, "i8"))
+    (window,) = one.now()
+    last = SCORER.tally(scores[-1000:], labels[-1000:])
+    assert window.tally.sums == last.sums
+    assert (window.tally.counts == last.counts).all()
+    assert window.ranking is not None
+    assert window.ranking.rows() is None
