@@ -104,7 +104,49 @@ _HISTORY_2: Final = (
     """,
 )
 
+_OUTBOX_3: Final = (
+    # Times are Unix nanoseconds. ``body`` is the event as it is sent, and never another.
+    """
+    CREATE TABLE outbox_event (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        idempotency_key TEXT NOT NULL UNIQUE,
+        type TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        body TEXT NOT NULL,
+        created_ns INTEGER NOT NULL
+    )
+    """,
+    """
+    CREATE TRIGGER outbox_event_never_changes BEFORE UPDATE ON outbox_event
+    BEGIN SELECT RAISE(ABORT, 'an event is never changed'); END
+    """,
+    # ``due_ns``: when somebody may take it; the next attempt of a pending one, the end of the lease of a leased one.
+    # ``settled_ns``: since when it is delivered or dead.
+    """
+    CREATE TABLE outbox_delivery (
+        seq INTEGER NOT NULL REFERENCES outbox_event (seq) ON DELETE CASCADE,
+        sink TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('pending', 'leased', 'delivered', 'dead')),
+        attempts INTEGER NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+        due_ns INTEGER NOT NULL,
+        lease_owner TEXT,
+        settled_ns INTEGER,
+        error TEXT NOT NULL DEFAULT '',
+        PRIMARY KEY (seq, sink),
+        CHECK ((state = 'leased') = (lease_owner IS NOT NULL)),
+        CHECK ((state IN ('delivered', 'dead')) = (settled_ns IS NOT NULL))
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX outbox_delivery_due ON outbox_delivery (sink, due_ns) WHERE state IN ('pending', 'leased')",
+    "CREATE INDEX outbox_delivery_dead ON outbox_delivery (sink) WHERE state = 'dead'",
+    """
+    CREATE TRIGGER outbox_delivery_is_final BEFORE UPDATE ON outbox_delivery WHEN OLD.state = 'delivered'
+    BEGIN SELECT RAISE(ABORT, 'what was delivered stays delivered'); END
+    """,
+)
+
 Migration = tuple[str, ...]
 
 #: Each is one transaction, statement by statement.
-MIGRATIONS: Final[tuple[Migration, ...]] = ((*_META_1, *_AUDIT_1, *REGISTRY_1), _HISTORY_2)
+MIGRATIONS: Final[tuple[Migration, ...]] = ((*_META_1, *_AUDIT_1, *REGISTRY_1), _HISTORY_2, _OUTBOX_3)

@@ -1,0 +1,210 @@
+"""The ``alerts`` section: where events go, how long they wait for it, and how often that is tried.
+
+It knows nothing of the rest of the file, which holds it; ``compile_alerts`` turns it into what delivery is built from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from server.config import units
+from server.config.kinds import FilePath, Interval, Many, PositiveInt, Secret, Text, default
+from server.config.problems import Contradiction
+from server.config.section import Section
+from server.config.tree import KeyPath
+from server.delivery.backoff import RetryPolicy
+from server.delivery.options import DeliverySettings, LogOptions, SinkOptions, WebhookOptions
+from server.delivery.signature import SigningSecret
+from server.delivery.targets import AllowList
+from server.errors import ConfigError
+from server.outbox import Limits
+
+MAX_PENDING: Final = 100_000
+
+_NAME_PATTERN: Final = "[a-z][a-z0-9_-]{0,62}"
+_NAME: Final = re.compile(_NAME_PATTERN, re.ASCII)
+_URL_PATTERN: Final = r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[!-~]*)?(\?[!-~]*)?"
+_URL: Final = re.compile(_URL_PATTERN, re.ASCII)
+
+
+def _sink_name(value: object) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(
+            f"wanted a sink's name (a lower-case letter, then letters, digits, '_' or '-'), got {units.show(value)}"
+        )
+    return value
+
+
+def _webhook_url(value: str) -> str:
+    """An address that may be called. It is not shown, as the path of one may hold a token."""
+    if not _URL.fullmatch(value) or "#" in value:
+        raise ValueError(
+            "wanted http://HOST or https://HOST, perhaps with port, path and query, without a user or a fragment; the "
+            "value is not shown"
+        )
+    return value
+
+
+def _signing_secret(value: str) -> str:
+    try:
+        SigningSecret.parse(value)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    return value
+
+
+def _target(value: str) -> str:
+    try:
+        AllowList.parse([value])
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    return value
+
+
+def _duration(low: str, high: str) -> Callable[[object], int]:
+    """A parser of durations from ``low`` to ``high``."""
+    lowest, highest = units.parse_duration(low), units.parse_duration(high)
+
+    def parse(value: object) -> int:
+        length = units.parse_duration(value)
+        if not lowest <= length <= highest:
+            raise ValueError(f"wanted {low} to {high}, got {value}")
+        return length
+
+    return parse
+
+
+SinkName = Annotated[
+    str, BeforeValidator(_sink_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"})
+]
+WebhookUrl = Annotated[
+    Text, AfterValidator(_webhook_url), WithJsonSchema({"type": "string", "pattern": f"^{_URL_PATTERN}$"})
+]
+SigningKey = Annotated[Secret, AfterValidator(_signing_secret)]
+AllowedTarget = Annotated[Text, AfterValidator(_target), WithJsonSchema({"type": "string", "minLength": 1})]
+_DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
+#: A lease and a thread are held that long: a receiver that needs longer has to answer before it works.
+SendTime = Annotated[int, BeforeValidator(_duration("100ms", "1m")), _DURATION_SCHEMA]
+KeepTime = Annotated[int, BeforeValidator(_duration("1m", "3650d")), _DURATION_SCHEMA]
+
+
+class Webhook(Section):
+    """A receiver of signed webhooks (standardwebhooks.com). ``secrets``: one, or two while the receiver changes over.
+
+    ``allow``: hosts, ``*.DOMAIN``, addresses and networks that may be called; empty: every public address. Addresses
+    that are not public may be called only when a network or an address in the list holds them. ``ca_file``: PEM file
+    of the authorities that are trusted for https.
+    """
+
+    url: WebhookUrl = Field(repr=False)
+    secrets: Annotated[Many[SigningKey], Field(min_length=1, max_length=2)] = Field(repr=False)
+    allow: Many[AllowedTarget] = ()
+    timeout: SendTime = default("10s", units.parse_duration)
+    ca_file: FilePath | None = None
+
+
+class LogLines(Section):
+    """Events become lines of the server's own log. By default warnings: an alert is seen where information is not."""
+
+    level: Literal["info", "warning", "error"] = "warning"
+
+
+class Sink(Section):
+    """Where events go; exactly one of the keys."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    webhook: Webhook | None = None
+    log: LogLines | None = None
+
+
+class Redelivery(Section):
+    """Attempts, and the waits between them: random below a bound that doubles from ``first`` up to ``cap``.
+
+    ``max_retry_after``: the longest wait that a receiver may ask for.
+    """
+
+    first: Interval = default("1s", units.parse_duration)
+    cap: Interval = default("10m", units.parse_duration)
+    max_attempts: Annotated[int, Field(ge=1, le=100_000)] = 300
+    max_retry_after: Interval = default("1h", units.parse_duration)
+
+
+class Kept(Section):
+    """How long events are kept that were delivered or given up, and at most how many."""
+
+    delivered: KeepTime = default("7d", units.parse_duration)
+    dead: KeepTime = default("30d", units.parse_duration)
+    events: PositiveInt = 10_000
+
+
+class Alerts(Section):
+    """Events that other systems are told of. Without ``sinks`` they are logged.
+
+    When ``max_pending`` events wait to be delivered, further ones are refused and counted.
+    """
+
+    sinks: dict[SinkName, Sink] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})
+    max_pending: Annotated[int, Field(ge=1, le=MAX_PENDING)] = 1000
+    retry: Redelivery = Field(default_factory=Redelivery)
+    keep: Kept = Field(default_factory=Kept)
+
+
+def alert_contradictions(alerts: Alerts) -> Iterator[Contradiction]:
+    """Broken rules of the section that span several keys."""
+    if alerts.retry.first > alerts.retry.cap:
+        path: KeyPath = ("alerts", "retry")
+        yield Contradiction((*path, "first"), "the first wait is longer than cap, the longest", ((*path, "cap"),))
+    for name, sink in alerts.sinks.items():
+        path = ("alerts", "sinks", name)
+        if (sink.webhook is None) == (sink.log is None):
+            both = ((*path, "log"), (*path, "webhook"))
+            yield Contradiction(path, "wanted exactly one of log and webhook", both)
+        elif sink.webhook is not None:
+            yield from _unreachable(sink.webhook, (*path, "webhook"))
+
+
+def _unreachable(webhook: Webhook, path: KeyPath) -> Iterator[Contradiction]:
+    try:
+        _webhook_options(webhook)
+    except ConfigError as error:
+        yield Contradiction((*path, "url"), error.message, ((*path, "allow"), (*path, "secrets")))
+
+
+def compile_alerts(alerts: Alerts) -> DeliverySettings:
+    """What delivery is built from. The section has no contradictions."""
+    retry, keep = alerts.retry, alerts.keep
+    plain = DeliverySettings(
+        limits=Limits(alerts.max_pending, keep.events, keep.delivered / units.NS_PER_S, keep.dead / units.NS_PER_S),
+        retry=RetryPolicy(
+            retry.first / units.NS_PER_S,
+            retry.cap / units.NS_PER_S,
+            retry.max_attempts,
+            retry.max_retry_after / units.NS_PER_S,
+        ),
+    )
+    if not alerts.sinks:
+        return plain
+    sinks = {name: _options(sink) for name, sink in alerts.sinks.items()}
+    return DeliverySettings(MappingProxyType(sinks), plain.limits, plain.retry)
+
+
+def _options(sink: Sink) -> SinkOptions:
+    if sink.webhook is not None:
+        return _webhook_options(sink.webhook)
+    return LogOptions() if sink.log is None else LogOptions(sink.log.level)
+
+
+def _webhook_options(webhook: Webhook) -> WebhookOptions:
+    return WebhookOptions(
+        url=webhook.url,
+        secrets=tuple(map(SigningSecret.parse, webhook.secrets)),
+        allow=AllowList.parse(webhook.allow),
+        timeout_s=webhook.timeout / units.NS_PER_S,
+        ca_file="" if webhook.ca_file is None else str(webhook.ca_file),
+    )
