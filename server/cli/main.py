@@ -11,6 +11,8 @@ import click
 
 from server import __version__
 from server.cli.audit import audit
+from server.cli.hooks import hook
+from server.cli.monitor import monitor
 from server.cli.registry import registry
 from server.cli.routes import explain_route
 from server.errors import ConfigError, TidegateError
@@ -26,6 +28,8 @@ def cli() -> None:
 
 cli.add_command(registry)
 cli.add_command(audit)
+cli.add_command(hook)
+cli.add_command(monitor)
 cli.add_command(explain_route)
 
 
@@ -96,6 +100,7 @@ def serve(target: Path | None, **flags: Any) -> None:
 @click.option("--token", envvar="TIDEGATE_ADMIN_TOKEN", help="Bearer token, when reading asks for one.")
 def check_config(file: Path | None, schema: bool, as_json: bool, against: str | None, token: str | None) -> None:
     """Check a configuration file: every mistake at once, with line and column."""
+    from server.cli.golden import golden_problems
     from server.config.load import load_config
     from server.config.problems import InvalidConfig, render_problems
     from server.config.schema import config_schema
@@ -106,11 +111,13 @@ def check_config(file: Path | None, schema: bool, as_json: bool, against: str | 
     if file is None:
         raise click.UsageError("name the configuration file, or ask for --schema")
     try:
+        config = load_config(file)
+        if wrong := golden_problems(file, config):
+            raise InvalidConfig(wrong)
         if against is not None:
             from server.cli.routes import plan_against, running_text, show_plan
 
             sys.exit(show_plan(plan_against(file, running_text(against, token)), as_json=as_json))
-        config = load_config(file)
     except InvalidConfig as error:
         click.echo(render_problems(error.problems, as_json=as_json), err=not as_json)
         sys.exit(USAGE)

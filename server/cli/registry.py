@@ -15,6 +15,7 @@ from router.registry.embedded import EmbeddedRegistry
 from router.registry.gc import collect
 from router.registry.manifest import Description, ManifestError, describe, parse_description
 from server.cli import show
+from server.cli.profiles import check_profile, files_to_publish
 from server.errors import TidegateError
 from server.state import open_state, operator
 
@@ -57,15 +58,24 @@ def split_reference(reference: str) -> tuple[str, str]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--alias", help="Point this alias at the version too; champion keeps the old one as previous.")
 @click.option("--description", "about", type=click.Path(path_type=Path), help="JSON: signature, metrics, lineage, ...")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="The version's drift reference profile. In a folder, a .tgp file is one by itself.",
+)
 @STATE_DIR
 @ACTOR
 @AS_JSON
 def publish(
-    model: str, source: Path, alias: str | None, about: Path | None, state_dir: Path, actor: str | None, as_json: bool
-) -> None:
+    model: str, source: Path, alias: str | None, about: Path | None, profile: Path | None, state_dir: Path,
+    actor: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Publish a version of MODEL from SOURCE, a model file or a folder. The same files are the same version."""
     with opened(state_dir) as found:
-        done = found.publish(model, source, read_description(about), alias=alias, actor=actor or operator())
+        description = read_description(about)
+        files, roles = files_to_publish(source, profile)
+        check_profile(files, roles, description)
+        done = found.publish(model, files, description, roles=roles, alias=alias, actor=actor or operator())
     if as_json:
         show.as_json(asdict(done))
     else:

@@ -19,8 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.codec import compression
 from server.config.load import MAX_BYTES
 from server.config.problems import InvalidConfig, Problem
-from server.errors import ConfigError, InvalidArgument, ModelLoadError
+from server.errors import ConfigError, InvalidArgument, ModelLoadError, NotFound
 from server.history import Stale
+from server.pages import drift_page
 from server.transport.answers import (
     Answer,
     BodyReader,
@@ -42,11 +43,19 @@ _ACTOR_CHARS: Final = 128
 _REASON_CHARS: Final = 1024
 _MOST_ROWS: Final = 1000
 _DEFAULT_ROWS: Final = 50
+_NAME_CHARS: Final = 100
 #: Highest number that SQLite can hold.
 _MOST_GENERATION: Final = 2**63 - 1
 
 _YAML: Final = (b"content-type", b"application/yaml")
 _NOT_KEPT: Final = (b"cache-control", b"no-store")
+_NOT_GUESSED: Final = (b"x-content-type-options", b"nosniff")
+#: The page states its own policy on what it may load; only a header can say that it is not to be framed.
+_PAGE: Final = (
+    (b"content-type", b"text/html; charset=utf-8"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+    _NOT_GUESSED,
+)
 
 
 class Reconfigure(Protocol):
@@ -100,6 +109,12 @@ class AdminViews:
     experiments: Callable[[], Mapping[str, Any]] | None = None
     #: One experiment by its id; raises NotFound.
     experiment: Callable[[str], Mapping[str, Any]] | None = None
+    #: What is watched. The monitors' views are called off the event loop, as they wait for the counting thread.
+    monitors: Callable[[], Mapping[str, Any]] | None = None
+    #: The drift document of a model's version, as ``server.pages.drift`` describes it; raises NotFound.
+    monitor: Callable[[str, str], Mapping[str, Any]] | None = None
+    #: The captured rows of a model's version as an npz file; raises NotFound.
+    monitor_sample: Callable[[str, str], bytes] | None = None
 
 
 def is_loopback(host: str) -> bool:
@@ -259,6 +274,11 @@ def _view_routes(boundary: Boundary, views: AdminViews) -> list[Route]:
         routes.append(boundary.route("/admin/v1/experiments", _shown(views.experiments), "GET"))
     if views.experiment is not None:
         routes.append(boundary.route("/admin/v1/experiments/{id}", _shown_by_id(views.experiment), "GET"))
+    if views.monitors is not None:
+        routes.append(boundary.route("/admin/v1/monitors", _shown_off_loop(views.monitors), "GET"))
+    if views.monitor is not None:
+        shown = _monitor(views.monitor, views.monitor_sample)
+        routes.append(boundary.route("/admin/v1/monitors/{model}/{version}", shown, "GET"))
     return routes
 
 
@@ -282,6 +302,47 @@ def _shown_by_id(view: Callable[[str], Mapping[str, Any]]) -> Endpoint:
         return json_answer(view(request.path_params["id"]))
 
     return shown
+
+
+def _shown_off_loop(view: Callable[[], Mapping[str, Any]]) -> Endpoint:
+    async def shown(request: Request) -> Answer:
+        _query(request)
+        return json_answer(await asyncio.to_thread(view))
+
+    return shown
+
+
+def _monitor(view: Callable[[str, str], Mapping[str, Any]], sample: Callable[[str, str], bytes] | None) -> Endpoint:
+    """One version's drift: JSON, the page for people, or the captured rows. Everything is made off the event loop."""
+
+    def as_json(model: str, version: str) -> Answer:
+        return json_answer(view(model, version))
+
+    def as_page(model: str, version: str) -> Answer:
+        return Answer(200, [*_PAGE, _NOT_KEPT], [drift_page(view(model, version)).encode()])
+
+    def as_npz(model: str, version: str) -> Answer:
+        if sample is None:
+            raise NotFound("no rows are captured here")
+        return Answer(200, [*_npz_headers(model, version), _NOT_KEPT], [sample(model, version)])
+
+    formats = {"json": as_json, "html": as_page, "npz": as_npz}
+
+    async def shown(request: Request) -> Answer:
+        wanted = _query(request, "format") or "json"
+        if wanted not in formats:
+            raise InvalidArgument(f"format must be one of {', '.join(formats)}, got {wanted[:64]!r}")
+        model, version = request.path_params["model"], request.path_params["version"]
+        return await asyncio.to_thread(formats[wanted], model, version)
+
+    return shown
+
+
+def _npz_headers(model: str, version: str) -> Headers:
+    """The file's name keeps of model and version what is a safe name everywhere."""
+    name = "".join([char if char.isascii() and char.isalnum() else "_" for char in f"{model}_{version}"])[:_NAME_CHARS]
+    disposition = f'attachment; filename="{name}.npz"'
+    return [(b"content-type", b"application/x-npz"), (b"content-disposition", disposition.encode()), _NOT_GUESSED]
 
 
 def _changed(result: Json) -> Answer:

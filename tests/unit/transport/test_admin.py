@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gzip
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from server.audit import AuditLog
 from server.config.load import MAX_BYTES, parse_config
 from server.errors import ModelLoadError, NotFound
 from server.history import ConfigHistory, Generation, Stale
+from server.pages import drift_page
 from server.store.sqlite import SqliteStore
-from server.transport.admin import AdminViews, admin_app, is_loopback
+from server.transport.admin import AdminViews, _npz_headers, admin_app, is_loopback
 from server.transport.answers import HttpSettings
 from server.transport.reference.asgi import HttpServer
 from tests.support.echo import EchoCatalog
@@ -30,6 +32,7 @@ TOKEN = "correct-horse-battery"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 CONFIG = "/admin/v1/config"
 ROLLBACK = "/admin/v1/config:rollback"
+DRIFT = "/admin/v1/monitors/fraud/7"
 
 
 def text(name: str) -> bytes:
@@ -134,11 +137,20 @@ async def admin(
     def rows(limit: int) -> list[dict[str, Any]]:
         return [{"seq": row.seq, "actor": row.event.actor, "action": row.event.action} for row in audit.tail(limit)]
 
+    def drift(model: str, version: str) -> dict[str, Any]:
+        assert threading.current_thread() is not threading.main_thread(), "the event loop was held up"
+        if (model, version) != ("fraud", "7"):
+            raise NotFound(f"{model}:{version} is not watched")
+        return {"report": {"model": model, "version": version, "worst": float("nan")}}
+
     views = AdminViews(
         audit=rows,
         shadows=lambda: {"shadows": [1]},
         experiments=lambda: {"experiments": ["e1"]},
         experiment=experiment,
+        monitors=lambda: {"monitors": ["fraud:7"]},
+        monitor=drift,
+        monitor_sample=lambda model, version: f"rows of {model}:{version}".encode(),
     )
     settings = HttpSettings(drain_idle_s=0.01)
     app = admin_app(EchoCatalog(), token=token, loopback=loopback, reconfigure=applying, views=views, settings=settings)
@@ -495,6 +507,10 @@ READ = [
     "/admin/v1/audit",
     "/admin/v1/shadows",
     "/admin/v1/experiments",
+    "/admin/v1/monitors",
+    DRIFT,
+    f"{DRIFT}?format=html",
+    f"{DRIFT}?format=npz",
 ]
 
 
@@ -551,6 +567,62 @@ async def test_what_is_served_and_going_on_can_be_read(tmp_path: Path) -> None:
         models = (await server.client.get("/admin/v1/models")).json()["models"]
         assert models
         assert set(models[0]) == {"name", "version", "state", "reason"}
+
+
+@in_loop
+async def test_drift_is_answered_as_json_as_a_page_and_as_rows(tmp_path: Path) -> None:
+    async with admin(tmp_path) as server:
+        assert (await server.client.get("/admin/v1/monitors")).json() == {"monitors": ["fraud:7"]}
+        plain = {"report": {"model": "fraud", "version": "7", "worst": None}}
+        for query in ("", "?format=json"):
+            assert (await server.client.get(DRIFT + query)).json() == plain
+        page = await server.client.get(f"{DRIFT}?format=html")
+        assert page.text == drift_page(plain)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["content-security-policy"] == "frame-ancestors 'none'"
+        rows = await server.client.get(f"{DRIFT}?format=npz")
+        assert (rows.content, rows.headers["content-type"]) == (b"rows of fraud:7", "application/x-npz")
+        assert rows.headers["content-disposition"] == 'attachment; filename="fraud_7.npz"'
+        for answer in (page, rows):
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "text_"),
+    [
+        ("/admin/v1/monitors/fraud/8", 404, "fraud:8 is not watched"),
+        ("/admin/v1/monitors/fraud/8?format=html", 404, "fraud:8 is not watched"),
+        (f"{DRIFT}?format=pdf", 400, "format must be one of json, html, npz, got 'pdf'"),
+        (f"{DRIFT}?form=html", 400, "unknown query parameter 'form': wanted format"),
+        (f"{DRIFT}?format=html&format=json", 400, "given 2 times"),
+        ("/admin/v1/monitors?format=html", 400, "unknown query parameter"),
+    ],
+)
+@in_loop
+async def test_what_is_not_watched_or_not_a_format_is_told(tmp_path: Path, path: str, status: int, text_: str) -> None:
+    async with admin(tmp_path) as server:
+        answer = await server.client.get(path)
+        assert answer.status_code == status
+        assert text_ in answer.json()["error"]
+
+
+def test_a_file_of_rows_is_named_safely() -> None:
+    name = dict(_npz_headers('../"fr\u00e4ud\r\n' + "x" * 200, "7"))[b"content-disposition"]
+    assert name.startswith(b'attachment; filename="____fr_ud__xxx')
+    assert len(name) < 140
+
+
+@in_loop
+async def test_without_captured_rows_the_format_is_not_found() -> None:
+    views = AdminViews(monitor=lambda model, version: {"report": {}})
+    app = admin_app(EchoCatalog(), token=None, loopback=True, views=views)
+    listener = HttpServer(app, settings=HttpSettings(drain_idle_s=0.01))
+    host, port = await listener.start("127.0.0.1", 0)
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=10, trust_env=False) as client:
+        answers = [(await client.get(f"{DRIFT}{query}")).status_code for query in ("", "?format=npz")]
+    await listener.drain(1)
+    assert answers == [200, 404]
 
 
 @pytest.mark.parametrize("path", ["/admin/v1/audit", f"{CONFIG}/history"])

@@ -1,0 +1,61 @@
+"""Reading from the admin address of a running server."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from http.client import HTTPException
+from typing import Any, Final
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import click
+
+from server.errors import ConfigError, NotFound, TidegateError
+
+_TIMEOUT_S: Final = 20
+_MOST_BYTES: Final = 1 << 30
+
+URL = click.option(
+    "--url", default="127.0.0.1:8003", show_default=True, metavar="URL", help="Admin address of the server."
+)
+TOKEN = click.option("--token", envvar="TIDEGATE_ADMIN_TOKEN", help="Bearer token, when reading asks for one.")
+
+
+def read(address: str, path: str, token: str | None) -> bytes:
+    """The body at a path of an admin address (URL or HOST:PORT).
+
+    Raises ConfigError for no address, NotFound with the server's reason, TidegateError for anything else.
+    """
+    url = (address if "://" in address else f"http://{address}").rstrip("/") + path
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url takes the http or https URL of an admin address, got {address!r}")
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        with urlopen(Request(url, headers=headers), timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked above
+            return bytes(answer.read(_MOST_BYTES))
+    except HTTPError as error:
+        kind = NotFound if error.code == HTTPStatus.NOT_FOUND else TidegateError
+        raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
+    except (URLError, HTTPException, OSError, ValueError) as error:
+        raise TidegateError(f"{url} cannot be read: {error}") from error
+
+
+def read_json(address: str, path: str, token: str | None) -> dict[str, Any]:
+    """The JSON object at a path; raises what ``read`` raises."""
+    body = read(address, path, token)
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise TidegateError(f"{address}{path} answers no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TidegateError(f"{address}{path} answers no JSON object")
+    return found
+
+
+def _reason(error: HTTPError) -> str:
+    """What the server says, else what the status means."""
+    try:
+        return str(json.loads(error.read(1 << 16))["error"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return str(error.reason)

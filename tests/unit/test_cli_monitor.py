@@ -1,0 +1,426 @@
+"""``tidegate monitor`` and profiles in ``registry publish``: commands on real files, models and a real listener."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from monitor.calibration import Calibration
+from monitor.engine import Monitor
+from monitor.profile import ReferenceProfile
+from monitor.tap import Item
+from monitor.types import Settings, rows_window
+from server.cli.main import cli
+from server.errors import NotFound, TidegateError
+from server.transport.admin import AdminViews, admin_app
+from server.transport.answers import HttpSettings
+from server.transport.reference.asgi import HttpServer
+from tests.support import models
+from tests.support.echo import EchoCatalog
+
+ROWS = 3000
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TIDEGATE_ADMIN_TOKEN", raising=False)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, f"{result.output} {result.exception}"
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one sentence of a refusal that is meant for people."""
+    result = run(*arguments)
+    assert result.exit_code != 0
+    if isinstance(result.exception, TidegateError):
+        return result.exception.message
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+def values(shift: float = 0.0, rows: int = ROWS, seed: int = 3) -> np.ndarray[Any, Any]:
+    found = np.random.default_rng(seed).normal(size=(rows, 4))
+    found[:, 2] += shift
+    return found
+
+
+def csv(path: str, table: np.ndarray[Any, Any], names: tuple[str, ...] = NAMES) -> Path:
+    np.savetxt(path, table, delimiter=",", header=",".join(names), comments="", fmt="%.9g")
+    return Path(path)
+
+
+def columns_of(path: str = "p.tgp") -> list[tuple[str, str, str, int]]:
+    found = ReferenceProfile.load(Path(path)).columns
+    return [(c.column.name, c.column.source, c.column.tensor, c.column.index) for c in found]
+
+
+# --- profile ---
+
+
+def test_columns_in_order_and_outputs_by_running_the_model() -> None:
+    table = values()
+    table[::5, 1] = np.nan
+    data, model = csv("d.csv", table), models.affine(Path("m.onnx"))
+    result = ok("monitor", "profile", data, "--model", model, "--run", "-o", "p.tgp")
+    inputs = [(name, "input", "x", place) for place, name in enumerate(NAMES)]
+    assert columns_of() == [*inputs, *[(f"y[{i}]", "output", "y", i) for i in range(4)]]
+    built = {found.column.name: found for found in ReferenceProfile.load(Path("p.tgp")).columns}
+    assert built["b"].rows - built["b"].present == ROWS / 5
+    assert built["y[0]"].mean == pytest.approx(2 * built["a"].mean + 1, abs=1e-6)
+    assert "20.00%" in result.output
+    assert f"8 columns, {ROWS} rows" in result.output
+
+
+def test_the_profile_is_that_of_the_data_as_the_model_gets_them() -> None:
+    data, model = csv("d.csv", values()), models.affine(Path("m.onnx"))
+    shown = json.loads(ok("monitor", "profile", data, "--model", model, "-o", "p.tgp", "--json").output)
+    direct = ReferenceProfile.from_arrays({"x": values().round(9).astype("f4")}, names={"x": NAMES})
+    assert shown["sha256"] == ReferenceProfile.load(Path("p.tgp")).sha256
+    assert shown["rows"] == ROWS
+    for column, other in zip(shown["columns"], direct.columns, strict=True):
+        assert column["mean"] == pytest.approx(other.mean, abs=1e-6)
+
+
+def test_several_files_are_one_table_and_parquet_of_other_columns_is_refused() -> None:
+    halves = [csv("one.csv", values()[:1000]), csv("two.csv", values()[1000:])]
+    csv("all.csv", values())
+    model = models.affine(Path("m.onnx"))
+    ok("monitor", "profile", *halves, "--model", model, "-o", "p.tgp")
+    ok("monitor", "profile", "all.csv", "--model", model, "-o", "q.tgp")
+    assert ReferenceProfile.load(Path("p.tgp")).sha256 == ReferenceProfile.load(Path("q.tgp")).sha256
+    csv("odd.csv", values(), ("a", "b", "c", "e"))
+    assert "odd.csv has other columns than one.csv: d, e" in refused(
+        "monitor", "profile", "one.csv", "odd.csv", "-o", "r.tgp"
+    )
+    assert not Path("r.tgp").exists()
+
+
+def test_columns_are_mapped_and_kinds_given() -> None:
+    csv("d.csv", np.column_stack([values(), np.arange(ROWS) % 3]), (*NAMES, "code"))
+    maps = [part for i, name in enumerate(("code", "d", "a")) for part in ("--map", f"{name}=x[{i}]")]
+    model = models.affine(Path("m.onnx"))
+    ok("monitor", "profile", "d.csv", "--model", model, *maps, "--kind", "code=categorical", "-o", "p.tgp")
+    assert columns_of() == [("code", "input", "x", 0), ("d", "input", "x", 1), ("a", "input", "x", 2)]
+    first = ReferenceProfile.load(Path("p.tgp")).columns[0].column
+    assert (first.kind, first.width, first.datatype) == ("categorical", 4, "FP32")
+
+
+def test_tensors_by_name_and_captured_rows_by_element() -> None:
+    table = values().astype("f4")
+    np.savez("tensors.npz", x=table)
+    captured = {f"x[{i}]": table[:, i] for i in range(4)}
+    np.savez("captured.npz", **captured, __time=np.arange(ROWS), __arm=np.full(ROWS, "stable"))
+    model = models.affine(Path("m.onnx"))
+    for data in ("tensors", "captured"):
+        ok("monitor", "profile", f"{data}.npz", "--model", model, "--run", "-o", f"{data}.tgp")
+    one, two = (ReferenceProfile.load(Path(f"{name}.tgp")) for name in ("tensors", "captured"))
+    assert one.sha256 == two.sha256
+    assert len(one.columns) == 8
+
+
+def test_without_a_model_or_by_a_signature() -> None:
+    csv("d.csv", values())
+    ok("monitor", "profile", "d.csv", "-o", "p.tgp")
+    assert columns_of() == [(name, "input", name, 0) for name in NAMES]
+    tensors = {"inputs": [{"name": "x", "datatype": "FP64", "shape": [-1, 4]}], "outputs": []}
+    Path("s.json").write_text(json.dumps({"signature": tensors}))
+    ok("monitor", "profile", "d.csv", "--signature", "s.json", "-o", "q.tgp")
+    assert columns_of("q.tgp")[3] == ("d", "input", "x", 3)
+
+
+def test_strings_and_several_inputs() -> None:
+    model = models.identity(Path("m.onnx"), "BYTES", 1)
+    with gzip.open("d.csv.gz", "wt") as file:
+        file.write("x\n" + "ulm\nrom\n" * 500)
+    ok("monitor", "profile", "d.csv.gz", "--model", model, "--run", "-o", "p.tgp")
+    assert [c.categories for c in ReferenceProfile.load(Path("p.tgp")).columns] == [(b"rom", b"ulm")] * 2
+    two = models.two_inputs(Path("two.onnx"))
+    parts = np.arange(16 * 500).reshape(500, 16) % 37
+    np.savez("two.npz", INPUT0=parts, INPUT1=parts)
+    ok("monitor", "profile", "two.npz", "--model", two, "--run", "-o", "q.tgp")
+    assert len(columns_of("q.tgp")) == 64
+    sums = next(c for c in ReferenceProfile.load(Path("q.tgp")).columns if c.column.name == "OUTPUT0[0]")
+    assert sums.mean == pytest.approx(2 * parts[:, 0].mean())
+
+
+def test_a_model_may_lie_beside_anything() -> None:
+    csv("d.csv", values())
+    Path("library.so").write_bytes(b"\x7fELF" + bytes(60))
+    Path("home").mkdir()
+    Path("link.onnx").symlink_to(models.affine(Path("home/m.onnx")))
+    ok("monitor", "profile", "d.csv", "--model", "link.onnx", "--run", "-o", "p.tgp")
+    assert len(columns_of()) == 8
+
+
+def test_exact_knots() -> None:
+    csv("d.csv", values())
+    ok("monitor", "profile", "d.csv", "--knots", "all", "--bins", "5", "-o", "p.tgp")
+    first = ReferenceProfile.load(Path("p.tgp")).columns[0]
+    assert (len(first.knots), len(first.bins), first.ks_resolution) == (ROWS, 6, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--map", "a:x"], "--map: wanted COLUMN=TENSOR or COLUMN=TENSOR[INDEX], got 'a:x'"),
+        (["--map", "zip=x[0]"], "the data have no column 'zip'; they have a, b, c, d"),
+        (["--map", "a=z"], "the model has no tensor 'z'; it has x, y"),
+        (["--map", "a=x[9]"], "'x' has 4 elements a row, got index 9"),
+        (["--map", "a=x[0]", "--map", "a=x[1]"], "column names must differ, got 'a' twice"),
+        (["--map", "a=x[0]", "--run"], "--run needs every element of input 'x', the data have 1"),
+        (["--kind", "zip=categorical"], "--kind: there is no column 'zip'"),
+        (["--kind", "a=colour"], "--kind: wanted COLUMN=KIND with one of numeric"),
+        (["--knots", "some"], "--knots must be a whole number or 'all', got 'some'"),
+        (["--knots", "1"], "at least 2 knots"),
+        (["--bins", "1"], "bins must be in 2..1000"),
+        (["--signature", "s.json"], "give --model or --signature, not both"),
+    ],
+)
+def test_what_does_not_fit_is_told(arguments: list[str], text: str) -> None:
+    csv("d.csv", values())
+    model = models.affine(Path("m.onnx"))
+    assert text in refused("monitor", "profile", "d.csv", "--model", model, "-o", "p.tgp", *arguments)
+    assert not Path("p.tgp").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("none.csv", None, "none.csv cannot be read: No such file"),
+        ("bad.csv", b"a,a\n1,2\n", "the first line must name the columns, each once"),
+        ("bad.npz", b"not a zip", "bad.npz: not a readable npz file"),
+        ("bad.txt", b"a", "wanted a .csv, .csv.gz, .npz or .parquet file"),
+        ("short.csv", b"a,b\n1,2\n", "input 'x' has 4 elements a row, the data have 2 columns"),
+        ("empty.csv", b"a,b,c,d\n", "rows"),
+    ],
+)
+def test_files_that_are_no_tables_are_told(name: str, content: bytes | None, text: str) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    model = models.affine(Path("m.onnx"))
+    assert text in refused("monitor", "profile", name, "--model", model, "-o", "p.tgp")
+
+
+def test_missing_values_cannot_run_through_integers() -> None:
+    np.savez("d.npz", x=np.full((10, 1), np.nan))
+    model = models.lookup(Path("m.onnx"))
+    text = refused("monitor", "profile", "d.npz", "--model", model, "--run", "-o", "p.tgp")
+    assert "column 'x' has missing values, which INT64 cannot carry" in text
+
+
+# --- calibrate and skew ---
+
+
+def test_independent_rows_need_no_warning_and_dependent_ones_get_it() -> None:
+    csv("d.csv", values(rows=20_000))
+    ok("monitor", "profile", "d.csv", "-o", "p.tgp")
+    calm = ok("monitor", "calibrate", "p.tgp", "d.csv", "-o", "calm.json")
+    assert "WARNING" not in calm.output
+    walk = values(rows=20_000)
+    for row in range(1, len(walk)):
+        walk[row, 1] = 0.9 * walk[row - 1, 1] + 0.436 * walk[row, 1]
+    csv("walk.csv", walk)
+    loud = ok("monitor", "calibrate", "p.tgp", "walk.csv", "-o", "loud.json")
+    assert "WARNING: consecutive rows depend on each other" in loud.stderr
+    assert "b (" in loud.stderr
+    done = Calibration.from_dict(json.loads(Path("loud.json").read_text()))
+    assert done.sha256 == ReferenceProfile.load(Path("p.tgp")).sha256
+    assert done.ks[1] > 3 > done.ks[0]
+    csv("few.csv", values(rows=100))
+    assert "calibration needs at least 2048 rows" in refused("monitor", "calibrate", "p.tgp", "few.csv", "-o", "x")
+
+
+def test_skew_holds_data_against_a_profile() -> None:
+    model = models.affine(Path("m.onnx"))
+    csv("d.csv", values())
+    csv("e.csv", values(0.5, seed=4))
+    ok("monitor", "profile", "d.csv", "--model", model, "--run", "-o", "p.tgp")
+    shown = ok("monitor", "skew", "p.tgp", "e.csv", "--model", model, "--run", "--html", "s.html").output
+    over = [line.split()[1] for line in shown.splitlines() if line.startswith("over")]
+    assert set(over) == {"c", "y[2]"}
+    assert "Drift of " in Path("s.html").read_text()
+    found = json.loads(ok("monitor", "skew", "p.tgp", "e.csv", "--model", model, "--run", "--json").output)
+    assert found["report"]["windows"][0]["rows"] == ROWS
+    text = refused("monitor", "skew", "p.tgp", "e.csv", "--model", model)
+    assert "no column 'y[0]' of the profile: use --model with --run" in text
+
+
+# --- report ---
+
+
+def watched(model: str, version: str) -> dict[str, Any]:
+    """The document of a monitor that saw a shift in its third column."""
+    if (model, version) != ("fraud", "7"):
+        raise NotFound(f"version '{version}' of model '{model}' is not monitored")
+    profile = ReferenceProfile.from_arrays({"x": values().astype("f4")}, names={"x": NAMES})
+    made = Monitor(model, version, profile, Settings(windows=(rows_window(1000),)))
+    rows = values(0.5, seed=4).astype("f4")
+    for i in range(0, ROWS, 500):
+        made.ingest(made.keys, [Item(1_790_000_000_000_000_000 + i, "stable", 500, 0, [[rows[i : i + 500].tobytes()]])])
+    return {"report": made.report().to_dict()}
+
+
+VERSIONS = [{"model": "fraud", "version": "7", "profile": "ab" * 32, "columns": 4, "alarms": {"stable": ["c"]}}]
+
+
+def with_server(*commands: list[str], token: str | None = None, versions: Any = VERSIONS) -> list[Result]:
+    """Run commands against a real admin listener; ``URL`` among their words becomes its address."""
+
+    async def main() -> list[Result]:
+        views = AdminViews(monitors=lambda: {"monitors": versions}, monitor=watched)
+        app = admin_app(EchoCatalog(), token=token, loopback=token is None, views=views)
+        listener = HttpServer(app, settings=HttpSettings(drain_idle_s=0.01))
+        host, port = await listener.start("127.0.0.1", 0)
+        try:
+            spoken = [[f"http://{host}:{port}" if word == "URL" else word for word in words] for words in commands]
+            return [await asyncio.to_thread(run, "monitor", "report", *words) for words in spoken]
+        finally:
+            await listener.drain(1)
+
+    return asyncio.run(main())
+
+
+def test_a_report_is_printed_written_as_json_and_as_a_page() -> None:
+    listed, text, plain = with_server(
+        ["--url", "URL"],
+        ["--url", "URL", "--model", "fraud"],
+        ["--url", "URL", "--model", "fraud:7", "--json", "--html", "r.html"],
+    )
+    assert [result.exit_code for result in (listed, text, plain)] == [0, 0, 0]
+    assert listed.output.splitlines()[1].split() == ["fraud:7", "abababababab", "4", "stable:", "c"]
+    first = next(line.split() for line in text.output.splitlines() if line.startswith("ALARM"))
+    assert first[1] == "c"
+    assert "stable, last 1000rows: 1000 rows" in text.output
+    assert json.loads(plain.output)["report"]["windows"][0]["in_alarm"] == ["c"]
+    assert Path("r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_reading_needs_the_token_where_the_server_wants_one() -> None:
+    without, given = with_server(["--url", "URL"], ["--url", "URL", "--token", "secret"], token="secret")
+    assert isinstance(without.exception, TidegateError)
+    assert "401: this needs the admin token" in without.exception.message
+    assert given.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "versions", "text"),
+    [
+        ("fraud:8", VERSIONS, "404: version '8' of model 'fraud' is not monitored"),
+        ("other", VERSIONS, "no version is watched, wanted one; name it as other:VERSION"),
+        ("fraud", [*VERSIONS, {"model": "fraud", "version": "8"}], "versions 7, 8 are watched, wanted one"),
+    ],
+)
+def test_a_version_that_is_not_there_is_told(reference: str, versions: Any, text: str) -> None:
+    (result,) = with_server(["--url", "URL", "--model", reference], versions=versions)
+    error = result.exception
+    assert text in (error.message if isinstance(error, TidegateError) else result.output)
+
+
+def test_a_server_that_does_not_speak_http_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_say, args=(listener, b"SSH-2.0-nothing\r\n\r\n"))
+        answering.start()
+        text = refused("monitor", "report", "--url", f"127.0.0.1:{listener.getsockname()[1]}")
+        answering.join(10)
+    assert "cannot be read" in text
+
+
+def _say(listener: socket.socket, words: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(words)
+
+
+def test_addresses_that_answer_nothing_are_told() -> None:
+    assert "takes the http or https URL" in refused("monitor", "report", "--url", "file:///etc/passwd")
+    assert "cannot be read" in refused("monitor", "report", "--url", "127.0.0.1:1")
+
+
+# --- registry publish ---
+
+
+def published(*arguments: object) -> Mapping[str, str]:
+    """path -> role of the version that is champion after publishing."""
+    ok("registry", "publish", "fraud", *arguments, "--alias", "champion")
+    shown = json.loads(ok("registry", "show", "fraud").output)
+    return {entry["path"]: entry.get("role", "") for entry in shown["files"]}
+
+
+def profile_of(model: Path, path: str = "p.tgp", datatype: str = "f4", width: int = 4) -> Path:
+    del model
+    ReferenceProfile.from_arrays({"x": values()[:, :width].astype(datatype)}).save(Path(path))
+    return Path(path)
+
+
+def test_a_profile_goes_with_the_version() -> None:
+    model = models.affine(Path("f/model.onnx"))
+    profile = profile_of(model)
+    assert published(model, "--profile", profile) == {"model.onnx": "model", "profile.tgp": "profile"}
+    Path("f/labels.txt").write_text("one\n")
+    roles = {"model.onnx": "model", "profile.tgp": "profile", "labels.txt": "labels"}
+    assert published("f", "--profile", profile) == roles
+    profile_of(model, "f/drift.tgp")
+    assert published("f")["drift.tgp"] == "profile"
+    ok("registry", "fetch", "fraud", "out")
+    assert ReferenceProfile.load(Path("out/drift.tgp")).sha256 == ReferenceProfile.load(profile).sha256
+
+
+def breaks_file(model: Path) -> None:
+    profile_of(model).write_bytes(b"no profile")
+
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (breaks_file, "p.tgp"),
+        (lambda model: profile_of(model, width=3), "has 3 elements a row, the model's has 4"),
+        (lambda model: profile_of(model, datatype="f8"), "is FP64, the model's is FP32"),
+        (lambda _: ReferenceProfile.from_arrays({"z": values()}).save(Path("p.tgp")), "the model has the inputs x"),
+        (lambda _: None, "p.tgp cannot be read: No such file"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_refused_and_nothing_published(make: Spoil, text: str) -> None:
+    model = models.affine(Path("f/model.onnx"))
+    make(model)
+    assert text in refused("registry", "publish", "fraud", model, "--profile", "p.tgp")
+    assert json.loads(ok("registry", "list", "--json").output) == []
+
+
+def test_two_profiles_are_one_too_many() -> None:
+    model = models.affine(Path("f/model.onnx"))
+    profile_of(model, "f/one.tgp")
+    assert "has the profile one.tgp already" in refused("registry", "publish", "m", "f", "--profile", profile_of(model))
+    profile_of(model, "f/two.tgp")
+    assert "has 2 profiles, one.tgp, two.tgp" in refused("registry", "publish", "m", "f")
+
+
+def test_the_signature_of_the_description_is_what_a_profile_is_held_against() -> None:
+    model = models.affine(Path("f/model.onnx"))
+    about = {"signature": {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 9]}], "outputs": []}}
+    Path("about.json").write_text(json.dumps(about))
+    text = refused("registry", "publish", "m", model, "--profile", profile_of(model), "--description", "about.json")
+    assert "has 4 elements a row, the model's has 9" in text
