@@ -12,6 +12,8 @@ class TidegateError(Exception):
     """Base of everything that may be told to a caller."""
 
     code = "internal"
+    #: Whether one member of a batch may be to blame for it, or parts of the batch may do better: then it is divided.
+    divides = False
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -23,6 +25,7 @@ class InvalidArgument(TidegateError):
     """The request is malformed or does not fit the model."""
 
     code = "invalid_argument"
+    divides = True
 
 
 class InputRejected(InvalidArgument):
@@ -138,15 +141,26 @@ class OutOfMemory(TidegateError):
     """The device had no memory for this batch; the model keeps serving."""
 
     code = "out_of_memory"
+    divides = True
 
 
 class RuntimeFailure(TidegateError):
     """The runtime failed in a way that the input does not explain."""
 
     code = "runtime_failure"
+    divides = True
 
 
-class UpstreamUnavailable(RuntimeFailure):
+class UpstreamFailure(RuntimeFailure):
+    """The server behind an upstream version failed, or answered what it should not.
+
+    Never divided: the parts of a batch would cost a server in trouble up to twice its requests.
+    """
+
+    divides = False
+
+
+class UpstreamUnavailable(UpstreamFailure):
     """The server behind an upstream version could not be reached, is not ready or did not answer in time."""
 
     code = "upstream_unavailable"

@@ -37,6 +37,7 @@ from server.batching.batcher import CallLater, CallSoon, TimerHandle, Work
 from server.checks import fit_inputs
 from server.errors import Draining, QueueFull, TidegateError
 from server.telemetry.instruments import ShadowTelemetry
+from server.telemetry.trace import ShadowTrace, TraceContext, new_span_id
 from server.types import Clock, ModelSpec, Tensor
 
 log = structlog.get_logger("shadow")
@@ -79,6 +80,7 @@ class _Item:
     outputs: list[Tensor]
     compute_ns: int
     batch_rows: int
+    trace: TraceContext | None
 
     def own(self) -> None:
         """Let go of the received body and the whole batch that its tensors may be views on."""
@@ -96,6 +98,7 @@ class _Flight:
 
     item: _Item | None
     batcher: ShadowBatcher
+    spec: ModelSpec
     term: int
     work: Work | None = None
     timer: TimerHandle | None = None
@@ -121,6 +124,7 @@ class ShadowLane:
         load: Callable[[], float],
         offload: Offload,
         breaker: BreakerPolicy = SHADOW_BREAKER,
+        traced: Callable[[ShadowTrace], None] | None = None,
     ) -> None:
         self.target = target
         self.budget = budget
@@ -132,6 +136,7 @@ class ShadowLane:
         self._call_later = call_later
         self._load = load
         self._offload = offload
+        self._traced = traced
         self._breaker = Breaker(breaker)
         #: What waits, and how many places are taken: on their way, or being compared.
         self._waiting: Waiting[_Item] = Waiting(budget)
@@ -143,10 +148,10 @@ class ShadowLane:
 
     # --- for the gateway -------------------------------------------------------------------------------------
 
-    def offer(self, tidegate_id: str, work: Work) -> None:
+    def offer(self, tidegate_id: str, work: Work, trace: TraceContext | None = None) -> None:
         """Take a copy of a request that was sampled, after it was answered. Never raises for what is in it.
 
-        ``work``: what the primary's batcher has answered.
+        ``work``: what the primary's batcher has answered. ``trace``: the primary's span, when it is traced.
         """
         if self._closed:
             return
@@ -155,7 +160,7 @@ class ShadowLane:
         elif self.target is None:
             self._drop("no_model")
         else:
-            self._offer(_item(tidegate_id, work, work.outputs))
+            self._offer(_item(tidegate_id, work, work.outputs, trace))
 
     def primary_failed(self) -> None:
         """A sampled request that the primary has not answered: there is nothing to compare with."""
@@ -201,7 +206,7 @@ class ShadowLane:
             self._settle(term, Outcome.UNKNOWN)
             self._waiting.done()
             return
-        flight = _Flight(item, target.batcher, term)
+        flight = _Flight(item, target.batcher, target.spec, term)
         try:
             inputs, rows = fit_inputs(target.spec, item.inputs)
             flight.work = Work(inputs, rows, partial(self._answered, flight))
@@ -229,6 +234,7 @@ class ShadowLane:
 
     def _expired(self, flight: _Flight) -> None:
         """Too slow: its place and its memory are free again, whatever the engine does."""
+        self._trace(flight, "version_timeout")
         if self._withdraw(flight):
             self._waiting.drop("timeout")
             self._settle(flight.term, Outcome.FAILED)
@@ -252,6 +258,7 @@ class ShadowLane:
 
     def _answered(self, flight: _Flight, work: Work) -> None:
         item = flight.item
+        self._trace(flight, "ok" if work.error is None else work.error.code)
         if item is None or not self._withdraw(flight):
             return
         if work.outputs is None:
@@ -262,6 +269,20 @@ class ShadowLane:
             self._settle(flight.term, Outcome.OK)
             self._hand_over(_pair(item, work))
         self._pump()
+
+    def _trace(self, flight: _Flight, code: str) -> None:
+        """Tell of a request whose primary is traced that it is over at the shadow."""
+        item, work = flight.item, flight.work
+        if self._traced is None or item is None or item.trace is None or work is None:
+            return
+        primary, spec = item.trace, flight.spec
+        context = TraceContext(primary.trace_id, new_span_id(), primary.span_id)
+        self._traced(
+            ShadowTrace(
+                context, spec.name, spec.version, work.enqueued_ns, self._clock(), item.id, work.rows,
+                work.started_ns, work.computed_ns, code,
+            )
+        )  # fmt: skip
 
     def _hand_over(self, pair: Pair) -> None:
         """To the worker; the place is taken until it has compared."""
@@ -357,9 +378,10 @@ class CompareWorker:
             del job  # an idle worker keeps no tensors
 
 
-def _item(tidegate_id: str, work: Work, outputs: list[Tensor]) -> _Item:
+def _item(tidegate_id: str, work: Work, outputs: list[Tensor], trace: TraceContext | None) -> _Item:
     inputs = [tensor for tensor in work.inputs if tensor is not None]
-    return _Item(tidegate_id, inputs, work.rows > 0, outputs, work.computed_ns - work.assembled_ns, work.batch_rows)
+    compute_ns = work.computed_ns - work.assembled_ns
+    return _Item(tidegate_id, inputs, work.rows > 0, outputs, compute_ns, work.batch_rows, trace)
 
 
 def _pair(item: _Item, work: Work) -> Pair:

@@ -16,6 +16,7 @@ import structlog
 from starlette.types import ASGIApp
 
 from monitor import compare
+from monitor.types import SHADOW
 from server import __version__
 from server.admin_token import load_or_make_token
 from server.audit import AuditEvent, DeferredAudit
@@ -30,9 +31,11 @@ from server.config.compile import (
     compile_versions,
 )
 from server.config.model import Config
+from server.config.monitoring import Monitoring, compile_monitoring
 from server.config.routing import RoutingSpec, ShadowSpec
 from server.config.settings import Address, ServerSettings, TlsSettings
 from server.control.models import ModelControl
+from server.control.monitored import Arms, MonitoredSource
 from server.control.publishing import Publisher
 from server.control.registry import RegistryPlans, RegistrySource, VersionedSource
 from server.control.reload import ConfigControl
@@ -42,6 +45,8 @@ from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Listener, Readiness
+from server.monitoring.service import MonitorService
+from server.monitoring.watch import MonitoredRuntime, taps_of
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.dispatch import DispatchRuntime
 from server.runtime.onnx import OnnxRuntime
@@ -74,6 +79,7 @@ class Models:
     named: Mapping[str, CompiledModel] = field(default_factory=dict)
     versioned: Mapping[str, VersionedModel] = field(default_factory=dict)
     defaults: ModelOptions = field(default_factory=ModelOptions)
+    monitoring: Monitoring = field(default_factory=Monitoring)
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,6 +99,7 @@ def models_of(config: Config | None, repository: Path | None) -> Models:
         compile_models(config, repository=repository),
         compile_versions(config, repository=repository),
         compile_defaults(config),
+        compile_monitoring(config),
     )
 
 
@@ -109,19 +116,29 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         clock=time.monotonic_ns,
         call_soon=loop.call_soon,
         call_later=loop.call_later,
+        decisions=settings.telemetry.decisions,
     )
     telemetry.metrics.collect(lambda: [_in_flight(gateway)])
-    publisher = Publisher(gateway, readiness.changed)
     state, deferred, audit = _state(settings, models)
+    monitors = MonitorService(None if state is None else settings.state_dir / "monitors", audit=audit)
+    telemetry.metrics.collect(monitors.families)
+    arms = Arms(gateway, monitors)
+
+    def published() -> None:
+        arms.follow()
+        readiness.changed()
+
+    publisher = Publisher(gateway, published)
     control = ModelControl(
         source=_source(settings, models, state, audit),
-        runtime=DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime),
+        runtime=MonitoredRuntime(DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime), monitors),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
         publisher=publisher,
         forget=telemetry.forget,
         audit=audit,
         mode=settings.model_control,
+        reload=settings.reload,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
     shadows = _shadows(loop, control, publisher, telemetry)
@@ -155,6 +172,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     async def close() -> None:
         gateway.close()
         await asyncio.to_thread(shadows.worker.close)
+        await asyncio.to_thread(monitors.close)
         if export is not None:
             await asyncio.to_thread(export.close)
         if deferred is not None:
@@ -166,7 +184,9 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         export.start()
     interval_s = settings.registry_poll_seconds if _uses_registry(settings, models) else settings.poll_seconds
     polling = settings.model_control == "poll" or _uses_registry(settings, models)
-    background: list[Callable[[], Awaitable[None]]] = [lambda: control.poll(interval_s)] if polling else []
+    background: list[Callable[[], Awaitable[None]]] = [control.mend]
+    if polling:
+        background.append(lambda: control.poll(interval_s))
     if reconfigure is not None:
         background.append(reconfigure.watch)
     admin = _admin(settings, state, reconfigure, shadows.loader, gateway)
@@ -207,7 +227,8 @@ def _admin(
         return [row.as_dict() for row in audit.tail(limit)] if audit is not None else []
 
     def experiments() -> list[dict[str, Any]]:
-        books = {name: policy.experiment for name, policy in gateway.policies.items() if policy.experiment is not None}
+        policies = gateway.policies.values()
+        books = {policy.entry: policy.experiment for policy in policies if policy.experiment is not None}
         return [{"name": name, **asdict(book.report(time.time_ns()))} for name, book in books.items()]
 
     def experiment(wanted: str) -> dict[str, Any]:
@@ -253,10 +274,11 @@ def _shadows(
             call_later=loop.call_later,
             load=load,
             offload=worker.submit,
+            traced=None if telemetry.sink is None else telemetry.sink.offer,
         )
 
     def batcher(engine: Engine, served: Served) -> OffLoopBatcher:
-        return OffLoopBatcher(
+        made = OffLoopBatcher(
             engine,
             served.options.batching,
             clock=time.monotonic_ns,
@@ -264,6 +286,8 @@ def _shadows(
             call_soon_threadsafe=loop.call_soon_threadsafe,
             call_later=loop.call_later,
         )
+        made.taps, made.arm = taps_of(engine), SHADOW
+        return made
 
     async def load_again(served: Served) -> Engine:
         await asyncio.to_thread(compare.prepare)
@@ -291,7 +315,7 @@ def _reconfigure(
 
     return ConfigControl(
         control=control,
-        history=ConfigHistory(state.store, state.audit),
+        history=lambda keep: ConfigHistory(state.store, state.audit, keep_texts=keep),
         last_good=LastGood(settings.state_dir),
         source=source,
         path=file.path,
@@ -402,7 +426,7 @@ def _state(settings: ServerSettings, models: Models) -> tuple[State | None, Defe
     return state, deferred, audit
 
 
-def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> JoinedSource:
+def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> ModelSource:
     """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
     named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over, m.golden) for m in models.named.values())
     plans = None if state is None else RegistryPlans(state.registry, settings.state_dir, audit)
@@ -421,7 +445,7 @@ def _source(settings: ServerSettings, models: Models, state: State | None, audit
                 f"or publish to the registry in {settings.state_dir} (tidegate registry publish)"
             )
         sources.append(RegistrySource(plans, models.defaults))
-    return JoinedSource(*sources)
+    return MonitoredSource(JoinedSource(*sources), models.monitoring)
 
 
 def _server_of_versions(
@@ -443,6 +467,7 @@ def _server_of_versions(
             on_batch=_counting(counted),
         )
         counted.stats.pending = batcher.pending
+        batcher.taps = taps_of(engine)
         return Served(spec, batcher, options, counted, telemetry.instruments)
 
     return serve

@@ -16,7 +16,7 @@ a batch and the wake its thread reads the members' inputs and sets their outputs
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -38,7 +38,7 @@ from server.errors import (
     TidegateError,
 )
 from server.runtime.base import BatchingOptions, Engine
-from server.types import Clock, Tensor
+from server.types import Buffer, Clock, Tensor
 
 #: A batch this short (ns) costs less on the loop than the hand-off to a thread and back.
 INLINE_NS: Final = 300_000
@@ -55,6 +55,19 @@ _log: Any = structlog.get_logger(__name__)
 
 class TimerHandle(Protocol):
     def cancel(self) -> object: ...
+
+
+class BatchTap(Protocol):
+    """Where the batches of one engine instance are offered to the drift monitor: cheap, never blocks, never raises."""
+
+    def offer(
+        self,
+        rows: int,
+        inputs: Sequence[Sequence[Buffer | list[bytes]] | None],
+        outputs: Sequence[Tensor],
+        now_ns: int,
+        arm: str,
+    ) -> object: ...
 
 
 CallSoon: TypeAlias = Callable[..., object]
@@ -175,6 +188,10 @@ class Batcher:
         self._call_later = call_later
         self._on_batch = on_batch
         self.on_idle = on_idle
+        #: One tap per engine instance, whose batches follow each other, on whichever thread; None: nobody watches.
+        self.taps: Sequence[BatchTap] | None = None
+        #: What its batches are counted as: the version's part in the routing table.
+        self.arm = "stable"
         self._layout = Layout(engine.spec, options)
         self._planner: Planner[Work] = Planner(limits_for(engine.spec, options, engine.instances))
         self._run_ns = engine.run_ns
@@ -223,6 +240,22 @@ class Batcher:
             self._call_soon(self._answer_in_order)
         self._flush_soon()  # without it the others may make up a preferred size
         self._tell_idle()
+
+    def abandon(self, why: TidegateError) -> int:
+        """Answer everything that is unanswered with an error, and take nothing more. How many that were.
+
+        Runs go on to their end, and what they give is thrown away. Members are told through a ``Work`` of its own:
+        the thread of a run may still write to theirs.
+        """
+        self._closed = True
+        members = self._planner.members()
+        members += [work for work in self._order or () if work.finished_ns and work.state == TAKEN]
+        for work in members:
+            self.cancel(work)
+        for work in members:
+            told = Work(work.inputs, work.rows, work.done, error=why, enqueued_ns=work.enqueued_ns)
+            self._call_back(work.done, told)
+        return len(members)
 
     def pending(self) -> int:
         """Requests that wait and have not been started."""
@@ -354,6 +387,8 @@ class Batcher:
             execution.computed_ns = clock()
             for work, share in zip(members, self._layout.split(members, outputs), strict=True):
                 work.outputs = share
+            if (taps := self.taps) is not None:
+                taps[execution.slot].offer(batch.rows, batch.parts, outputs, execution.computed_ns, self.arm)
         except TidegateError as error:
             execution.error = error.with_traceback(None)  # its frames would keep the batch alive
         except MemoryError:
@@ -376,7 +411,7 @@ class Batcher:
         if execution.error is None:
             members = self._planner.finish(execution.slot)
         else:
-            members = self._planner.fail(execution.slot)
+            members = self._planner.fail(execution.slot, divide=execution.error.divides)
         record = execution.record()
         self._learn(record.compute_ns)
         if self._on_batch is not None:

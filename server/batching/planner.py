@@ -15,8 +15,9 @@ A member's life::
     WAITING --tick--> TAKEN (running, expired, or failed: its owner has to settle it) --owner--> GONE
        \\-----------------------------------cancel----------------------------------------------/
 
-A batch that fails with several members is run again by halves, until those that fail alone are found: at most
-``2n - 1`` runs for n members, ``O(k log n)`` for k culprits.
+A batch of several members that fails as one of them may have made it fail is run again by halves, until those that
+fail alone are found: at most ``2n - 1`` runs for n members, ``O(k log n)`` for k culprits. One that fails otherwise (a
+server behind it is not there) fails as a whole.
 
 Cost: add, cancel and leaving are O(1) amortised; a member with a timer or a group with a new head costs O(log n).
 Timers and ready entries are removed lazily; they hold tickets, not members, so that nothing keeps tensors alive.
@@ -218,6 +219,12 @@ class Planner(Generic[M]):
         """Nothing waits and nothing runs."""
         return not (self._waiting or self._running or self._pieces)
 
+    def members(self) -> list[M]:
+        """Everyone who waits, is being run, or is to be run again; those that were cancelled are not among them."""
+        waiting = [member for group in self._groups.values() for member in group.members()]
+        taken = chain.from_iterable([*self._running.values(), *self._pieces])
+        return waiting + [member for member in taken if member.state == TAKEN]
+
     def wants_tick(self) -> bool:
         """A tick could do something: fill a free slot, or ask for an earlier wake."""
         if self._free and (self._waiting or self._pieces):
@@ -270,11 +277,14 @@ class Planner(Generic[M]):
         """The slot's batch is done: the members to answer. Then tick."""
         return [member for member in self._release(slot) if member.state == TAKEN]
 
-    def fail(self, slot: int) -> list[M]:
-        """The slot's batch failed: the members to answer with its error; none while culprits are sought. Then tick."""
+    def fail(self, slot: int, *, divide: bool = True) -> list[M]:
+        """The slot's batch failed: the members to answer with its error; none while culprits are sought. Then tick.
+
+        ``divide``: one member may be to blame, so a batch of several is run again in parts.
+        """
         members = self._release(slot)
         left = [member for member in members if member.state == TAKEN]
-        if len(members) == 1:
+        if len(members) == 1 or not divide:
             return left
         half = (len(left) + 1) // 2 if len(left) == len(members) else len(left)
         self._pieces.extendleft(piece for piece in (left[half:], left[:half]) if piece)

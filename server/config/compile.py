@@ -29,7 +29,8 @@ from server.config.model import (
 )
 from server.config.problems import InvalidConfig, Problem
 from server.config.routing import serves_registry
-from server.config.settings import ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
+from server.config.settings import ReloadSettings, ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
+from server.config.sinks import compile_alerts
 from server.errors import ConfigError
 from server.runtime.base import ModelOptions, Provider, QueuePolicy, WarmupInput, WarmupSample
 from server.runtime.upstream_options import UpstreamOptions
@@ -313,13 +314,30 @@ def compile_settings(config: Config | None) -> ServerSettings:
         model_repository=config.registry.directory,
         embedded_registry=config.registry.embedded,
         registry_poll_seconds=config.registry.poll_interval / units.NS_PER_S,
+        reload=compile_reload(config),
         telemetry=TelemetrySettings(
-            config.telemetry.logs.format, config.telemetry.logs.level, _traces(config.telemetry.traces)
+            config.telemetry.logs.format,
+            config.telemetry.logs.level,
+            _traces(config.telemetry.traces),
+            config.telemetry.decisions.sample,
         ),
         tls=None if tls is None else TlsSettings(tls.certificate, tls.private_key, tls.client_ca),
         admin_token=None if server.auth is None else server.auth.admin_token,
+        delivery=compile_alerts(config.alerts),
     )
     return settings if config.state.dir is None else replace(settings, state_dir=config.state.dir)
+
+
+def compile_reload(config: Config) -> ReloadSettings:
+    """What the file says of its own changes."""
+    reload = config.defaults.reload
+    return ReloadSettings(
+        watch=reload.watch,
+        debounce_s=reload.debounce / units.NS_PER_S,
+        drain_s=reload.drain / units.NS_PER_S,
+        keep_warm_s=reload.keep_warm / units.NS_PER_S,
+        history=reload.history,
+    )
 
 
 def _limits(limits: Limits) -> RequestLimits:

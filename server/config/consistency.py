@@ -18,9 +18,11 @@ from server.config.model import (
     RuntimeChoice,
     Warmup,
 )
+from server.config.monitoring import monitor_contradictions
 from server.config.problems import Contradiction
 from server.config.routing_rules import routing_contradictions
 from server.config.settings import Address
+from server.config.sinks import alert_contradictions
 from server.config.tree import KeyPath
 from server.config.units import format_address
 
@@ -44,6 +46,8 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
         yield from _behaviour(model, path)
         yield from _warmups(model, path)
     yield from routing_contradictions(config, repository_given=repository_given)
+    yield from alert_contradictions(config.alerts)
+    yield from monitor_contradictions(config)
 
 
 # --- server -------------------------------------------------------------------------------------------------------

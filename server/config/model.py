@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from server.config import units
 from server.config.kinds import (
@@ -51,20 +51,27 @@ from server.config.kinds import (
     Version,
     VersionKey,
     VersionSource,
+    WarmTime,
     Window,
     default,
     parse_share,
     scalar_text,
 )
+from server.config.monitor_kinds import (
+    ExpectedRun,
+    Persistence,
+    ProfileChoice,
+    RingSize,
+    WatchedWindow,
+    parse_expected_run,
+    parse_persistence,
+    parse_window,
+)
+from server.config.section import Section
+from server.config.sinks import Alerts
 
 API_VERSION: Final = "tidegate/v1"
 MAX_PRIORITY_LEVELS: Final = 1024
-
-
-class Section(BaseModel):
-    """Base of every mapping in the file."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- server -------------------------------------------------------------------------------------------------------
@@ -151,10 +158,17 @@ class Traces(Section):
     headers: dict[str, Secret] = Field(default_factory=dict, repr=False)
 
 
+class Decisions(Section):
+    """Log lines of routing decisions, each with its propensity, for a ``sample`` of the requests; 0% is off."""
+
+    sample: Share = default("0%", parse_share)
+
+
 class Telemetry(Section):
     """Logs and traces; metrics are always on at their own address."""
 
     logs: Logs = Field(default_factory=Logs)
+    decisions: Decisions = Field(default_factory=Decisions)
     traces: Traces = Field(default_factory=Traces)
 
 
@@ -327,12 +341,82 @@ _POLICY_SCHEMA: Final = {
 PolicyChoice = Annotated[VersionPolicy, BeforeValidator(_version_policy), WithJsonSchema(_POLICY_SCHEMA)]
 
 
+class MinEffect(Section):
+    """How large a difference must be, beside being real, to raise an alarm: PSI, or the KS distance."""
+
+    psi: Annotated[float, Field(ge=0, le=1000)] = 0.02
+    ks: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+
+class Ring(Section):
+    """What may wait to be counted, for each engine instance; over it batches are dropped and counted as dropped."""
+
+    rows: Annotated[int, Field(ge=1, le=16_777_216)] = 65_536
+    bytes: RingSize = default("64MiB", units.parse_size)
+
+
+class DriftMetrics(Section):
+    """How many columns of a version have series of their own: those in alarm first, then by strength of evidence."""
+
+    top: Annotated[int, Field(ge=1, le=1000)] = 20
+
+
+class Monitor(Section):
+    """Drift of live traffic from a reference profile. Without a profile there is nothing to watch.
+
+    ``profile``: a file for every version, or ``registry`` for the one that each version brings with it (a file of role
+    ``profile`` in the registry, ``profile.tgp`` in a version's folder). Left out, versions that bring one are watched.
+    ``profiles`` names files by version and goes first. ``windows``: whole numbers are rows, durations are time.
+    ``expected_run``: how long, in time or rows, until chance alone raises one alarm. ``persistence``: of how many
+    looks how many must be over. ``calibration``: a file that says how much rows depend on each other.
+    """
+
+    enabled: bool = True
+    profile: ProfileChoice | None = None
+    profiles: Annotated[dict[VersionKey, FilePath], Field(json_schema_extra={"additionalProperties": False})] = Field(
+        default_factory=dict
+    )
+    windows: Annotated[
+        Many[WatchedWindow], Field(min_length=1, max_length=8, json_schema_extra={"default": [1000, 10_000]})
+    ] = (parse_window(1000), parse_window(10_000))
+    expected_run: ExpectedRun = default("10M", parse_expected_run)
+    min_effect: MinEffect = Field(default_factory=MinEffect)
+    persistence: Persistence = default("2 of 3", parse_persistence)
+    reference: Literal["profile", "trailing_week", "hour_of_week"] = "profile"
+    ring: Ring = Field(default_factory=Ring)
+    calibration: FilePath | None = None
+    metrics: DriftMetrics = Field(default_factory=DriftMetrics)
+
+
 class Defaults(Section):
     """What models start from; a model's config.pbtxt and its own section override it key by key."""
 
     runtime: RuntimeChoice = Field(default_factory=RuntimeChoice)
     batching: Batching = Field(default_factory=Batching)
     version_policy: PolicyChoice = Field(default=VersionPolicy(latest=1), json_schema_extra={"default": {"latest": 1}})
+    monitor: Monitor = Field(default_factory=Monitor)
+
+
+class Reload(Section):
+    """How a change of the configuration is noticed, and what becomes of the versions that it replaces.
+
+    ``watch`` and ``debounce`` (how long a new content of the file must have stood) are read at the start; SIGHUP and
+    the admin address work in any case. ``drain``: how long requests may hold a version that was replaced. For
+    ``keep_warm`` it then stays loaded, so that going back loads nothing. ``history``: how many of the last
+    generations can be rolled back to.
+    """
+
+    watch: bool = True
+    debounce: Delay = default("200ms", units.parse_duration)
+    drain: Timeout = default("30s", units.parse_duration)
+    keep_warm: WarmTime = default("15m", units.parse_duration)
+    history: Annotated[int, Field(ge=1, le=10_000)] = 20
+
+
+class FileDefaults(Defaults):
+    """``defaults`` of the file: what models start from, and what holds for all of them."""
+
+    reload: Reload = Field(default_factory=Reload)
 
 
 # --- routing ------------------------------------------------------------------------------------------------------
@@ -609,5 +693,6 @@ class Config(Section):
     telemetry: Telemetry = Field(default_factory=Telemetry)
     state: State = Field(default_factory=State)
     registry: Registry = Field(default_factory=Registry)
-    defaults: Defaults = Field(default_factory=Defaults)
+    defaults: FileDefaults = Field(default_factory=FileDefaults)
+    alerts: Alerts = Field(default_factory=Alerts)
     models: dict[ModelName, Model] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})

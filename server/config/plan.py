@@ -15,12 +15,13 @@ from router.movement import Movement, plan_movement
 from router.types import ExperimentSplit, RolloutSplit
 from server.config.compile import CompiledModel, Overlay, VersionedModel, compile_models, compile_versions
 from server.config.model import Config
+from server.config.monitoring import compile_monitoring
 from server.config.routing import ROUTING_KEYS, Reference, RoutingSpec, compile_entry
 from server.runtime.base import ModelOptions
 
 _ORIGIN_KEYS: Final = ("source", "versions", "model")
 #: Sections that are read when a process starts.
-_AT_START: Final = ("server", "telemetry", "state", "registry")
+_AT_START: Final = ("server", "telemetry", "state", "registry", "alerts")
 
 _Pair: TypeAlias = tuple[RoutingSpec, RoutingSpec]
 _Options: TypeAlias = tuple[ModelOptions, Overlay, tuple[Path, ...]]
@@ -28,7 +29,7 @@ _Options: TypeAlias = tuple[ModelOptions, Overlay, tuple[Path, ...]]
 
 @dataclass(slots=True, frozen=True)
 class Change:
-    """What is different about a model that stays: some of ``source``, ``options`` and ``routing``."""
+    """What is different about a model that stays: some of ``source``, ``options``, ``monitor`` and ``routing``."""
 
     model: str
     parts: tuple[str, ...]
@@ -50,8 +51,9 @@ class ReloadPlan:
     """Models that come, go and change; what is loaded and unloaded; keys that move; and what forbids it.
 
     ``loads`` and ``unloads`` name versions ("fraud:8"), or models ("fraud") whose versions are found when they are
-    looked for. A version whose source or options change is in both. ``at_start``: sections that differ and take
-    effect only when the server starts anew.
+    looked for. A version whose source or options change is in both. ``recounts``: models that are watched otherwise;
+    their versions with a profile are loaded again, and their drift is counted from nothing. ``at_start``: sections that
+    differ and take effect only when the server starts anew.
     """
 
     added: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ class ReloadPlan:
     changed: tuple[Change, ...] = ()
     loads: tuple[str, ...] = ()
     unloads: tuple[str, ...] = ()
+    recounts: tuple[str, ...] = ()
     movements: Mapping[str, Movement] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     at_start: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ class ReloadPlan:
         yield from (f"change model {change.model}: {', '.join(change.parts)}" for change in self.changed)
         yield from (f"load {name}" for name in self.loads)
         yield from (f"unload {name}" for name in self.unloads)
+        yield from (f"count drift of {name} anew: its watched versions are loaded again" for name in self.recounts)
         for name, movement in self.movements.items():
             yield f"{name}: {float(movement.share):.2%} of keys move"
             yield from (f"  {move}" for move in movement.moves)
@@ -96,6 +100,7 @@ class ReloadPlan:
             "changed": {change.model: list(change.parts) for change in self.changed},
             "loads": list(self.loads),
             "unloads": list(self.unloads),
+            "recounts": list(self.recounts),
             "movements": {name: _movement(movement) for name, movement in self.movements.items()},
             "refusals": [{"model": refusal.model, "reason": refusal.reason} for refusal in self.refusals],
             "at_start": list(self.at_start),
@@ -124,7 +129,7 @@ def plan_reload(old: Config | None, new: Config, *, repository: Path | None = No
         return ReloadPlan(added=tuple(new.models), loads=tuple(_made_of(new, repository)))
     shared = [name for name in new.models if name in old.models]
     pairs = {name: _pair(old, new, name, repository) for name in shared}
-    changes = _changes(old, new, pairs, repository)
+    changes = tuple(_changes(old, new, pairs, repository))
     movements = {name: plan_movement(*map(_compiled, pair)) for name, pair in pairs.items()}
     before, after = _made_of(old, repository), _made_of(new, repository)
     return ReloadPlan(
@@ -133,6 +138,7 @@ def plan_reload(old: Config | None, new: Config, *, repository: Path | None = No
         tuple(change for change in changes if change.parts),
         tuple(name for name, made_of in after.items() if before.get(name) != made_of),
         tuple(name for name, made_of in before.items() if after.get(name) != made_of),
+        tuple(change.model for change in changes if "monitor" in change.parts),
         {name: movement for name, movement in movements.items() if movement.moves},
         tuple(Refusal(name, why) for name, pair in pairs.items() for why in _refusals(*pair, movements[name])),
         tuple(section for section in _AT_START if getattr(old, section) != getattr(new, section)),
@@ -150,11 +156,13 @@ def _compiled(spec: RoutingSpec) -> CompiledRoutes[Reference]:
 
 def _changes(old: Config, new: Config, pairs: Mapping[str, _Pair], repository: Path | None) -> Iterator[Change]:
     before, after = _options(old, repository), _options(new, repository)
+    watched, watching = compile_monitoring(old), compile_monitoring(new)
     for name, (was, becomes) in pairs.items():
         one, other = old.models[name], new.models[name]
         parts = {
             "source": any(getattr(one, key) != getattr(other, key) for key in _ORIGIN_KEYS),
             "options": before.get(name) != after.get(name),
+            "monitor": watched.of(name) != watching.of(name),
             # Another version may become stable although nobody says so: the highest of those named, for one.
             "routing": was.stable != becomes.stable
             or any(getattr(one, key) != getattr(other, key) for key in ROUTING_KEYS),

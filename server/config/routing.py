@@ -98,9 +98,14 @@ class ResilienceSpec:
 
 @dataclass(slots=True, frozen=True)
 class RoutingSpec:
-    """One public name. ``model`` is whose versions it serves; ``versions`` are those the file names, if it does."""
+    """One public name. ``model`` is whose versions it serves; ``versions`` are those the file names, if it does.
+
+    ``entry`` is the models entry that gives the name: itself, or what it is an alias of. Names of one entry are one
+    thing: what is counted and bounded under any of them is counted and bounded together.
+    """
 
     name: str
+    entry: str
     model: str
     versions: tuple[str, ...]
     routes: ModelRoutes[Reference]
@@ -224,6 +229,7 @@ def compile_entry(config: Config, name: str, *, repository_given: bool = False) 
     """One models entry under its own name."""
     entry, model = config.models[name], real_model(config, name)
     return RoutingSpec(
+        name,
         name,
         model,
         known_versions(config, model),

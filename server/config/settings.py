@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.delivery.options import DeliverySettings
 from server.types import RequestLimits
 
 Address = tuple[str, int]
@@ -26,12 +27,28 @@ class TraceSettings:
 
 
 @dataclass(slots=True, frozen=True)
+class ReloadSettings:
+    """How changes of the configuration file are noticed, and what becomes of versions that are replaced.
+
+    ``drain_s``: how long requests may hold one; ``keep_warm_s``: how long it then stays loaded, 0: not at all.
+    ``history``: how many generations keep their text.
+    """
+
+    watch: bool = True
+    debounce_s: float = 0.2
+    drain_s: float = 30.0
+    keep_warm_s: float = 900.0
+    history: int = 20
+
+
+@dataclass(slots=True, frozen=True)
 class TelemetrySettings:
-    """Logs and traces."""
+    """Logs and traces. ``decisions``: the share of routing decisions that are logged, in 1/10,000."""
 
     log_format: str = "json"  # json | text
     log_level: str = "info"  # debug | info | warning | error
     traces: TraceSettings = field(default_factory=TraceSettings)
+    decisions: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,12 +88,14 @@ class ServerSettings:
     #: Serve the registry in ``state_dir``, by alias; done in any case when nothing else is named.
     embedded_registry: bool = False
     registry_poll_seconds: float = 1.0
+    reload: ReloadSettings = field(default_factory=ReloadSettings)
     #: A directory in Triton/KServe layout or one model file; None when every model has its own source.
     model_repository: Path | None = None
     state_dir: Path = Path("tidegate-state")
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     tls: TlsSettings | None = None
     admin_token: str | None = field(default=None, repr=False)
+    delivery: DeliverySettings = field(default_factory=DeliverySettings)
 
     def listeners(self) -> dict[str, Address]:
         """The four addresses by their names."""

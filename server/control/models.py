@@ -7,22 +7,29 @@ blocks, so it happens on one loader thread; everything else runs on the loop thr
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import gc
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from typing import Final
 
 import structlog
 
-from server.admission import AdmissionReport, admit
-from server.batching.offloop import OffLoopBatcher
 from server.config.routing import RoutingSpec
+from server.config.settings import ReloadSettings
+from server.control.loading import Loader
 from server.control.publishing import Loaded, Publisher
+from server.control.retiring import CLOSE_SECONDS, Retired, Retirement
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
+from server.control.versions import (
+    LOADING,
+    READY,
+    UNAVAILABLE,
+    IndexEntry,
+    KnownVersion,
+    by_number,
+    is_unchanged,
+    loaded_version,
+    serving,
+)
 from server.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -32,55 +39,27 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway import Gateway, Served
-from server.golden import load_golden, run_golden
-from server.runtime.base import Engine, LoadRequest, ModelOptions, Runtime
+from server.runtime.base import Engine, ModelOptions, Runtime
+from server.runtime.upstream_options import UpstreamOptions
 from server.types import ModelSpec, ParameterValue
 
 log = structlog.get_logger("control")
 
-T = TypeVar("T")
-
-UNAVAILABLE, LOADING, READY, UNLOADING = "UNAVAILABLE", "LOADING", "READY", "UNLOADING"
-
-
-@dataclass(slots=True, frozen=True)
-class IndexEntry:
-    """One row of the repository index."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
-@dataclass(slots=True, eq=False)
-class _Version:
-    """One version of one model as the control knows it. ``tried`` is the fingerprint of the last load, good or bad."""
-
-    number: str
-    state: str
-    reason: str = ""
-    tried: object = None
-    engine: Engine | None = None
-    served: Served | None = None
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """A warm engine that was admitted, and how it is to be served."""
-
-    engine: Engine
-    options: ModelOptions
-    report: AdmissionReport | None
+#: Between tries of an upstream that could not be reached: the first wait, the longest, and how many times as long as a
+#: try took it is at least, for loads wait for it.
+_FIRST_TRY_S: Final = 1.0
+_LAST_TRY_S: Final = 60.0
+_WAIT_PER_TRY: Final = 10.0
 
 
 @dataclass(slots=True)
 class Prepared:
-    """A configuration to be: its source and plans, and the versions that were loaded for it."""
+    """A configuration to be: its source and plans, and the versions that were loaded, or found warm, for it."""
 
     source: ModelSource
     plans: dict[str, ModelPlan]
-    fresh: dict[str, dict[str, _Version]] = field(default_factory=dict)
+    fresh: dict[str, dict[str, KnownVersion]] = field(default_factory=dict)
+    taken_back: list[Retired] = field(default_factory=list)
 
 
 class ModelControl:
@@ -97,22 +76,24 @@ class ModelControl:
         forget: Callable[[str, str], None],
         audit: Audit,
         mode: str = "none",
+        reload: ReloadSettings | None = None,
+        close_seconds: float = CLOSE_SECONDS,
     ) -> None:
         self._source = source
-        self._runtime = runtime
         self._gateway = gateway
-        self._serve = serve
         self._publisher = publisher
         self._forget_counts = forget
         self._audit = audit
         self._mode = mode
         self._plans: dict[str, ModelPlan] = {}
-        self._versions: dict[str, dict[str, _Version]] = {}
+        self._versions: dict[str, dict[str, KnownVersion]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         #: Held by whoever changes what is wanted: one poll, load, unload or reconfiguration at a time.
         self.turn = asyncio.Lock()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retirement = Retirement(reload or ReloadSettings(), self._gone, close_seconds=close_seconds)
+        self._loader = Loader(runtime, serve, self._retirement.make_room)
+        #: Set when an upstream could not be reached.
+        self._unreached = asyncio.Event()
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
 
@@ -124,7 +105,7 @@ class ModelControl:
         plan = self.plan(spec.name)
         for wanted in plan.versions:
             if wanted.version == spec.version:
-                return (await self._off_loop(partial(self._load, plan, wanted, None))).engine
+                return (await self._loader.load(plan, wanted, None)).engine
         raise VersionNotFound(f"Request for unknown model: '{spec.name}' version {spec.version} is not found")
 
     def plan(self, model: str) -> ModelPlan:
@@ -135,14 +116,28 @@ class ModelControl:
         return plan
 
     def index(self, ready_only: bool) -> list[IndexEntry]:
-        """Every known version with its state, sorted by name and number; models with no version have one row."""
+        """Every known version with its state, sorted by name and number; models with no version have one row.
+
+        Versions that are kept warm come last, as unavailable: nobody can ask for them.
+        """
+        rows = self._rows()
+        return [row for row in rows if row.state == READY] if ready_only else rows + self._warm_rows()
+
+    def _rows(self) -> list[IndexEntry]:
         rows: list[IndexEntry] = []
         for name in sorted(self._plans):
             versions = self._versions.get(name, {})
-            rows += [IndexEntry(name, number, v.state, v.reason) for number, v in _by_number(versions)]
+            rows += [IndexEntry(name, number, v.state, v.reason) for number, v in by_number(versions)]
             if not versions:
                 rows.append(IndexEntry(name, "", UNAVAILABLE, self._plans[name].error or "not loaded"))
-        return [row for row in rows if row.state == READY] if ready_only else rows
+        return rows
+
+    def _warm_rows(self) -> list[IndexEntry]:
+        rows = []
+        for version, until in self._retirement.warm():
+            why = f"replaced, kept warm until {until.isoformat(timespec='seconds')}"
+            rows.append(IndexEntry(version.model, version.number, UNAVAILABLE, why))
+        return rows
 
     def ready(self, model: str, version: str) -> bool:
         """Is this version (or, for "", the model) ready? Raises ModelNotFound or VersionNotFound for unknown ones."""
@@ -159,8 +154,7 @@ class ModelControl:
 
     def failures(self) -> list[IndexEntry]:
         """Versions of wanted models that could not be loaded."""
-        rows = self.index(ready_only=False)
-        return [row for row in rows if row.state == UNAVAILABLE and row.name in self._wanted]
+        return [row for row in self._rows() if row.state == UNAVAILABLE and row.name in self._wanted]
 
     # -- start, poll, load, unload ------------------------------------------------------------------------------
 
@@ -188,6 +182,33 @@ class ModelControl:
             except (TidegateError, OSError) as error:
                 log.warning("poll_failed", error=str(error))
 
+    async def mend(self) -> None:
+        """Try upstreams that could not be reached again until they can be, more and more rarely. Until cancelled."""
+        while True:
+            await self._unreached.wait()
+            self._unreached.clear()
+            wait_s = _FIRST_TRY_S
+            while models := self._unreached_models():
+                await asyncio.sleep(wait_s)
+                took_s = await self._try_again(models)
+                wait_s = min(max(2 * wait_s, _WAIT_PER_TRY * took_s), _LAST_TRY_S)
+
+    def _unreached_models(self) -> list[str]:
+        return [name for name in self._plans if self._unreached_versions(name)]
+
+    def _unreached_versions(self, model: str) -> list[str]:
+        return [number for number, version in self._versions.get(model, {}).items() if version.unreached]
+
+    async def _try_again(self, models: list[str]) -> float:
+        """Load what could not be reached of some models; the seconds that it took."""
+        clock = asyncio.get_running_loop().time
+        async with self.turn:
+            began = clock()
+            for name in models:
+                if again := self._unreached_versions(name):
+                    await self._apply(name, again=again)
+            return clock() - began
+
     async def refresh(self, *, retry_failed: bool = False) -> None:
         """One look at the source: load what is new or changed, unload what is gone.
 
@@ -201,7 +222,11 @@ class ModelControl:
             if self._mode == "explicit":
                 known = {name for name in known if self._ready(name)}
             for name in sorted(known):
-                await self._apply(name, retry_failed=retry_failed)
+                await self._apply(name, again=self._failed(name) if retry_failed else ())
+
+    def _failed(self, model: str) -> set[str]:
+        """The versions that could not be loaded."""
+        return {number for number, version in self._versions.get(model, {}).items() if version.served is None}
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
         """Load or reload one model of the repository. Raises ModelLoadError with the first version that failed."""
@@ -214,7 +239,7 @@ class ModelControl:
             await self._scan()
             self.plan(model)
             self._require_explicit("load", model)
-            await self._apply(model, retry_failed=True)
+            await self._apply(model, again=self._failed(model))
         failed = [v for v in self._versions.get(model, {}).values() if v.state == UNAVAILABLE and v.reason]
         if failed:
             raise ModelLoadError(f"failed to load '{model}': {failed[0].reason}")
@@ -222,7 +247,7 @@ class ModelControl:
             raise ModelLoadError(f"failed to load '{model}': {self._plans[model].error or 'it has no version to load'}")
 
     async def unload(self, model: str, unload_dependents: bool = False) -> None:
-        """Stop serving one model. Requests that hold it finish; memory is given back after the last."""
+        """Stop serving one model. Requests that hold it finish; memory is given back after the last, none is warm."""
         if model not in self._versions:
             self.plan(model)
         self._require_explicit("unload", model)
@@ -231,6 +256,7 @@ class ModelControl:
             self._audit("model.unloaded", model, {"versions": [version.number for version in gone]})
             self._publish(model)
             self._retire(gone)
+            self._retirement.cool(model)
         log.info("model_unloaded", model=model)
 
     def _require_explicit(self, what: str, model: str) -> None:
@@ -247,7 +273,7 @@ class ModelControl:
         Raises ModelLoadError for the first version that cannot be had; then nothing has changed. A version that
         failed before and did not change since is passed over: it is no worse than it was.
         """
-        prepared = Prepared(source, await self._off_loop(source.scan))
+        prepared = Prepared(source, await self._loader.run(source.scan))
         try:
             for name in sorted(prepared.plans):
                 await self._prepare_model(prepared, prepared.plans[name])
@@ -266,27 +292,41 @@ class ModelControl:
         for wanted in () if self._mode == "explicit" and not self._ready(plan.name) else plan.versions:
             current = known.get(wanted.version)
             if current is None or current.tried != wanted.fingerprint:
-                prepared.fresh.setdefault(plan.name, {})[wanted.version] = await self._load_fresh(plan, wanted)
+                version = self._warm_version(prepared, plan, wanted) or await self._load_fresh(plan, wanted)
+                prepared.fresh.setdefault(plan.name, {})[wanted.version] = version
 
-    async def _load_fresh(self, plan: ModelPlan, wanted: VersionPlan) -> _Version:
+    def _warm_version(self, prepared: Prepared, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion | None:
+        """The version as it was before it was replaced, if it is still loaded."""
+        retired = self._retirement.take_back(plan.name, wanted.version, wanted.fingerprint)
+        if retired is None:
+            return None
+        prepared.taken_back.append(retired)
+        return serving(retired.version)
+
+    async def _load_fresh(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion:
         log.info("model_loading", model=plan.name, version=wanted.version)
         try:
-            loaded = await self._off_loop(partial(self._load, plan, wanted, None))
-            served = await self._served(loaded.engine, loaded.options)
+            admitted = await self._loader.load(plan, wanted, None)
+            served = await self._loader.serve(admitted)
         except TidegateError as error:
             self._audit("model.refused", f"{plan.name}:{wanted.version}", {"reason": error.message})
             raise ModelLoadError(f"model '{plan.name}' version {wanted.version}: {error.message}") from error
-        self._audit("model.ready", f"{plan.name}:{wanted.version}", _facts(loaded.engine))
-        return _Version(wanted.version, READY, tried=wanted.fingerprint, engine=loaded.engine, served=served)
+        self._audit("model.ready", f"{plan.name}:{wanted.version}", admitted.facts())
+        return serving(loaded_version(wanted, admitted, served))
 
     async def discard(self, prepared: Prepared) -> None:
-        """Close what was loaded for a configuration that will not be."""
-        self._retire([version for versions in prepared.fresh.values() for version in versions.values()])
+        """Close what was loaded for a configuration that will not be; what was warm is so again."""
+        warm = [retired.version for retired in prepared.taken_back]
+        fresh = [version for versions in prepared.fresh.values() for version in versions.values()]
+        self._retire([version for version in fresh if version.loaded not in warm])
+        for retired in prepared.taken_back:
+            self._retirement.give_back(retired)
         prepared.fresh.clear()
+        prepared.taken_back.clear()
 
     def commit(self, prepared: Prepared, specs: Mapping[str, RoutingSpec], generation: int) -> None:
-        """Swap everything in at once; what no longer serves is closed after its last request. Cannot fail."""
-        gone: list[_Version] = []
+        """Swap everything in at once; what no longer serves answers its requests and is kept warm. Cannot fail."""
+        gone: list[KnownVersion] = []
         self._source, self._plans = prepared.source, prepared.plans
         for name in {*self._versions, *self._plans}:
             plan, known = self._plans.get(name), self._versions.setdefault(name, {})
@@ -300,7 +340,15 @@ class ModelControl:
         self._publisher.replace(specs, loaded, generation)
         for name in {*self._plans, *self._gateway.unready}:
             self._explain_absence(name)
-        self._retire([version for version in gone if version.served is not None])
+        for retired in prepared.taken_back:
+            self._back(retired)
+        self._retire(gone, warm=True)
+
+    def obey(self, reload: ReloadSettings) -> None:
+        """New rules for versions that are replaced; what is warm stays so for as long as was said then."""
+        self._retirement.rules = reload
+        if not reload.keep_warm_s:
+            self._retirement.cool()
 
     def as_it_is(self) -> Prepared:
         """What is wanted and loaded now, to be swapped in under other routing."""
@@ -323,14 +371,13 @@ class ModelControl:
         return found
 
     async def close(self) -> None:
-        """Retire everything and wait until the engines are closed."""
+        """Retire everything and wait until the engines are closed; not for runs that hang."""
         gone = [version for name in self._versions for version in self._forget(name, "shut down")]
         for name in self._versions:
             self._publish(name)
         self._retire(gone)
-        if self._retiring:
-            await asyncio.wait(self._retiring)
-        self._loader.shutdown(wait=False)
+        await self._retirement.close()
+        self._loader.close()
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -338,127 +385,148 @@ class ModelControl:
         return self._locks.setdefault(model, asyncio.Lock())
 
     async def _scan(self) -> None:
-        self._plans = await self._off_loop(self._source.scan)
+        self._plans = await self._loader.run(self._source.scan)
         for name in self._plans:
             if name not in self._versions:
                 self._gateway.unready.setdefault(name, "not loaded")
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
-
-    async def _apply(self, model: str, *, retry_failed: bool = False) -> None:
+    async def _apply(self, model: str, *, again: Collection[str] = ()) -> None:
         """Make what is loaded equal the plan: new versions first, then the table, then the old ones go.
 
-        While a version that is wanted cannot be loaded, those that served before go on serving.
+        While a version that is wanted cannot be loaded, those that served before go on serving. ``again``: versions
+        to be tried again that could not be loaded and have not changed.
         """
         async with self._lock(model):
             plan = self._plans.get(model)
-            known = self._versions.setdefault(model, {})
+            self._versions.setdefault(model, {})
             if plan is not None and plan.error:
                 self._refuse_plan(plan)
                 return
-            wanted = {} if plan is None else {version.version: version for version in plan.versions}
-            if plan is not None:
-                for number in sorted(wanted, key=int):
-                    await self._ensure(plan, wanted[number], retry_failed)
-            refused = {} if plan is None else plan.refused
-            surplus = sorted(set(known) - set(wanted) - set(refused))
-            if any(known[number].served is None for number in wanted):
-                surplus = [number for number in surplus if known[number].served is None]
-            gone = [known.pop(number) for number in surplus]
-            for number, reason in refused.items():
-                known.setdefault(number, _Version(number, UNAVAILABLE)).reason = reason
+            gone: list[KnownVersion] = []
+            try:
+                if plan is not None:
+                    for wanted in sorted(plan.versions, key=lambda version: int(version.version)):
+                        await self._ensure(plan, wanted, wanted.version in again, gone)
+                gone += self._follow_plan(model, plan)
+            finally:
+                await self._let_go(gone)
             if plan is None:
-                del self._versions[model]
-            self._publish(model)
-            self._retire([version for version in gone if version.served is not None])
+                self._retirement.cool(model)
+
+    def _follow_plan(self, model: str, plan: ModelPlan | None) -> list[KnownVersion]:
+        """Publish what is wanted and loaded of a model; the versions that are not wanted any more."""
+        known = self._versions[model]
+        wanted = set() if plan is None else {version.version for version in plan.versions}
+        refused = {} if plan is None else plan.refused
+        surplus = sorted(set(known) - wanted - set(refused))
+        if any(known[number].served is None for number in wanted):
+            surplus = [number for number in surplus if known[number].served is None]
+        gone = [known.pop(number) for number in surplus]
+        for number, reason in refused.items():
+            known.setdefault(number, KnownVersion(number, UNAVAILABLE)).reason = reason
+        if plan is None:
+            del self._versions[model]
+        self._publish(model)
+        return gone
+
+    async def _let_go(self, gone: list[KnownVersion]) -> None:
+        """Keep warm what may be wanted again as it is; what was removed or written over is closed."""
+        unchanged = await self._loader.run(lambda: [is_unchanged(version) for version in gone]) if gone else []
+        kept = [version for version, same in zip(gone, unchanged, strict=True) if same]
+        self._retire([version for version in gone if version not in kept])
+        self._retire(kept, warm=True)
 
     def _refuse_plan(self, plan: ModelPlan) -> None:
         """A model folder that makes no sense: what serves goes on, the reason is kept."""
         log.error("model_refused", model=plan.name, error=plan.error, still_serving=bool(self._ready(plan.name)))
         self._publish(plan.name)
 
-    async def _ensure(self, plan: ModelPlan, wanted: VersionPlan, retry_failed: bool) -> None:
-        """Have one version loaded as planned; on failure keep what was there and its reason."""
+    async def _ensure(self, plan: ModelPlan, wanted: VersionPlan, again: bool, gone: list[KnownVersion]) -> None:
+        """Have one version loaded as planned, and what it replaces in ``gone``; on failure keep what was there."""
         known = self._versions[plan.name]
         current = known.get(wanted.version)
-        if (
-            current is not None
-            and current.tried == wanted.fingerprint
-            and not (retry_failed and current.served is None)
-        ):
+        if current is not None and current.tried == wanted.fingerprint and not (again and current.served is None):
             return
-        if current is None or current.served is None:
-            current = known[wanted.version] = _Version(wanted.version, LOADING)
-        current.tried = wanted.fingerprint
-        log.info("model_loading", model=plan.name, version=wanted.version)
-        if plan.ignored:
-            log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
-        try:
-            loaded = await self._off_loop(partial(self._load, plan, wanted, self._champion(plan.name)))
-            engine, served = loaded.engine, await self._served(loaded.engine, loaded.options)
-        except TidegateError as error:
-            self._load_failed(plan.name, current, error.message)
-            return
-        except Exception:
-            log.exception("model_load_crashed", model=plan.name, version=wanted.version)
-            self._load_failed(plan.name, current, "internal error while loading, see the server's log")
-            return
-        known[wanted.version] = _Version(wanted.version, READY, tried=wanted.fingerprint, engine=engine, served=served)
+        before = "" if current is None else current.reason
+        ready = self._ready_again(plan, wanted)
+        if ready is None:
+            if current is None or current.served is None:
+                current = known[wanted.version] = KnownVersion(wanted.version, LOADING)
+            current.tried = wanted.fingerprint
+            log.info("model_loading", model=plan.name, version=wanted.version)
+            if plan.ignored:
+                log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
+            try:
+                ready = await self._loaded_anew(plan, wanted)
+            except TidegateError as error:
+                self._load_failed(plan, wanted, current, error.message, before)
+                return
+            except Exception:
+                log.exception("model_load_crashed", model=plan.name, version=wanted.version)
+                why = "internal error while loading, see the server's log"
+                self._load_failed(plan, wanted, current, why, before)
+                return
+        known[wanted.version] = ready
+        if current is not None and current.served is not None:
+            gone.append(current)
         self._publish(plan.name)
-        facts = _facts(engine)
+
+    def _ready_again(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion | None:
+        """The version as it was before it was replaced, if it is still loaded."""
+        retired = self._retirement.take_back(plan.name, wanted.version, wanted.fingerprint)
+        if retired is None:
+            return None
+        self._back(retired)
+        return serving(retired.version)
+
+    async def _loaded_anew(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion:
+        """Load one version and tell of it."""
+        admitted = await self._loader.load(plan, wanted, self._champion(plan.name))
+        served = await self._loader.serve(admitted)
+        facts = admitted.facts()
         log.info("model_ready", model=plan.name, version=wanted.version, **facts)
-        report = {} if loaded.report is None else {"admission": loaded.report.to_json()["checks"]}
+        report = {} if admitted.report is None else {"admission": admitted.report.to_json()["checks"]}
         self._audit("model.ready", f"{plan.name}:{wanted.version}", facts | report)
-        if current.served is not None:
-            self._retire([current])
+        return serving(loaded_version(wanted, admitted, served))
+
+    def _back(self, retired: Retired) -> None:
+        """Tell of a version that serves again without having been loaded."""
+        version = retired.version
+        version.served.telemetry.stats.pending = version.served.batcher.pending
+        log.info("model_ready", model=version.model, version=version.number, kept_warm=True)
+        self._audit("model.ready", f"{version.model}:{version.number}", {"kept_warm": True})
 
     def _champion(self, model: str) -> ModelSpec | None:
         """What callers of this model are used to now."""
         routes = self._gateway.table.models.get(model)
         return None if routes is None else routes.versions[routes.stable].spec
 
-    def _load(self, plan: ModelPlan, version: VersionPlan, champion: ModelSpec | None) -> _Loaded:
-        """Load, warm, admit and try one version, on the loader thread. Raises ModelLoadError with one sentence."""
-        request = plan.load_request(version)
-        engine = self._runtime.load(request)
-        try:
-            report = _admitted(engine, plan, version, request, champion)
-            for path in plan.golden_files(version, request.folder):
-                if disagreement := run_golden(engine, load_golden(path), request.options.batching):
-                    raise ModelLoadError(f"{path.name}: {disagreement}")
-        except Exception:
-            engine.close()
-            raise
-        return _Loaded(engine, request.options, report)
-
-    async def _served(self, engine: Engine, options: ModelOptions) -> Served:
-        """The engine behind its batcher; an engine whose options do not fit it is closed again."""
-        try:
-            return self._serve(engine, options)
-        except TidegateError:
-            await self._off_loop(engine.close)
-            raise
-
-    def _load_failed(self, model: str, version: _Version, reason: str) -> None:
+    def _load_failed(
+        self, plan: ModelPlan, wanted: VersionPlan, version: KnownVersion, reason: str, before: str = ""
+    ) -> None:
+        """``before``: why it could not be loaded the last time; the same reason is not audited again."""
         version.reason = reason
-        self._audit("model.refused", f"{model}:{version.number}", {"reason": reason})
+        if reason != before:
+            self._audit("model.refused", f"{plan.name}:{version.number}", {"reason": reason})
         if version.served is None:
             version.state = UNAVAILABLE
+            version.unreached = isinstance(wanted.origin, UpstreamOptions)
+        if version.unreached:
+            self._unreached.set()
         log.error(
             "model_load_failed",
-            model=model,
+            model=plan.name,
             version=version.number,
             error=reason,
             still_serving=version.served is not None,
         )
 
-    def _forget(self, model: str, reason: str) -> list[_Version]:
+    def _forget(self, model: str, reason: str) -> list[KnownVersion]:
         """Replace every loaded version of a model by a row that says why it is gone; gives what was loaded."""
         known = self._versions.get(model, {})
         loaded = [version for version in known.values() if version.served is not None]
         for version in loaded:
-            known[version.number] = _Version(version.number, UNAVAILABLE, reason, version.tried)
+            known[version.number] = KnownVersion(version.number, UNAVAILABLE, reason, version.tried)
         return loaded
 
     def _ready(self, model: str) -> dict[str, Served]:
@@ -494,84 +562,12 @@ class ModelControl:
         reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]
         return self._plans[model].error or (reasons[-1] if reasons else "it has no version to load")
 
-    def _retire(self, versions: list[_Version]) -> None:
-        """Close engines that no table names any more, each after its last request; nobody waits for that."""
-        for version in versions:
-            task = asyncio.get_running_loop().create_task(self._close(version))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+    def _retire(self, versions: Iterable[KnownVersion], *, warm: bool = False) -> None:
+        """No table names these any more."""
+        loaded = [version.loaded for version in versions]
+        self._retirement.retire([version for version in loaded if version is not None], warm=warm)
 
-    async def _close(self, version: _Version) -> None:
-        served, engine = version.served, version.engine
-        version.state, version.served, version.engine = UNLOADING, None, None
-        if served is not None and engine is not None:
-            await _last_call(served)
-            await self._off_loop(partial(_shut, served, engine))
-            name, number = served.spec.name, served.spec.version
-            if number not in self._ready(name):
-                self._forget_counts(name, number)
-
-
-def _admitted(
-    engine: Engine, plan: ModelPlan, version: VersionPlan, request: LoadRequest, champion: ModelSpec | None
-) -> AdmissionReport | None:
-    """What was found of a version that may serve; None for a backend without files of ours, such as an upstream."""
-    inspection = getattr(engine, "inspection", None)
-    if inspection is None:
-        return None
-    verdict = admit(
-        engine,
-        inspection,
-        declared_signature=plan.declared(version) if plan.declared else None,
-        champion=champion,
-        warmup=request.options.warmup,
-        folder=request.folder,
-        advisory=plan.declared is None,
-    )
-    if not verdict.admitted:
-        raise ModelLoadError(verdict.refusal)
-    return verdict.report
-
-
-async def _last_call(served: Served) -> None:
-    """Wait until no request holds this version. The table no longer names it, so none can come."""
-    if served.calls:
-        idle = asyncio.Event()
-        served.on_idle = idle.set
-        await idle.wait()
-
-
-def _shut(served: Served, engine: Engine) -> None:
-    """Blocks. An engine whose run has not come back is left as it is: closing it under the run is not safe."""
-    batcher = served.batcher
-    batcher.close()
-    if isinstance(batcher, OffLoopBatcher) and batcher.hung():
-        log.warning("engine_left_open", model=served.spec.name, version=served.spec.version)
-    else:
-        engine.close()
-    give_memory_back()
-
-
-def _by_number(versions: Mapping[str, _Version]) -> list[tuple[str, _Version]]:
-    return sorted(versions.items(), key=lambda item: int(item[0]))
-
-
-def give_memory_back() -> None:
-    """Collect cycles and hand freed heap pages to the system: an unloaded model's memory should show as free."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _facts(engine: Engine) -> dict[str, object]:
-    spec = engine.spec
-    facts: dict[str, object] = {
-        "max_batch_size": spec.max_batch_size,
-        "batch_rows": spec.learned_batch_size,
-        "run_us": round(engine.run_ns / 1000, 1),
-        "memory_mib": round(engine.memory_bytes / 2**20, 1),
-        "digest": spec.digest,
-    }
-    if spec.batching_note:
-        facts["note"] = spec.batching_note
-    return facts
+    def _gone(self, model: str, number: str) -> None:
+        """A version was closed. Its counts go, unless another of its number serves, or may again."""
+        if number not in self._ready(model) and not self._retirement.is_warm(model, number):
+            self._forget_counts(model, number)

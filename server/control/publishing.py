@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from router.breaker import Breaker
+from router.breaker import BreakerPolicy
 from router.errors import BadRoutes
-from router.experiment import ExperimentBooks
+from router.experiment import ExperimentBooks, ExperimentSpec
 from router.retry import RetryBudget
 from router.table import RoutingTable
 from router.types import ModelRoutes
 from server.config.routing import LATEST, Reference, RoutingSpec, bind
-from server.gateway import Gateway, ModelPolicy, Served
+from server.gateway import Breakers, Gateway, ModelPolicy, Served
 from server.shadowing import ShadowLane
 
 log = structlog.get_logger("control")
@@ -47,7 +47,7 @@ class Publisher:
         self._missing: dict[str, tuple[Reference, ...]] = {}
         #: Under a configuration the generation is its number; without one every change of the table counts.
         self._configured = False
-        #: Shadow lanes by public name and shadow; kept by whoever loads shadows.
+        #: Shadow lanes by models entry and shadow; kept by whoever loads shadows.
         self.lanes: dict[tuple[str, str], ShadowLane] = {}
         self._following: Callable[[], None] = lambda: None
 
@@ -93,8 +93,7 @@ class Publisher:
         if not always and models == self._gateway.table.models:
             return
         self._following()
-        policies = {name: self._policy(spec) for name, spec in self._specs.items() if name in models}
-        self._gateway.publish(_table(self._gateway.table, models, generation), policies)
+        self._gateway.publish(_table(self._gateway.table, models, generation), self._policies(models))
         self._changed()
 
     def _routes(self, name: str) -> ModelRoutes[Served] | None:
@@ -119,32 +118,37 @@ class Publisher:
         served = found.versions.get(number)
         return None if served is None else (number, served)
 
+    def _policies(self, models: Mapping[str, ModelRoutes[Served]]) -> dict[str, ModelPolicy]:
+        """By public name; the names of one models entry share theirs."""
+        specs = [spec for spec in self._specs.values() if spec.name in models]
+        policies = {entry: self._policy(self._specs[entry]) for entry in {spec.entry for spec in specs}}
+        return {spec.name: policies[spec.entry] for spec in specs}
+
     def _policy(self, spec: RoutingSpec) -> ModelPolicy:
-        """The policy of one name; what it has counted stays while its section does."""
-        before = self._gateway.policies.get(spec.name)
-        same = before is not None and before.retry == spec.resilience.retry
-        self._arm_breakers(spec)
+        """The policy of one models entry; what it has counted stays while its section does."""
+        before = self._gateway.policies.get(spec.entry) or ModelPolicy()
+        resilience = spec.resilience
         return ModelPolicy(
-            spec.resilience.retry,
-            before.budget if before is not None and same else RetryBudget(spec.resilience.retry),
-            spec.resilience.timeout_ns,
-            self._books(spec, before),
-            {shadow.id: lane for shadow in spec.shadows if (lane := self.lanes.get((spec.name, shadow.id)))},
+            resilience.retry,
+            before.budget if before.retry == resilience.retry else RetryBudget(resilience.retry),
+            resilience.timeout_ns,
+            _books(spec.experiment, before.experiment),
+            {shadow.id: lane for shadow in spec.shadows if (lane := self.lanes.get((spec.entry, shadow.id)))},
+            _breakers(resilience.breaker, before.breakers),
+            spec.entry,
         )
 
-    def _arm_breakers(self, spec: RoutingSpec) -> None:
-        policy = spec.resilience.breaker
-        for served in self._loaded.get(spec.model, _NOTHING).versions.values():
-            if policy is None:
-                served.breaker = None
-            elif served.breaker is None or served.breaker.policy != policy:
-                served.breaker = Breaker(policy)
 
-    def _books(self, spec: RoutingSpec, before: ModelPolicy | None) -> ExperimentBooks | None:
-        if spec.experiment is None:
-            return None
-        books = None if before is None else before.experiment
-        return books if books is not None and books.spec == spec.experiment else ExperimentBooks(spec.experiment)
+def _books(wanted: ExperimentSpec | None, before: ExperimentBooks | None) -> ExperimentBooks | None:
+    if wanted is None:
+        return None
+    return before if before is not None and before.spec == wanted else ExperimentBooks(wanted)
+
+
+def _breakers(wanted: BreakerPolicy | None, before: Breakers | None) -> Breakers | None:
+    if wanted is None:
+        return None
+    return before if before is not None and before.policy == wanted else Breakers(wanted)
 
 
 def _table(

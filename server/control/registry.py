@@ -143,6 +143,14 @@ def _options(model: str, manifest: Manifest, folder: Path, base: ModelOptions) -
     return read_pbtxt(text, model=model, base=base).options
 
 
+def manifest_of(plan: VersionPlan) -> Manifest | None:
+    """What a version of the registry was published with; None for a version from elsewhere."""
+    if not isinstance(plan.origin, tuple):
+        return None
+    _, found, *_ = cast("_Origin", plan.origin)
+    return found.manifest
+
+
 def _declared(plan: VersionPlan) -> ModelSpec | None:
     """The signature of the manifest, when its publisher gave one."""
     entry, found, *_ = cast("_Origin", plan.origin)

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from server.config.compile import compile_reload
 from server.config.load import parse_config
 from server.config.model import Config
 from server.config.plan import plan_reload
@@ -32,13 +33,16 @@ Json = dict[str, Any]
 
 
 class ConfigControl:
-    """One configuration file and its generations. On the loop only; everything that blocks is done off it."""
+    """One configuration file and its generations. On the loop only; everything that blocks is done off it.
+
+    ``history`` gives the generations in the store, of which that many keep their text.
+    """
 
     def __init__(
         self,
         *,
         control: ModelControl,
-        history: ConfigHistory,
+        history: Callable[[int], ConfigHistory],
         last_good: LastGood,
         source: Callable[[Config], ModelSource],
         path: Path,
@@ -47,7 +51,9 @@ class ConfigControl:
         repository: Path | None,
     ) -> None:
         self._control = control
-        self._history = history
+        self._history_of = history
+        self._rules = compile_reload(config)
+        self._history = history(self._rules.history)
         self._last_good = last_good
         self._source = source
         self._path = path
@@ -73,6 +79,7 @@ class ConfigControl:
                 number = latest.number
             else:
                 number = await self._record(self._text, self._control.digests_now(), "tidegate", "start", None)
+            self._control.obey(self._rules)
             self._control.commit(self._control.as_it_is(), self._specs(self._config), number)
             self._number = number
             await self._keep(self._text)
@@ -115,8 +122,11 @@ class ConfigControl:
             log.error("reload_refused", reason=reason, error=str(error), generation=self._number)
 
     async def watch(self) -> None:
-        """Follow the file until cancelled."""
-        async with aclosing(ConfigWatcher(self._path, seen=self._text).changes()) as changes:
+        """Follow the file until cancelled, as was said at the start. Returns at once when it is not to be followed."""
+        rules = self._rules
+        if not rules.watch:
+            return
+        async with aclosing(ConfigWatcher(self._path, rules.debounce_s, seen=self._text).changes()) as changes:
             async for _ in changes:
                 await self.reload("file changed")
 
@@ -164,10 +174,14 @@ class ConfigControl:
         try:
             found = self._control.digests(prepared)
             _require_same(digests, found)
+            rules = compile_reload(config)
+            self._history = self._history_of(rules.history)
             number = await self._record(text, found, actor, reason, restores)
         except BaseException:
             await self._control.discard(prepared)
             raise
+        self._rules = rules
+        self._control.obey(rules)
         self._control.commit(prepared, specs, number)
         self._number, self._text, self._config = number, text, config
         return number

@@ -38,7 +38,7 @@ class Target:
 
 
 class ShadowLoader:
-    """Keeps the lanes true to the configuration and to what is loaded. On the loop only.
+    """Keeps the lanes true to the configuration and to what is loaded, those of an entry for all its names. On the loop.
 
     ``load(served)`` loads the version of ``served`` once more, off the loop; ``lane(spec, shadow)`` makes a lane
     without a target; ``batcher(engine, served)`` makes its batcher.
@@ -63,7 +63,10 @@ class ShadowLoader:
     def follow(self) -> None:
         """The table changed: make, point or drop lanes. Called after each publication, and quick."""
         wanted = {
-            (name, shadow.id): (spec, shadow) for name, spec in self._publisher.specs.items() for shadow in spec.shadows
+            (spec.entry, shadow.id): (spec, shadow)
+            for name, spec in self._publisher.specs.items()
+            if name == spec.entry
+            for shadow in spec.shadows
         }
         lanes = self._publisher.lanes
         for key in [key for key in lanes if key not in wanted or self._specs[key] != wanted[key][1]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from router.breaker import REFUSED
+from router.breaker import REFUSED, Breaker
 from router.retry import Next
 from router.types import RouteDecision
 from server.batching.batcher import TimerHandle, Work
@@ -36,7 +36,10 @@ _SHED = frozenset({"queue_full", "queue_timeout"})
 
 
 class Attempt:
-    """One version's try at a request. It holds its version from its start to its end."""
+    """One version's try at a request. From its start to its end it holds its version, and the one it may fall back to.
+
+    So a reload cannot close under a request what its own table promised it.
+    """
 
     __slots__ = ("decision", "picked", "route", "served", "started_ns", "term", "work")
 
@@ -48,6 +51,15 @@ class Attempt:
         self.started_ns = now
         self.picked: list[int] | None = None
         self.work: Work | None = None
+        self.served.calls += 1
+        if route.fallback is not None:
+            route.fallback.target.calls += 1
+
+    def release(self) -> None:
+        """Let go of what it holds."""
+        self.served.release()
+        if self.route.fallback is not None:
+            self.route.fallback.target.release()
 
 
 class Call:
@@ -71,6 +83,10 @@ class Call:
         """Route and make the first attempt. Never raises: whatever goes wrong ends the call."""
         try:
             route = self._gateway.route(self._request, self._permit.head)
+            decisions = self._gateway.decisions
+            if decisions is not None:
+                tidegate_id = self._permit.tidegate_id
+                decisions.note(route, tidegate_id, self._gateway.unit_of(route, tidegate_id))
             policy = self._policy = self._gateway.policies.get(route.public_name)
             if policy is not None:
                 self._take_policy(policy, route)
@@ -125,7 +141,6 @@ class Call:
             route = instead
             term = self._admitted(route, now) or 1
         attempt = self._attempt = Attempt(route, term, now)
-        attempt.served.calls += 1
         attempt.served.routed(route.arm, route.reason)
         try:
             self._submit(attempt)
@@ -134,8 +149,11 @@ class Call:
             self._after_failure(attempt, error)
 
     def _admitted(self, route: RouteDecision[Served], now: int) -> int:
-        breaker = route.target.breaker
+        breaker = self._breaker(route.target)
         return 1 if breaker is None else breaker.admit(now)
+
+    def _breaker(self, served: Served) -> Breaker | None:
+        return None if self._policy is None else self._policy.breaker(served)
 
     def _submit(self, attempt: Attempt) -> None:
         request, spec = self._request, attempt.served.spec
@@ -190,15 +208,16 @@ class Call:
     def _drop(self, attempt: Attempt) -> None:
         """Let go of an attempt that another one follows."""
         self._attempt = attempt.work = None
-        attempt.served.release()
+        attempt.release()
 
     def _attempt_ended(self, attempt: Attempt, code: str) -> None:
         """Count one attempt, before anything else is decided about the request."""
         now, route, served = self._gateway.clock(), attempt.route, attempt.served
         served.attempted(route.arm, code)
-        if served.breaker is not None and served.breaker.settle(attempt.term, outcome_of(code), now):
-            state = served.breaker.state.value
-            log.warning("breaker", model=route.model, version=route.version, state=state)
+        breaker = self._breaker(served)
+        if breaker is not None and breaker.settle(attempt.term, outcome_of(code), now):
+            state = breaker.state.value
+            log.warning("breaker", name=route.public_name, model=route.model, version=route.version, state=state)
         if self._policy is not None and self._policy.experiment is not None and route.counted:
             unit = self._gateway.unit_of(route, self._permit.tidegate_id)
             self._policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
@@ -212,7 +231,7 @@ class Call:
         for shadow in attempt.route.shadows:
             lane = None if self._policy is None else self._policy.lane(shadow)
             if lane is not None:
-                lane.offer(self._permit.tidegate_id, work)
+                lane.offer(self._permit.tidegate_id, work, self._permit.trace)
 
     def _end(self, error: TidegateError) -> None:
         """End with an error, if not ended yet."""
@@ -263,7 +282,7 @@ class Call:
         if code in _SHED:
             self._gateway.telemetry.rejected(code).inc()
         self._count(attempt, code)
-        attempt.served.release()
+        attempt.release()
         attempt.work = None  # it refers to this call: apart, both go with the last reference, and their tensors
 
     def _count(self, attempt: Attempt, code: str) -> None:

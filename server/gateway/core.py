@@ -32,6 +32,7 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway.call import Call
+from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
 from server.gateway.served import Served
 from server.gateway.tracing import SampledRequests
@@ -77,7 +78,10 @@ class GatewayPermit:
 
 
 class Gateway:
-    """Admission, routing table, calls. Implements ``server.types.Port``."""
+    """Admission, routing table, calls. Implements ``server.types.Port``.
+
+    ``decisions``: how many of 10,000 routing decisions are logged.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Gateway:
         clock: Clock,
         call_soon: CallSoon,
         call_later: CallLater,
+        decisions: int = 0,
     ) -> None:
         self.limits = limits
         self.admission = admission
@@ -98,6 +103,8 @@ class Gateway:
         self.table: RoutingTable[Served] = RoutingTable({}, 0)
         #: What surrounds the decisions of public names that say anything about it.
         self.policies: Mapping[str, ModelPolicy] = {}
+        #: None: no decision is logged.
+        self.decisions = DecisionLog(decisions) if decisions else None
         self.feedback = FeedbackIndex()
         #: Models known but not served: name -> why (loading, failed...). Kept by the control.
         self.unready: dict[str, str] = {}
@@ -213,7 +220,7 @@ class Gateway:
     # -- experiments --------------------------------------------------------------------------------------------
 
     def unit_of(self, route: RouteDecision[Served], tidegate_id: str) -> int:
-        """The unit that an experiment counts: the key, or the request where there was none."""
+        """What was drawn, and is counted by experiments: the key's hash, or the request's where there was none."""
         return route.key_hash or xxh3_64_intdigest(tidegate_id.encode())
 
     def expose(self, books: ExperimentBooks, route: RouteDecision[Served], tidegate_id: str, request_id: str) -> None:
@@ -224,10 +231,10 @@ class Gateway:
                 "exposure", experiment=books.spec.id, model=route.public_name, arm=route.arm, unit=f"{unit:016x}",
                 propensity=route.propensity, generation=route.generation,
             )  # fmt: skip
-        answered = Answered(books, unit)
-        self.feedback.add(route.public_name, tidegate_id, answered)
+        answered, entry = Answered(books, unit), self._entry(route.public_name)
+        self.feedback.add(entry, tidegate_id, answered)
         if request_id:
-            self.feedback.add(route.public_name, request_id, answered)
+            self.feedback.add(entry, request_id, answered)
 
     def hear(self, model: str, request_id: str, name: str, value: float, key: str = "") -> bool:
         """Feedback about an answered request, or about a key; False when it came too late or nobody remembers it.
@@ -235,7 +242,7 @@ class Gateway:
         ``name`` "": the experiment's only outcome. Raises ModelNotFound or InvalidArgument.
         """
         routes = self.routes(model)
-        answered = self.feedback.find(model, request_id) if request_id else None
+        answered = self.feedback.find(self._entry(model), request_id) if request_id else None
         policy = self.policies.get(model)
         if answered is not None:
             books, unit = answered.experiment, answered.unit
@@ -252,6 +259,11 @@ class Gateway:
             return books.outcome(name, unit, value, time_ns())
         except ValueError as error:
             raise InvalidArgument(str(error)) from None
+
+    def _entry(self, name: str) -> str:
+        """What a public name is a name of: an alias's own model, else itself."""
+        policy = self.policies.get(name)
+        return name if policy is None else policy.entry or name
 
     # -- publishing ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""What the gateway does around the decisions of one public name: time limits, retries, fallback, shadows, experiments.
+"""What the gateway does around the decisions of a public name: time limits, breakers, retries, shadows, experiments.
 
 The routing table says who answers; this says what happens when that goes wrong, and who else is to hear of it. It is
-swapped together with the table.
+swapped together with the table. Aliases of a name have the very same policy.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
-from router.breaker import Outcome
+from router.breaker import Breaker, BreakerPolicy, Outcome
 from router.experiment import ExperimentBooks
 from router.retry import Failure, Next, RetryBudget, RetryPolicy, next_attempt
 from router.types import RouteDecision, ShadowRoute
@@ -25,21 +26,51 @@ NO_VERDICT = OWN_FAULT | {"queue_full", "queue_timeout"}
 _NO_RETRY = RetryPolicy()
 
 
+class Breakers:
+    """The breakers of one public name: one for each version that it leads to, as long as that is loaded.
+
+    Another name that leads to the same version has others, by a policy of its own, or none.
+    """
+
+    __slots__ = ("_breakers", "policy")
+
+    def __init__(self, policy: BreakerPolicy) -> None:
+        self.policy = policy
+        self._breakers: WeakKeyDictionary[Served, Breaker] = WeakKeyDictionary()
+
+    def of(self, served: Served) -> Breaker:
+        """The breaker of one version."""
+        breaker = self._breakers.get(served)
+        if breaker is None:
+            breaker = self._breakers[served] = Breaker(self.policy)
+        return breaker
+
+
 @dataclass(slots=True)
 class ModelPolicy:
-    """Of one public name. ``lanes``: shadow lanes by the id of their route. ``timeout_ns`` 0: no limit of its own."""
+    """Of one models entry, under all its public names. ``entry`` "": of one name, which is not said.
+
+    ``lanes``: shadow lanes by the id of their route. ``timeout_ns`` 0: no limit of its own. ``breakers`` None: every
+    version is always tried.
+    """
 
     retry: RetryPolicy = _NO_RETRY
     budget: RetryBudget = field(default_factory=lambda: RetryBudget(_NO_RETRY))
     timeout_ns: int = 0
     experiment: ExperimentBooks | None = None
     lanes: Mapping[str, ShadowLane] = field(default_factory=dict)
+    breakers: Breakers | None = None
+    entry: str = ""
 
     def next(self, route: RouteDecision[Served], code: str, retries: int, now: int) -> Next:
         """What follows an attempt that ended with ``code``."""
         # A graph that refuses an input is the caller's fault on stable; a candidate may be the one that is wrong.
         final = code in OWN_FAULT or (code == "input_rejected" and route.fallback is None)
         return next_attempt(self.retry, self.budget, Failure(code, final, retries, route.fallback is not None), now)
+
+    def breaker(self, served: Served) -> Breaker | None:
+        """The breaker that watches a version for this name."""
+        return None if self.breakers is None else self.breakers.of(served)
 
     def lane(self, shadow: ShadowRoute[Served]) -> ShadowLane | None:
         """The lane of one sampled shadow."""
@@ -72,7 +103,7 @@ class FeedbackIndex:
         return len(self._answered)
 
     def add(self, model: str, request_id: str, answered: Answered) -> None:
-        """Remember one id of a request of a public name; a repeated id means its newest request."""
+        """Remember one id of a request of a models entry; a repeated id means its newest request."""
         self._answered[model, request_id] = answered
         self._answered.move_to_end((model, request_id))
         if len(self._answered) > self._capacity:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router.breaker import Breaker
 from server.batching.batcher import Batcher
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
@@ -13,7 +12,7 @@ from server.telemetry.metrics import Counter
 from server.types import ModelSpec
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Served:
     """One loaded version as the gateway uses it. ``calls`` counts the requests that hold it."""
 
@@ -23,8 +22,6 @@ class Served:
     telemetry: ModelTelemetry
     instruments: Instruments
     calls: int = 0
-    #: The breaker of this version; None: it never opens.
-    breaker: Breaker | None = None
     on_idle: Callable[[], None] | None = None
     _routes: dict[tuple[str, str], Counter] = field(default_factory=dict)
     _attempts: dict[tuple[str, str], Counter] = field(default_factory=dict)

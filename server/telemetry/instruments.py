@@ -134,6 +134,11 @@ class Instruments:
             "Attempts by how they ended, before any retry or fallback (code: ok or the error's code).",
             (*_MODEL, "arm", "code"),
         )
+        self.drain_cancelled = registry.counter(
+            "tidegate_drain_cancelled_total",
+            "Requests that held a replaced version to the end of the drain, and were cancelled then.",
+            ("model",),
+        )
         self.config_generation = registry.gauge(
             "tidegate_config_generation", "Configuration generation (kind: applied or seen).", ("kind",), merge="min"
         )

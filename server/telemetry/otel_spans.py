@@ -1,6 +1,7 @@
 """Finished trace records as OpenTelemetry spans.
 
-``request`` (server kind, child of the caller's span), under it ``queue`` and ``compute``; and one ``batch`` per run of
+``request`` (server kind, child of the caller's span), under it ``queue`` and ``compute``, and ``shadow`` (marked so,
+and linked to the request) for a copy that went to another version; and one ``batch`` per run of
 the engine, however many of its members were sampled. The batch hangs under its first sampled member and is linked to
 all of them, and every ``compute`` is linked to its batch, so each is found from the others.
 
@@ -19,7 +20,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags, TraceState
 from opentelemetry.trace.status import Status, StatusCode
 
-from server.telemetry.trace import BatchTrace, RequestTrace, TraceContext, new_span_id
+from server.telemetry.trace import BatchTrace, Record, RequestTrace, ShadowTrace, TraceContext, new_span_id
 
 #: (protocol, error code or "ok") -> the number that the protocol answers with.
 StatusOf: TypeAlias = Callable[[str, str], int]
@@ -56,8 +57,14 @@ class SpanBuilder:
         self._resource = resource
         self._status_of = status_of
 
-    def spans(self, record: RequestTrace) -> Iterator[ReadableSpan]:
-        """``request``, then what happened below it, then each batch that no other member has brought yet."""
+    def spans(self, record: Record) -> Iterator[ReadableSpan]:
+        """``request``, then what happened below it, then each batch that no other member has brought yet.
+
+        Of a copy at a shadow, ``shadow`` alone.
+        """
+        if isinstance(record, ShadowTrace):
+            yield self._shadow(record)
+            return
         request = _span_context(record.context)
         yield self._request(record, request)
         if record.queued_ns:
@@ -68,6 +75,25 @@ class SpanBuilder:
             if batch.finished_ns and not batch.exported:
                 batch.exported = True
                 yield self._batch(record, batch)
+
+    def _shadow(self, record: ShadowTrace) -> ReadableSpan:
+        primary = SpanContext(record.context.trace_id, record.context.parent_id, False, _SAMPLED)
+        attributes = _model_attributes(record.model, record.version) | _error(record.code)
+        attributes |= {"shadow": True, "tidegate.rows": record.rows, "tidegate.id": record.tidegate_id}
+        marks = (("started", record.started_ns), ("computed", record.computed_ns))
+        return ReadableSpan(
+            "shadow",
+            _span_context(record.context),
+            parent=primary,
+            resource=self._resource,
+            attributes=attributes,
+            events=[Event(name, timestamp=at + record.wall_offset_ns) for name, at in marks if at],
+            links=(Link(primary),),
+            status=_status(record.code),
+            start_time=record.sent_ns + record.wall_offset_ns,
+            end_time=record.finished_ns + record.wall_offset_ns,
+            instrumentation_scope=SCOPE,
+        )
 
     def _request(self, record: RequestTrace, context: SpanContext) -> ReadableSpan:
         end_ns = max(record.finished_ns, record.encoded_ns, record.received_ns)

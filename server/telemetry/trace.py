@@ -16,7 +16,7 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 MAX_TRACESTATE: Final = 512
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}").match
@@ -176,6 +176,31 @@ class RequestTrace:
     wall_offset_ns: int = field(default_factory=_wall_offset)
 
 
+@dataclass(slots=True)
+class ShadowTrace:
+    """A copy of a sampled request at a shadow, which is over. Times are monotonic ns; 0: did not happen.
+
+    ``context``: in the primary's trace, its parent is the primary's request span. ``sent``: handed to the shadow's
+    batcher. ``started``, ``computed``: its batch was taken, and came back.
+    """
+
+    context: TraceContext
+    model: str
+    version: str
+    sent_ns: int
+    finished_ns: int
+    tidegate_id: str = ""
+    rows: int = 0
+    started_ns: int = 0
+    computed_ns: int = 0
+    code: str = "ok"
+    wall_offset_ns: int = field(default_factory=_wall_offset)
+
+
+#: What becomes spans.
+Record: TypeAlias = RequestTrace | ShadowTrace
+
+
 class SpanSink:
     """Finished records on their way to an exporter. When full, the newest is dropped and counted. Any threads."""
 
@@ -185,7 +210,7 @@ class SpanSink:
         if capacity < 1:
             raise ValueError(f"a sink holds at least 1 record, got {capacity}")
         self._capacity = capacity
-        self._records: deque[RequestTrace] = deque()
+        self._records: deque[Record] = deque()
         #: Records refused because the sink was full.
         self.dropped = 0
         #: Records that the exporter took and could not hand over; the exporter's own count.
@@ -194,17 +219,17 @@ class SpanSink:
     def __len__(self) -> int:
         return len(self._records)
 
-    def offer(self, record: RequestTrace) -> None:
+    def offer(self, record: Record) -> None:
         """Take a record that nobody writes to any more, or drop it."""
         if len(self._records) >= self._capacity:
             self.dropped += 1
         else:
             self._records.append(record)
 
-    def take(self, limit: int) -> list[RequestTrace]:
+    def take(self, limit: int) -> list[Record]:
         """Up to ``limit`` records, oldest first."""
         records = self._records
-        taken: list[RequestTrace] = []
+        taken: list[Record] = []
         while records and len(taken) < limit:
             taken.append(records.popleft())
         return taken

@@ -15,22 +15,27 @@ import pytest
 
 from server.batching.batcher import Batcher, Work
 from server.batching.offloop import OffLoopBatcher
+from server.config.settings import ReloadSettings
 from server.control.models import ModelControl
 from server.control.publishing import Publisher
-from server.control.sources import DirectorySource, NamedModel, NamedSource
+from server.control.sources import DirectorySource, ModelPlan, ModelSource, NamedModel, NamedSource, VersionPlan
 from server.errors import (
     FailedPrecondition,
     InvalidArgument,
     ModelLoadError,
     ModelNotFound,
     ModelNotReady,
+    OutOfMemory,
+    TidegateError,
     VersionNotFound,
 )
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.runtime.base import Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
+from server.runtime.upstream_options import UpstreamOptions
 from server.telemetry.instruments import Telemetry
-from server.types import RequestHead, RequestLimits, Tensor
+from server.types import Decision, InferenceRequest, InferenceResponse, RequestHead, RequestLimits, Tensor
+from tests.support.routed import eventually
 
 
 @dataclass
@@ -42,11 +47,15 @@ class FileRuntime:
     loading: threading.Event = field(default_factory=threading.Event)
     before_run: Callable[[int], None] | None = None
     unreachable: bool = False
+    #: Loads find no memory while this many engines are open.
+    room: int = 1000
 
     def load(self, request: LoadRequest) -> Engine:
         self.loading.set()
         assert self.hold.wait(20)
         text = request.path.read_text()
+        if sum(not engine.closed for engine in self.engines) >= self.room:
+            raise OutOfMemory("The device has not enough memory.")
         if self.unreachable:
             raise ModelLoadError("it is down.")
         if text == "bad":
@@ -61,10 +70,29 @@ class FileRuntime:
         return {}
 
 
+class Answer:
+    """A reply that remembers how it ended."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[TidegateError | None] = asyncio.get_running_loop().create_future()
+
+    def message(self, response: InferenceResponse, decision: Decision) -> None:
+        pass
+
+    def finish(self, error: TidegateError | None) -> None:
+        self.ended.set_result(error)
+
+
 class Rig:
     """A control over a directory, with the gateway it publishes to."""
 
-    def __init__(self, root: Path, mode: str = "poll") -> None:
+    def __init__(
+        self,
+        root: Path,
+        mode: str = "poll",
+        reload: ReloadSettings | None = None,
+        source: ModelSource | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         telemetry = Telemetry.create("test")
         self.root = root
@@ -80,6 +108,8 @@ class Rig:
         self.runtime.hold.set()
         self.changes = 0
         self.audited: list[tuple[str, str]] = []
+        self.closed: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self.telemetry = telemetry
         self.batcher: Callable[..., Batcher] = Batcher
 
         def serve(engine: Engine, options: ModelOptions) -> Served:
@@ -95,18 +125,41 @@ class Rig:
             return Served(engine.spec, batcher, options, counted, telemetry.instruments)
 
         self.control = ModelControl(
-            source=DirectorySource(root, root / ".state"),
+            source=source or DirectorySource(root, root / ".state"),
             runtime=self.runtime,
             gateway=self.gateway,
             serve=serve,
             publisher=Publisher(self.gateway, self._changed),
-            forget=telemetry.forget,
+            forget=self._forget,
             audit=lambda action, subject, _: self.audited.append((action, subject)),
             mode=mode,
+            reload=reload,
+            close_seconds=0.5,
         )
+
+    def _forget(self, model: str, version: str) -> None:
+        self.telemetry.forget(model, version)
+        self.closed.put_nowait((model, version))
 
     def _changed(self) -> None:
         self.changes += 1
+
+    def gone(self, model: str, version: str) -> None:
+        """Take a version's folder away."""
+        folder = self.root / model / version
+        (folder / "model.onnx").unlink()
+        folder.rmdir()
+
+    async def call(self, model: str = "m") -> TidegateError | None:
+        """One request; how it ended."""
+        permit = self.gateway.admit(RequestHead("http", "", "", {}, time.monotonic_ns()))
+        answer = Answer()
+        x = Tensor("x", "FP32", (1, 4), bytes(16))
+        self.gateway.handle(permit, InferenceRequest(model, "", "", [x]), answer)
+        try:
+            return await answer.ended
+        finally:
+            permit.release()
 
     def put(self, model: str, version: str, text: str) -> None:
         folder = self.root / model / version
@@ -122,9 +175,15 @@ class Rig:
         return {(row.name, row.version): (row.state, row.reason) for row in self.control.index(ready_only=False)}
 
 
-def run(tmp_path: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], mode: str = "poll") -> None:
+def run(
+    tmp_path: Path,
+    body: Callable[[Rig], Coroutine[Any, Any, None]],
+    mode: str = "poll",
+    reload: ReloadSettings | None = None,
+    source: ModelSource | None = None,
+) -> None:
     async def main() -> None:
-        rig = Rig(tmp_path, mode)
+        rig = Rig(tmp_path, mode, reload, source)
         try:
             await asyncio.wait_for(body(rig), 30)
         finally:
@@ -191,7 +250,10 @@ def test_a_failed_load_leaves_the_old_version_serving(tmp_path: Path, text: str)
         rig.put("m", "2", "22")
         await rig.control.refresh()
         assert rig.stable("m") == "2"
-        assert rig.rows() == {("m", "2"): ("READY", "")}
+        assert rig.rows()["m", "2"] == ("READY", "")
+        state, reason = rig.rows()["m", "1"]
+        assert state == "UNAVAILABLE"
+        assert reason.startswith("replaced, kept warm until 2")
 
     run(tmp_path, body)
 
@@ -238,7 +300,7 @@ def test_an_engine_is_not_closed_under_a_run_that_hangs(tmp_path: Path, hangs: b
             assert go.wait(20)
 
         rig.runtime.before_run = hang
-        rig.batcher = partial(OffLoopBatcher, close_seconds=0.1 if hangs else 20.0)
+        rig.batcher = partial(OffLoopBatcher, close_seconds=0.1)
         rig.put("m", "1", "1")
         await rig.control.start()
         ended: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
@@ -252,7 +314,7 @@ def test_an_engine_is_not_closed_under_a_run_that_hangs(tmp_path: Path, hangs: b
         assert rig.runtime.engines[0].closed is not hangs
         go.set()
         await ended
-        rig.runtime.engines[0].close()
+        await asyncio.to_thread(eventually, lambda: rig.runtime.engines[0].closed)
 
     run(tmp_path, body)
 
@@ -382,3 +444,191 @@ def test_requests_for_a_loading_model_say_so(tmp_path: Path) -> None:
         await start
 
     run(tmp_path, body)
+
+
+def test_going_back_to_a_version_that_is_kept_warm_loads_nothing(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        first = rig.gateway.served("m", "")
+        rig.put("m", "2", "2")
+        await rig.control.refresh()
+        assert rig.stable("m") == "2"
+        with pytest.raises(VersionNotFound):
+            rig.gateway.served("m", "1")
+        with pytest.raises(VersionNotFound):
+            rig.control.ready("m", "1")
+        assert [row.version for row in rig.control.index(ready_only=True)] == ["2"]
+        rig.gone("m", "2")
+        await rig.control.refresh()
+        assert rig.gateway.served("m", "") is first
+        assert await rig.call() is None
+        assert len(rig.runtime.engines) == 2
+        assert await rig.closed.get() == ("m", "2")  # its file is gone: it cannot come back
+        assert rig.rows() == {("m", "1"): ("READY", "")}
+
+    run(tmp_path, body)
+
+
+def test_only_what_the_last_change_replaced_is_kept_warm(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        for number in ("2", "3"):
+            rig.put("m", number, number)
+            await rig.control.refresh()
+        assert await rig.closed.get() == ("m", "1")
+        assert not rig.runtime.engines[1].closed
+        rig.put("m", "3", "33")  # written over: what was there cannot come back, and evicts nothing
+        await rig.control.refresh()
+        await asyncio.to_thread(eventually, lambda: rig.runtime.engines[2].closed)
+        assert not rig.runtime.engines[1].closed
+        assert not rig.runtime.engines[3].closed
+        assert set(rig.rows()) == {("m", "2"), ("m", "3")}
+
+    run(tmp_path, body)
+
+
+def test_keeping_warm_ends_by_its_time_or_is_turned_off(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        rig.put("m", "2", "2")
+        await rig.control.refresh()
+        assert await rig.closed.get() == ("m", "1")
+        rig.control.obey(ReloadSettings(keep_warm_s=1000.0))
+        rig.put("m", "3", "3")
+        await rig.control.refresh()
+        assert ("m", "2") in rig.rows()
+        rig.control.obey(ReloadSettings(keep_warm_s=0.0))
+        assert await rig.closed.get() == ("m", "2")
+        rig.put("m", "4", "4")
+        await rig.control.refresh()
+        assert await rig.closed.get() == ("m", "3")
+
+    run(tmp_path, body, reload=ReloadSettings(keep_warm_s=0.05))
+
+
+def test_what_is_kept_warm_makes_room_for_a_load(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.runtime.room = 2
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        rig.put("m", "2", "2")
+        await rig.control.refresh()
+        rig.put("n", "1", "1")
+        await rig.control.refresh()
+        assert rig.stable("n") == "1"
+        assert rig.runtime.engines[0].closed
+        rig.put("n", "2", "2")
+        await rig.control.refresh()
+        assert "memory" in rig.rows()["n", "2"][1]
+        assert rig.stable("n") == "1"
+
+    run(tmp_path, body)
+
+
+def test_an_unload_keeps_nothing_warm(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start(("m",))
+        rig.put("m", "2", "2")
+        await rig.control.load("m", {})
+        assert not rig.runtime.engines[0].closed
+        await rig.control.unload("m")
+        assert {await rig.closed.get(), await rig.closed.get()} == {("m", "1"), ("m", "2")}
+
+    run(tmp_path, body, "explicit")
+
+
+def test_requests_lose_a_replaced_version_at_the_end_of_the_drain(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        started, go = threading.Event(), threading.Event()
+
+        def hang(_: int) -> None:
+            started.set()
+            assert go.wait(20)
+
+        rig.runtime.before_run = hang
+        rig.batcher = OffLoopBatcher
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        running = asyncio.ensure_future(rig.call())
+        assert await asyncio.to_thread(started.wait, 20)
+        waiting = asyncio.ensure_future(rig.call())
+        rig.runtime.before_run = None
+        rig.put("m", "2", "2")
+        await rig.control.refresh()
+        assert await rig.call() is None
+        for lost in (await running, await waiting):
+            assert isinstance(lost, ModelNotReady)
+            assert lost.message == (
+                "model 'm' version 1 was replaced, and 0.1 s later, the limit of its drain, the request was not done"
+            )
+        assert rig.telemetry.instruments.drain_cancelled.labels("m").value == 2
+        assert not rig.runtime.engines[0].closed
+        # The loader is free, and so is the end of the process; the engine is closed when its run is back.
+        rig.put("m", "3", "3")
+        await rig.control.refresh()
+        await asyncio.wait_for(rig.control.close(), 5)
+        assert not rig.runtime.engines[0].closed
+        go.set()
+        await asyncio.to_thread(eventually, lambda: rig.runtime.engines[0].closed)
+
+    run(tmp_path, body, reload=ReloadSettings(drain_s=0.1))
+
+
+def test_a_configuration_takes_back_what_the_one_before_it_had(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        def source(name: str) -> DirectorySource:
+            return DirectorySource(tmp_path / name, tmp_path / ".state")
+
+        for name, scale in (("a", "1"), ("b", "2"), ("c", "bad")):
+            (tmp_path / name / "m" / "1").mkdir(parents=True)
+            (tmp_path / name / "m" / "1" / "model.onnx").write_text(scale)
+        control = rig.control
+        served = {}
+        for generation, name in enumerate(("a", "b"), 1):
+            control.commit(await control.prepare(source(name)), {}, generation)
+            served[name] = rig.gateway.served("m", "1")
+        with pytest.raises(ModelLoadError, match="bad"):
+            await control.prepare(source("c"))
+        abandoned = await control.prepare(source("a"))
+        await control.discard(abandoned)
+        assert rig.gateway.served("m", "1") is served["b"]
+        for generation, name in enumerate(("a", "b", "a"), 3):
+            control.commit(await control.prepare(source(name)), {}, generation)
+            assert rig.gateway.served("m", "1") is served[name]
+            assert rig.gateway.table.generation == generation
+            assert await rig.call() is None
+        assert len(rig.runtime.engines) == 2
+        assert rig.audited.count(("model.ready", "m:1")) == 5
+
+    run(tmp_path, body)
+
+
+def test_an_upstream_that_was_down_is_tried_again_until_it_is_there(tmp_path: Path) -> None:
+    class Elsewhere:
+        """A model on another server."""
+
+        def scan(self) -> dict[str, ModelPlan]:
+            origin = UpstreamOptions("http://127.0.0.1:9")
+            return {"m": ModelPlan("m", versions=(VersionPlan("1", tmp_path / "m.onnx", 1, origin),))}
+
+    async def body(rig: Rig) -> None:
+        (tmp_path / "m.onnx").write_text("1")
+        rig.runtime.unreachable = True
+        control = rig.control
+        await control.start()
+        mending = asyncio.ensure_future(control.mend())
+        try:
+            rig.runtime.loading.clear()
+            assert await asyncio.to_thread(rig.runtime.loading.wait, 20)
+            rig.runtime.unreachable = False
+            await asyncio.to_thread(eventually, lambda: "m" in rig.gateway.table.models)
+        finally:
+            mending.cancel()
+        assert rig.audited == [("model.refused", "m:1"), ("model.ready", "m:1")]
+        assert rig.rows() == {("m", "1"): ("READY", "")}
+
+    run(tmp_path, body, source=Elsewhere())

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.breaker import Breaker, BreakerPolicy, State
+from router.breaker import BreakerPolicy, State
 from router.experiment import ExperimentBooks, ExperimentSpec, OutcomeSpec
 from router.retry import RetryBudget, RetryPolicy
 from router.types import Arm, Destination, ExperimentSplit, KeySpec, ModelRoutes, RolloutSplit
 from server.batching.batcher import Batcher
 from server.errors import InvalidArgument, ModelNotReady, RuntimeFailure, TidegateError, VersionTimeout
-from server.gateway import AdmissionLimits, Gateway, ModelPolicy, Served
+from server.gateway import AdmissionLimits, Breakers, Gateway, ModelPolicy, Served
 from server.runtime.base import BatchingOptions, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.telemetry.instruments import Telemetry
@@ -157,11 +157,12 @@ def test_a_retry_is_an_attempt_of_its_own_and_stays_in_its_budget() -> None:
 
 def test_an_open_breaker_sends_traffic_to_stable_and_probes_later() -> None:
     async def body() -> None:
-        rig = Rig(Script(faults=FAILS), ModelPolicy())
-        rig.candidate.breaker = Breaker(BreakerPolicy(min_requests=4, open_at=5_000, open_ns=10**15))
+        breakers = Breakers(BreakerPolicy(min_requests=4, open_at=5_000, open_ns=10**15))
+        rig = Rig(Script(faults=FAILS), ModelPolicy(breakers=breakers))
         outcomes = [(await rig.ask())[0] for _ in range(10)]
         assert [isinstance(error, RuntimeFailure) for error in outcomes] == [True] * 4 + [False] * 6
-        assert rig.candidate.breaker.state is State.OPEN
+        assert breakers.of(rig.candidate).state is State.OPEN
+        assert breakers.of(rig.stable).state is State.CLOSED
         assert rig.attempts("2", "canary", "runtime_failure") == 4
         await rig.close()
 
@@ -170,9 +171,9 @@ def test_an_open_breaker_sends_traffic_to_stable_and_probes_later() -> None:
 
 def test_a_breaker_without_a_way_out_says_so() -> None:
     async def body() -> None:
-        rig = Rig(Script(), ModelPolicy(), stable=Script(faults=FAILS))
+        breakers = Breakers(BreakerPolicy(min_requests=2, open_at=1, open_ns=10**15))
+        rig = Rig(Script(), ModelPolicy(breakers=breakers), stable=Script(faults=FAILS))
         rig.publish(None)
-        rig.stable.breaker = Breaker(BreakerPolicy(min_requests=2, open_at=1, open_ns=10**15))
         outcomes = [(await rig.ask())[0] for _ in range(3)]
         assert isinstance(outcomes[2], ModelNotReady)
         assert "given a rest" in outcomes[2].message
@@ -246,6 +247,53 @@ def test_an_experiment_is_sticky_and_hears_of_its_outcomes() -> None:
             rig.gateway.hear("m", "id-user-3", "clack", 1)
         with pytest.raises(InvalidArgument, match="finite"):
             rig.gateway.hear("m", "id-user-3", "click", float("nan"))
+        await rig.close()
+
+    run(body)
+
+
+def test_a_request_holds_what_it_may_fall_back_to() -> None:
+    async def body() -> None:
+        started, release = threading.Event(), threading.Event()
+
+        def hang(_: int) -> None:
+            started.set()
+            assert release.wait(20)
+
+        script = Script(run_ns=50_000_000, before_run=hang, faults=FAILS)
+        rig = Rig(script, retrying(fallback_on=frozenset({"runtime_failure"})))
+        asking = asyncio.ensure_future(rig.ask(3.0))
+        assert await asyncio.to_thread(started.wait, 20)
+        assert (rig.candidate.calls, rig.stable.calls) == (1, 1)
+        release.set()
+        error, answer = await asking
+        assert error is None
+        assert answer.message_ is not None
+        assert answer.message_[1].version == "1"
+        await rig.close()
+
+    run(body)
+
+
+def test_an_abandoned_attempt_is_answered_by_the_fallback() -> None:
+    async def body() -> None:
+        started, release = threading.Event(), threading.Event()
+
+        def hang(_: int) -> None:
+            started.set()
+            assert release.wait(20)
+
+        policy = retrying(fallback_on=frozenset({"model_not_ready"}))
+        rig = Rig(Script(run_ns=50_000_000, before_run=hang), policy)
+        asking = asyncio.ensure_future(rig.ask(3.0))
+        assert await asyncio.to_thread(started.wait, 20)
+        assert rig.candidate.batcher.abandon(ModelNotReady("it was replaced")) == 1
+        error, answer = await asking
+        assert error is None
+        assert answer.message_ is not None
+        assert answer.message_[0].outputs[0].array().tolist() == [[6.0] * 4]
+        assert rig.attempts("2", "canary", "model_not_ready") == 1
+        release.set()
         await rig.close()
 
     run(body)

@@ -19,6 +19,7 @@ from server.batching.batcher import Work
 from server.errors import Draining, QueueFull, RuntimeFailure, TidegateError
 from server.shadowing import SHADOW_BREAKER, CompareWorker, ShadowLane
 from server.telemetry.instruments import Telemetry
+from server.telemetry.trace import ShadowTrace, TraceContext
 from server.types import ModelSpec, Tensor, TensorSpec
 
 SECOND = 10**9
@@ -122,6 +123,7 @@ class Rig:
     def __init__(self, offload: Any = None, breaker: BreakerPolicy = SHADOW_BREAKER, **budget: Any) -> None:
         self.loop, self.target, self.load = Loop(), Waiting(), 0.0
         self.telemetry = Telemetry.create("test")
+        self.traced: list[ShadowTrace] = []
         self.lane = ShadowLane(
             self.target,
             budget=ShadowBudget(**({"rps": 1e6} | budget)),
@@ -134,6 +136,7 @@ class Rig:
             load=lambda: self.load,
             offload=offload or self.compare_now,
             breaker=breaker,
+            traced=self.traced.append,
         )
 
     @staticmethod
@@ -431,3 +434,22 @@ def test_the_worker_refuses_over_its_room_and_ends() -> None:
     go.set()
     worker.close()
     assert done == [1]
+
+
+def test_a_copy_of_a_traced_request_is_traced_too() -> None:
+    rig = Rig(timeout_ns=SECOND)
+    primary = TraceContext(7, 8)
+    rig.offer()
+    rig.lane.offer("answered", answered(), primary)
+    rig.loop.turn()
+    rig.target.answer()
+    rig.target.answer()
+    rig.loop.turn()
+    (record,) = rig.traced
+    assert (record.context.trace_id, record.context.parent_id) == (7, 8)
+    assert record.context.span_id not in (0, 8)
+    assert (record.tidegate_id, record.code) == ("answered", "ok")
+    rig.lane.offer("late", answered(), primary)
+    rig.loop.turn()
+    rig.loop.advance(2.0)
+    assert [(record.tidegate_id, record.code) for record in rig.traced[1:]] == [("late", "version_timeout")]

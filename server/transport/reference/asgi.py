@@ -8,7 +8,8 @@ uvicorn's own ``Server`` is left out: it captures signals and polls. What is add
   at once would reset the connection under its hands;
 * a client that does not take its answer is cut off;
 * an ``Upgrade`` that we do not speak is ignored, body included, as RFC 9110 section 7.8 wants (some clients offer h2c);
-* trailer fields never join the headers.
+* trailer fields never join the headers;
+* blanks around a field's value are no part of it, those behind it neither (RFC 9112 section 5).
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_open:
             if len(name) == 4 and name.lower() == b"host":
                 self._hosts += 1
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))  # the parser has taken those before it
 
     def on_headers_complete(self) -> None:
         self._head_open = False

@@ -244,6 +244,49 @@ def test_a_cancelled_request_never_reaches_the_engine() -> None:
     assert batcher.is_idle()
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_is_abandoned_is_told_so_once_whether_it_waits_or_runs(in_order: bool) -> None:
+    async def main() -> None:
+        started, go, back = threading.Event(), threading.Event(), asyncio.Event()
+
+        def hang(_: Batch) -> None:
+            started.set()
+            assert go.wait(20)
+
+        engine, answers = DoublingEngine(run_ns=THREAD_NS, hook=hang), Answers()
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(
+            engine,
+            BatchingOptions(preserve_ordering=in_order),
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+            on_batch=lambda _: back.set(),
+        )
+        running = submit_all(batcher, [1.0, 2.0], answers)
+        assert await asyncio.to_thread(started.wait, 20)
+        waiting = submit_all(batcher, [3.0, 4.0], answers)
+        batcher.cancel(running[1])
+        batcher.cancel(waiting[1])
+        assert batcher.abandon(OutOfMemory("enough")) == 2
+        assert [work.inputs for work in answers.works] == [waiting[0].inputs, running[0].inputs]
+        for work in answers.works:
+            assert isinstance(work.error, OutOfMemory)
+            assert work.outputs is None
+        assert batcher.abandon(OutOfMemory("again")) == 0
+        with pytest.raises(Draining):
+            batcher.submit(work_of(5.0, answers))
+        assert batcher.pending() == 0
+        go.set()
+        await asyncio.wait_for(back.wait(), 20)
+        assert len(answers.works) == 2
+        assert batcher.is_idle()
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(main())
+
+
 def test_cancelling_a_neighbour_from_done_is_obeyed() -> None:
     engine, answers = DoublingEngine(), Answers()
     loop, batcher = manual_batcher(engine)

@@ -19,7 +19,7 @@ from server.config.load import parse_config
 from server.config.model import Config
 from server.config.pbtxt import parse_pbtxt
 from server.config.problems import InvalidConfig
-from server.config.settings import ServerSettings, TlsSettings, TraceSettings
+from server.config.settings import ReloadSettings, ServerSettings, TlsSettings, TraceSettings
 from server.errors import ConfigError
 from server.runtime.base import ModelOptions, Provider, QueuePolicy, WarmupInput, WarmupSample
 from server.types import RequestLimits
@@ -61,8 +61,11 @@ server:
 telemetry:
   logs: {format: text, level: warning}
   traces: {enabled: true, sampling: 10%, endpoint: "https://o/v1/traces", service_name: s, headers: {h: "${T}"}}
+  decisions: {sample: 0.5%}
 state: {dir: state}
+defaults: {reload: {watch: false, debounce: 1s, drain: 2s, keep_warm: 3m, history: 4}}
 registry: {directory: models, embedded: true, poll_interval: 5s}
+alerts: {max_pending: 5}
 """
     settings = compile_settings(config(text, T="secret"))
     assert settings.listeners() == {
@@ -74,6 +77,8 @@ registry: {directory: models, embedded: true, poll_interval: 5s}
     default = ServerSettings()
     changed = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != getattr(default, f.name)}
     assert changed == {f.name for f in dataclasses.fields(settings)} - {"poll_seconds"}
+    assert settings.reload == ReloadSettings(False, 1.0, 2.0, 180.0, 4)
+    assert settings.telemetry.decisions == 50
     assert settings.name == "gate"
     assert (settings.max_pending, settings.max_connections, settings.max_concurrent_streams) == (10, 11, 12)
     assert (settings.workers, settings.in_process, settings.transport) == (3, True, "native")

@@ -9,7 +9,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import StatusCode
 
 from server.telemetry.otel_spans import SpanBuilder
-from server.telemetry.trace import BatchTrace, RequestTrace, TraceContext
+from server.telemetry.trace import BatchTrace, Record, RequestTrace, ShadowTrace, TraceContext
 
 EPOCH = 1_700_000_000_000_000_000
 
@@ -36,7 +36,7 @@ def joined(*members: RequestTrace, started_ns: int = 150) -> BatchTrace:
     return batch
 
 
-def build(*records: RequestTrace) -> list[ReadableSpan]:
+def build(*records: Record) -> list[ReadableSpan]:
     builder = SpanBuilder(Resource({}), lambda protocol, code: 200 if code == "ok" else 503)
     return [span for record in records for span in builder.spans(record)]
 
@@ -168,3 +168,28 @@ def test_attributes_follow_the_conventions(protocol: str, expected: dict[str, ob
         "tidegate.batch.id": f"{batch.span_id:016x}",
         "tidegate.batch.rows": 8,
     }
+
+
+def test_a_copy_at_a_shadow_is_a_marked_span_linked_to_the_primarys_request() -> None:
+    primary = request(3)
+    context = TraceContext(primary.context.trace_id, 77, primary.context.span_id)
+    shadow = ShadowTrace(context, "m", "9", 400, 500, "id-1", 1, 420, 480, "runtime_failure", EPOCH)
+    spans = build(primary, shadow)
+    span, parent = named(spans, "shadow"), named(spans, "request")
+    assert (span.context.trace_id, span.context.span_id) == (3, 77)
+    assert span.parent is not None
+    assert span.parent.span_id == parent.context.span_id
+    (link,) = span.links
+    assert link.context.span_id == parent.context.span_id
+    assert times(span) == (400, 500)
+    assert [(event.name, event.timestamp - EPOCH) for event in span.events] == [("started", 420), ("computed", 480)]
+    assert attributes(span) == {
+        "shadow": True,
+        "tidegate.id": "id-1",
+        "tidegate.rows": 1,
+        "tidegate.model.name": "m",
+        "tidegate.model.version": "9",
+        "error.type": "runtime_failure",
+    }
+    assert span.status.status_code is StatusCode.ERROR
+    assert "shadow" not in attributes(parent)

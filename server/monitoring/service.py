@@ -1,0 +1,437 @@
+"""Watches the live traffic of loaded versions: monitors, their taps, the drain thread, saved counts, gauges, alarms.
+
+**Threads.** The request path offers batches to taps and knows nothing else of this package. ``lease`` runs on the
+loader's thread: it reads the profile, compiles the kernels and restores saved counts, all before the version serves.
+Everything that changes afterwards (the end of a lease, mirrors) is only noted, and done by the drain thread between
+two rounds of counting; so neither the loop nor a retirement ever waits for the monitor. Reports are made on the
+caller's thread, which must not be the loop's.
+
+**Failing.** When the drain thread fails or stands still, taps fill and drop whole batches, which they count; requests
+and memory are as before. An error is logged once until counting works again.
+
+A process in which no version has a profile never imports the kernels, which take over 100 MB.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import orjson
+import structlog
+
+from monitor.errors import MonitorError
+from monitor.profile import ReferenceProfile
+from monitor.tap import Tap
+from monitor.types import Alarm, DriftReport
+from monitor.worker import DrainThread
+from server.batching.batcher import BatchTap
+from server.errors import ModelLoadError, NotFound
+from server.monitoring.events import alarm_event
+from server.monitoring.gauges import Watched, drift_families
+from server.monitoring.watch import Watch
+from server.telemetry.snapshot import FamilySnapshot, Kind, Points
+from server.types import ModelSpec
+
+if TYPE_CHECKING:
+    from monitor.calibration import Calibration
+    from monitor.engine import Monitor, MonitorSet
+    from server.monitoring.files import StateFiles
+
+log: Any = structlog.get_logger("monitor")
+
+_NS: Final = 1_000_000_000
+#: The wall clock was set when it is off by this much from where the monotonic clock has it.
+_CLOCK_SET_NS: Final = _NS
+_MODEL: Final = ("model", "version")
+_COUNTERS: Final[dict[str, tuple[str, str, Kind]]] = {
+    "offered": ("tidegate_monitor_rows_total", "Rows offered to the drift monitor.", "counter"),
+    "dropped": ("tidegate_monitor_rows_dropped_total", "Rows of them that found no room and were dropped.", "counter"),
+    "refused": ("tidegate_monitor_rows_refused_total", "Rows of them that could not be read.", "counter"),
+    "waiting": ("tidegate_monitor_lag_rows", "Rows of them that wait to be counted.", "gauge"),
+}
+
+#: Told of every alarm that is raised or cleared, on the drain thread; must not wait.
+OnAlarm: TypeAlias = Callable[[dict[str, Any]], object]
+#: ``audit(action, subject, detail)``; never waits.
+Audit: TypeAlias = Callable[[str, str, Mapping[str, object]], None]
+
+
+class Mirror(NamedTuple):
+    """Rows of ``version`` are also counted under the profile of version ``onto``, as its ``arm``."""
+
+    model: str
+    version: str
+    onto: str
+    arm: str
+
+
+@dataclass(slots=True, frozen=True)
+class Timing:
+    """How often what is done: seconds."""
+
+    drain_s: float = 0.05
+    gauges_s: float = 2.0
+    save_s: float = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class _Monitored:
+    """One version under one watch; ``leases`` are the engines that run it. ``retired``: counts of leases that ended."""
+
+    watch: Watch
+    model: str
+    version: str
+    monitor: Monitor
+    leases: set[EngineLease] = field(default_factory=set)
+    retired: dict[str, int] = field(default_factory=dict)
+    report: DriftReport | None = None
+    shown_rows: int = -1
+    saved_rows: int = -1
+
+    def count(self, name: str) -> int:
+        """Rows by one of the taps' counters, of all taps there were."""
+        now: list[int] = [getattr(tap, name) for lease in tuple(self.leases) for tap in lease.taps]
+        return self.retired.get(name, 0) + sum(now)
+
+    def serves(self, serving: frozenset[object]) -> bool:
+        return any(tap in serving for lease in tuple(self.leases) for tap in lease.taps)
+
+    def end(self, lease: EngineLease) -> None:
+        """Keep the counts of a lease that ends."""
+        for name in (*_COUNTERS, "taken"):
+            self.retired[name] = self.retired.get(name, 0) + sum([getattr(tap, name) for tap in lease.taps])
+        self.leases.discard(lease)
+
+    def taken(self) -> int:
+        return self.count("taken") + self.count("dropped")
+
+
+class EngineLease:
+    """Implements ``Lease``."""
+
+    def __init__(self, release: Callable[[EngineLease], None]) -> None:
+        self.taps: tuple[Tap, ...] = ()
+        self._release = release
+
+    def release(self) -> None:
+        self._release(self)
+
+
+class MonitorService:
+    """All monitors of one process. See the module's text for who may call what.
+
+    ``folder``: where counts are kept over restarts; None: nowhere. ``on_drain`` is called before every round of
+    counting.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        audit: Audit = lambda *_: None,
+        on_alarm: OnAlarm = lambda _: None,
+        on_drain: Callable[[], object] = lambda: None,
+        timing: Timing | None = None,
+    ) -> None:
+        self._folder = folder
+        self._audit = audit
+        self._on_alarm = on_alarm
+        self._on_drain = on_drain
+        self._timing = timing or Timing()
+        self._loading = threading.Lock()  # one lease is made at a time
+        self._lock = threading.Lock()  # guards what is monitored; only ever held for a moment
+        self._monitored: list[_Monitored] = []
+        self._set: MonitorSet | None = None
+        self._files: StateFiles | None = None
+        self._thread: DrainThread | None = None
+        self._made = 0
+        self._ended: deque[EngineLease] = deque()
+        self._alarms: deque[tuple[_Monitored, Alarm]] = deque()
+        self._serving: frozenset[object] = frozenset()  # taps of versions in the routing table
+        self._mirrors: frozenset[Mirror] = frozenset()
+        self._mirrored: dict[Mirror, tuple[Monitor, Monitor]] = {}
+        self._mirrored_taps: frozenset[object] = frozenset()
+        self._families: tuple[FamilySnapshot, ...] = ()
+        self._failing = False
+        self._gauges_at = self._save_at = 0.0
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def lease(self, watch: Watch, spec: ModelSpec, instances: int) -> EngineLease:
+        """Watch the batches of an engine of this version. Blocks: reads the profile, compiles, restores.
+
+        A version that is loaded again and watched in the same way goes on counting where it is. Raises ModelLoadError.
+        """
+        lease = EngineLease(self._ended.append)
+        try:
+            profile = ReferenceProfile.load(watch.profile)
+            with self._loading:
+                monitored = self._join(lease, watch, spec, profile.sha256) or self._attach(lease, watch, spec, profile)
+                lease.taps = self._taps(monitored, spec, instances)
+        except (MonitorError, OSError) as error:
+            lease.release()
+            raise ModelLoadError(f"the drift profile {watch.profile.name} cannot be used: {error}") from error
+        log.info("monitor_attached", model=spec.name, version=spec.version, profile=profile.sha256[:12])
+        return lease
+
+    def _join(self, lease: EngineLease, watch: Watch, spec: ModelSpec, sha256: str) -> _Monitored | None:
+        """Have the lease share what watches this version in the same way already."""
+        with self._lock:
+            for found in self._monitored:
+                same_version = (found.model, found.version) == (spec.name, spec.version)
+                if same_version and found.watch == watch and found.monitor.sha256 == sha256:
+                    found.leases.add(lease)
+                    return found
+        return None
+
+    def _attach(self, lease: EngineLease, watch: Watch, spec: ModelSpec, profile: ReferenceProfile) -> _Monitored:
+        monitors, files = self._begin()
+        calibration = None if watch.calibration is None else _calibration(watch.calibration)
+        monitor = monitors.attach(
+            spec.name, self._free_name(monitors, spec), profile, watch.settings, calibration=calibration
+        )
+        try:
+            monitor.tap(
+                [t.name for t in spec.inputs], [t.name for t in spec.outputs]
+            )  # does the profile fit the model?
+        except MonitorError:
+            monitors.detach(monitor.model, monitor.version)
+            raise
+        files.restore(monitor)
+        found = _Monitored(watch, spec.name, spec.version, monitor, {lease})
+        with self._lock:
+            self._monitored.append(found)
+        return found
+
+    def _free_name(self, monitors: MonitorSet, spec: ModelSpec) -> str:
+        """The version's number; with a mark while it is loaded a second time, to be watched in another way."""
+        if monitors.get(spec.name, spec.version) is None:
+            return spec.version
+        self._made += 1
+        return f"{spec.version}+{self._made}"
+
+    def _taps(self, monitored: _Monitored, spec: ModelSpec, instances: int) -> tuple[Tap, ...]:
+        monitors, _ = self._begin()
+        wake = None if self._thread is None else self._thread.wake
+        names = [tensor.name for tensor in spec.inputs], [tensor.name for tensor in spec.outputs]
+        found = [
+            monitors.tap(monitored.monitor.model, monitored.monitor.version, *names, wake=wake)
+            for _ in range(instances)
+        ]
+        return tuple([tap for tap in found if tap is not None])
+
+    def _begin(self) -> tuple[MonitorSet, StateFiles]:
+        """The kernels and the drain thread, from the first version on that is watched."""
+        if self._set is None or self._files is None:
+            from monitor.engine import MonitorSet
+            from server.monitoring.files import StateFiles
+
+            self._set = MonitorSet(wall_offset_ns=time.time_ns() - time.monotonic_ns(), on_alarm=self._note_alarm)
+            self._set.compile()
+            self._files = StateFiles(self._folder)
+            self._save_at = time.monotonic() + self._timing.save_s
+            self._thread = DrainThread(self._round, interval_s=self._timing.drain_s, on_error=self._failed)
+            self._thread.start()
+        return self._set, self._files
+
+    # --- from the loop -----------------------------------------------------------------------------------------------
+
+    def follow(self, serving: Iterable[Sequence[BatchTap]], mirrors: Iterable[Mirror]) -> None:
+        """The routing table changed: whose batches serve, and which mirrors there are to be from now on."""
+        self._serving = frozenset([tap for taps in serving for tap in taps])
+        self._mirrors = frozenset(mirrors)
+
+    # --- the drain thread --------------------------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        monitors, files = self._set, self._files
+        if monitors is None or files is None:
+            return
+        self._on_drain()
+        self._follow_clock(monitors)
+        self._set_mirrors(monitors)
+        monitors.drain(time.time_ns())
+        self._end_leases(monitors, files)
+        self._tell()
+        now = time.monotonic()
+        if now >= self._gauges_at:
+            self._gauges_at = now + self._timing.gauges_s
+            self._show()
+        if now >= self._save_at:
+            self._save_at = now + self._timing.save_s
+            self._save(files)
+        if self._failing:
+            self._failing = False
+            log.info("monitor_counts_again")
+
+    def _failed(self, error: Exception) -> None:
+        if not self._failing:
+            self._failing = True
+            log.error("monitor_failed", consequence="rows wait, and are dropped once there is no room", exc_info=error)
+
+    def _follow_clock(self, monitors: MonitorSet) -> None:
+        """Small steps are left alone, so that times never go back by the noise of reading two clocks."""
+        offset_ns = time.time_ns() - time.monotonic_ns()
+        if abs(offset_ns - monitors.wall_offset_ns) > _CLOCK_SET_NS:
+            monitors.wall_offset_ns = offset_ns
+
+    def _set_mirrors(self, monitors: MonitorSet) -> None:
+        """Mirrors as the table wants them, between the monitors of the versions that serve now."""
+        serving, names = self._serving, {(one.model, one.version): one.monitor for one in self._all()}
+        wanted = {
+            mirror: (source, target)
+            for mirror in self._mirrors
+            if (source := names.get((mirror.model, mirror.version))) is not None
+            and (target := names.get((mirror.model, mirror.onto))) is not None
+        }
+        if wanted == self._mirrored and serving == self._mirrored_taps:
+            return
+        for mirror, (source, target) in self._mirrored.items():
+            if wanted.get(mirror) != (source, target):
+                monitors.unmirror(mirror.model, source.version, target.version)
+        self._mirrored, self._mirrored_taps = wanted, serving
+        for mirror, (source, target) in wanted.items():
+            try:
+                monitors.mirror(mirror.model, source.version, target.version, mirror.arm)
+            except MonitorError as error:
+                log.warning("monitor_not_mirrored", **mirror._asdict(), reason=str(error))
+
+    def _end_leases(self, monitors: MonitorSet, files: StateFiles) -> None:
+        """Count what ended leases still hold; a monitor without a lease ends with it."""
+        while self._ended:
+            lease = self._ended.popleft()
+            for tap in lease.taps:
+                monitors.close_tap(tap)
+            with self._lock:
+                monitored = next((found for found in self._monitored if lease in found.leases), None)
+                if monitored is None:
+                    continue
+                monitored.end(lease)
+                over = not monitored.leases
+                if over:
+                    self._monitored.remove(monitored)
+            if over:
+                self._end(monitors, files, monitored)
+
+    def _end(self, monitors: MonitorSet, files: StateFiles, monitored: _Monitored) -> None:
+        monitors.detach(monitored.monitor.model, monitored.monitor.version)
+        files.save(monitored.monitor)
+        self._gauges_at = 0.0
+        log.info("monitor_detached", model=monitored.model, version=monitored.version)
+
+    def _note_alarm(self, monitor: Monitor, alarm: Alarm) -> None:
+        """Called with the monitor's lock held: only handed on."""
+        found = next((found for found in tuple(self._monitored) if found.monitor is monitor), None)
+        if found is not None:
+            self._alarms.append((found, alarm))
+
+    def _tell(self) -> None:
+        while self._alarms:
+            found, alarm = self._alarms.popleft()
+            found.shown_rows = -1
+            self._gauges_at = 0.0
+            event = alarm_event(found.model, found.version, found.monitor.sha256, alarm)
+            action, detail = event["event"], {name: value for name, value in event.items() if name != "event"}
+            log.warning(action.replace(".", "_"), **detail)
+            self._audit(action, f"{found.model}:{found.version}", detail)
+            try:
+                self._on_alarm(event)
+            except Exception as error:  # the boundary: whoever is told must not end the counting
+                log.error("alarm_not_passed_on", key=event["key"], exc_info=error)
+
+    def _show(self) -> None:
+        """Bring the gauges up to what was counted. Here, so that asking for metrics costs nothing."""
+        shown = self._all()
+        for found in shown:
+            if found.taken() != found.shown_rows or found.report is None:
+                found.shown_rows = found.taken()
+                found.report = replace(found.monitor.report(), version=found.version)
+        self._families = drift_families([Watched(one.report, one.watch.top) for one in shown if one.report is not None])
+
+    def _save(self, files: StateFiles) -> None:
+        for found in tuple(self._monitored):
+            found.shown_rows = -1  # panes of time move on without rows
+            if found.taken() != found.saved_rows:
+                found.saved_rows = found.taken()
+                files.save(found.monitor)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def monitor(self, model: str, version: str) -> Monitor:
+        """The monitor of a version. Raises NotFound when it is not watched."""
+        return self._find(model, version).monitor
+
+    def report(self, model: str, version: str) -> dict[str, Any]:
+        """Everything that is known of a version now. Takes milliseconds: not on the loop. Raises NotFound."""
+        found = self._find(model, version)
+        return replace(found.monitor.report(), version=found.version).to_dict()
+
+    def list(self) -> Sequence[dict[str, Any]]:
+        """Every watched version: its profile, its windows, its rows, and the columns in alarm by arm."""
+        return [_row(found) for found in self._all()]
+
+    def _find(self, model: str, version: str) -> _Monitored:
+        with self._lock:
+            known = [found for found in self._monitored if (found.model, found.version) == (model, version)]
+        if not known:
+            raise NotFound(f"version '{version[:32]}' of model '{model[:128]}' is not monitored")
+        return max(known, key=lambda found: found.serves(self._serving))
+
+    def _all(self) -> Sequence[_Monitored]:
+        """The versions that serve, by name and number; those that are kept warm only are left out."""
+        with self._lock:
+            found = [one for one in self._monitored if one.serves(self._serving)]
+        return sorted(found, key=lambda one: (one.model, int(one.version)))
+
+    def families(self) -> Iterator[FamilySnapshot]:
+        """A collector of metrics: cached gauges, and the taps' counters as they are."""
+        if self._set is None:
+            return
+        yield from self._families
+        serving = self._all()
+        for name, (family, text, kind) in _COUNTERS.items():
+            with self._lock:  # a lease that ends meanwhile is counted once
+                points: Points = {(found.model, found.version): found.count(name) for found in serving}
+            yield FamilySnapshot(family, text, kind, _MODEL, points)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Count what waits, save everything, end the thread. Blocks for seconds at worst."""
+        if self._thread is None or self._files is None:
+            return
+        if not self._thread.stop():
+            log.error("monitor_left_running", consequence="the last rows are not saved")
+            return
+        for found in tuple(self._monitored):
+            self._files.save(found.monitor)
+
+
+def _row(found: _Monitored) -> dict[str, Any]:
+    report = found.report
+    alarms = {} if report is None else {window.arm: list(window.in_alarm) for window in report.windows}
+    return {
+        "model": found.model,
+        "version": found.version,
+        "profile": found.monitor.sha256,
+        "columns": len(found.monitor.layout.columns),
+        "windows": [window.name for window in found.watch.settings.windows],
+        **{name: found.count(name) for name in _COUNTERS},
+        "alarms": {arm: columns for arm, columns in alarms.items() if columns},
+    }
+
+
+def _calibration(path: Path) -> Calibration:
+    from monitor.calibration import Calibration
+    from monitor.errors import CalibrationError
+
+    try:
+        return Calibration.from_dict(orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError:
+        raise CalibrationError(f"the calibration {path.name} is no JSON") from None

@@ -1,0 +1,279 @@
+"""The drift monitor on live traffic: real servers, real sockets, profiles from files and from the registry."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monitor.profile import ReferenceProfile
+from monitor.types import Array
+from tests.support import models
+from tests.support.cli import cli
+from tests.support.metrics import samples, total
+from tests.support.server import Server, serving
+from tests.support.v2 import call, infer, tensor
+
+WIDTH = 4
+
+
+def normal(rows: int, seed: int, shift: float = 0.0) -> Array:
+    """Rows of standard normal values; column 2 is moved by ``shift``."""
+    values = np.random.default_rng(seed).standard_normal((rows, WIDTH)).astype("f4")
+    values[:, 2] += shift
+    return values
+
+
+def save_profile(path: Path, scale: float = 2.0, seed: int = 1) -> ReferenceProfile:
+    """The profile of ``models.affine`` with this scale and no shift."""
+    rows = normal(20_000, seed)
+    profile = ReferenceProfile.from_arrays({"x": rows}, {"y": scale * rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    return profile
+
+
+def send(server: Server, rows: Array, model: str = "m", version: str = "", chunk: int = 50) -> str:
+    """Every row once; the version that answered the last."""
+    answered = ""
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        status, body = infer(
+            server.http, model, [tensor("x", "FP32", list(part.shape), part.ravel().tolist())], version
+        )
+        assert status == 200, body
+        answered = body["model_version"]
+    return answered
+
+
+def eventually(check: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
+
+
+def counted(server: Server, wanted: int) -> None:
+    """Wait until the monitor has counted all rows that were offered, and there are so many of them."""
+
+    def settled() -> bool:
+        return total(server, "tidegate_monitor_rows_total") == wanted and not total(server, "tidegate_monitor_lag_rows")
+
+    eventually(settled, f"{total(server, 'tidegate_monitor_rows_total')} rows were offered, not {wanted}")
+
+
+class Place:
+    """A folder with versions of ``m`` (x times 2, 3), their profiles, a configuration file and a state folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.state, self.path = root, root / "state", root / "config.yaml"
+        for version, scale in (("1", 2.0), ("2", 3.0)):
+            models.affine(root / f"v{version}.onnx", scale, 0.0)
+            save_profile(root / f"p{version}.tgp", scale)
+
+    def text(self, monitor: str = "", more: str = "", stable: str = "1") -> str:
+        versions = ", ".join(f'"{v}": {{source: {self.root}/v{v}.onnx}}' for v in "12")
+        profiles = ", ".join(f'"{v}": {self.root}/p{v}.tgp' for v in "12")
+        return (
+            f'apiVersion: tidegate/v1\nmodels:\n  m:\n    versions: {{{versions}}}\n    stable: "{stable}"\n'
+            f"    monitor: {{profiles: {{{profiles}}}{monitor}}}\n{more}"
+        )
+
+    def serve(self, text: str) -> Any:
+        self.path.write_text(text)
+        return serving(str(self.path), "--state-dir", str(self.state))
+
+    def admin(self, server: Server, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {(self.state / 'admin-token').read_text().strip()}"}
+        status, answer, _ = call(server.admin, method, f"/admin/v1/{path}", body, headers)
+        return status, answer
+
+    def apply(self, server: Server, text: str) -> dict[str, Any]:
+        status, answer = self.admin(server, "POST", "config", text.encode())
+        assert status == 200, answer
+        return dict(answer["plan"])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def rows_of(server: Server, version: str, name: str = "tidegate_monitor_rows_total") -> float:
+    return samples(server, name).get(f'{{model="m",version="{version}"}}', 0)
+
+
+def arms_of(server: Server, version: str) -> set[str]:
+    """The arms that a version has gauges of."""
+    found = samples(server, "tidegate_drift_psi_max")
+    return {key.split('arm="')[1].split('"')[0] for key in found if f'version="{version}"' in key}
+
+
+def test_shifted_traffic_raises_an_alarm_with_the_right_feature_first(tmp_path: Path) -> None:
+    folder = tmp_path / "repository" / "m" / "1"
+    models.affine(folder / "model.onnx", 2, 0)
+    ReferenceProfile.from_arrays({"x": normal(20_000, 1)}).save(folder / "profile.tgp")
+    state = tmp_path / "state"
+    with serving("--model-repository", str(tmp_path / "repository"), "--state-dir", str(state)) as server:
+        send(server, normal(2000, 2))
+        counted(server, 2000)
+        send(server, normal(2000, 3, shift=0.5))
+        raised = server.wait_for("drift_raised")
+        assert (raised["model"], raised["version"], raised["arm"], raised["feature"]) == ("m", "1", "stable", "x[2]")
+        assert raised["psi"] > 0.02
+        label = '{model="m",version="1",arm="stable",feature="x[2]"}'
+        eventually(lambda: samples(server, "tidegate_drift_alarm").get(label) == 1, "the gauge does not show the alarm")
+        alarms = samples(server, "tidegate_drift_alarm")
+        assert sum(alarms.values()) == 1
+        assert len(alarms) == WIDTH
+        largest = samples(server, "tidegate_drift_psi_max")
+        of_column = samples(server, "tidegate_drift_psi")
+        for window in ("1000rows", "10000rows"):
+            column = f'{{model="m",version="1",arm="stable",feature="x[2]",window="{window}"}}'
+            assert of_column[column] == largest[f'{{model="m",version="1",arm="stable",window="{window}"}}']
+
+        def audited() -> bool:
+            token = (state / "admin-token").read_text().strip()
+            _, trail, _ = call(server.admin, "GET", "/admin/v1/audit", None, {"Authorization": f"Bearer {token}"})
+            return any(row["action"] == "drift.raised" and row["subject"] == "m:1" for row in trail["events"])
+
+        eventually(audited, "the alarm is not in the audit trail")
+
+
+def test_windows_survive_a_restart_and_damage_only_starts_anew(place: Place) -> None:
+    with place.serve(place.text()) as server:
+        send(server, normal(2000, 2, shift=0.5))
+        counted(server, 2000)
+        server.wait_for("drift_raised")
+        eventually(lambda: 'window="10000rows"' in str(samples(server, "tidegate_drift_psi")), "no gauges")
+        server.terminate()
+        assert server.wait() == 0
+    with place.serve(place.text()) as server:
+        eventually(lambda: bool(samples(server, "tidegate_drift_alarm")), "nothing was restored")
+        alarms = samples(server, "tidegate_drift_alarm")
+        assert alarms['{model="m",version="1",arm="stable",feature="x[2]"}'] == 1
+        assert not [line for line in server.lines if line.get("event") in ("monitor_starts_anew", "drift_raised")]
+        server.terminate()
+        assert server.wait() == 0
+    files = list((place.state / "monitors" / "m").glob("1-*.state"))
+    assert len(files) == 1
+    files[0].write_bytes(files[0].read_bytes()[:-7])
+    with place.serve(place.text()) as server:
+        assert server.wait_for("monitor_starts_anew")["version"] == "1"
+        assert send(server, normal(100, 4)) == "1"
+        counted(server, 100)
+
+
+def test_a_reload_keeps_counts_unless_the_monitor_changes(place: Place) -> None:
+    with place.serve(place.text()) as server:
+        send(server, normal(1000, 2))
+        counted(server, 1000)
+        plan = place.apply(server, place.text(more="    tenant_header: x-tenant\n"))
+        assert plan["recounts"] == []
+        send(server, normal(500, 3))
+        counted(server, 1500)
+        plan = place.apply(server, place.text(", min_effect: {psi: 0.5}"))
+        assert (plan["changed"]["m"], plan["recounts"]) == (["monitor", "routing"], ["m"])
+        assert total(server, "tidegate_monitor_rows_total") == 0
+        send(server, normal(500, 4))
+        counted(server, 500)
+        status, answer = place.admin(
+            server, "POST", "config", place.text(", profile: absent.tgp, profiles: {}").encode()
+        )
+        assert status == 400, answer
+        place.apply(server, place.text(", enabled: false"))
+        send(server, normal(500, 5))
+        assert total(server, "tidegate_monitor_rows_total") == 0
+
+
+def test_a_swap_counts_no_row_against_the_wrong_profile(place: Place) -> None:
+    """Callers ask while stable goes to and fro; every row is counted for the version that answered it, and once."""
+    answered: Counter[str] = Counter()
+    done = threading.Event()
+
+    def ask(seed: int) -> None:
+        stream = np.random.default_rng(seed)
+        while not done.is_set():
+            version = send(server, stream.standard_normal((40, WIDTH)).astype("f4"), chunk=40)
+            with lock:
+                answered[version] += 40
+
+    lock = threading.Lock()
+    with place.serve(place.text()) as server:
+        callers = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+        for thread in callers:
+            thread.start()
+        try:
+            for stable in "2121":
+                before = answered[stable]
+                place.apply(server, place.text(stable=stable))
+                eventually(lambda v=stable, n=before: answered[v] > n + 800, "the swap is not seen")  # type: ignore[misc]
+        finally:
+            done.set()
+            for thread in callers:
+                thread.join(30)
+        counted(server, sum(answered.values()))
+        assert {version: rows_of(server, version) for version in "12"} == answered
+        assert not total(server, "tidegate_monitor_rows_dropped_total")
+        # The versions' outputs differ by half: any row under the other's profile would show as drift.
+        assert not [line for line in server.lines if line.get("event") == "drift_raised" and "y" in line["feature"]]
+
+
+def test_a_canary_and_a_shadow_are_arms_of_their_own(place: Place) -> None:
+    more = (
+        '    key: {from: [header:x-user]}\n    rollout: {id: r1, candidate: "2", weight: 50%}\n'
+        '    shadow: [{to: "1", sample: 100%, budget: {rps: 100000, queue: 4096, yield_above_load: 1.0}}]\n'
+    )
+    with place.serve(place.text(more=more)) as server:
+        server.wait_for("shadow_ready")
+        body = {"inputs": [tensor("x", "FP32", [50, WIDTH], normal(50, 7).ravel().tolist())]}
+        for user in range(120):
+            status, _, _ = call(server.http, "POST", "/v2/models/m/infer", body, {"x-user": f"u{user}"})
+            assert status == 200
+        eventually(lambda: len(arms_of(server, "1")) == 3, f"arms of stable's profile: {arms_of(server, '1')}")
+        assert arms_of(server, "1") == {"stable", "shadow", "candidate"}
+        assert arms_of(server, "2") == {"candidate"}
+
+
+def test_profiles_of_the_registry_follow_the_champion(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+
+    def publish(scale: float) -> None:
+        folder = tmp_path / f"v{scale}"
+        models.affine(folder / "model.onnx", scale, 0.0)
+        save_profile(folder / "profile.tgp", scale)
+        cli("registry", "publish", "m", str(folder), "--state-dir", str(state), "--alias", "champion")
+
+    publish(2.0)
+    with serving("--state-dir", str(state)) as server:
+        send(server, normal(1000, 2))
+        counted(server, 1000)
+        publish(3.0)
+        eventually(lambda: send(server, normal(1, 3)) == "2", "the promotion was not followed")
+        before = rows_of(server, "1")
+        send(server, normal(1000, 4))
+        eventually(lambda: rows_of(server, "2") >= 1000, "the new champion is not counted")
+        assert rows_of(server, "1") == before
+        assert {line["version"] for line in server.lines if line.get("event") == "monitor_attached"} == {"1", "2"}
+        assert not [line for line in server.lines if line.get("event") == "drift_raised"]
+
+
+def test_a_profile_that_does_not_fit_refuses_the_version(tmp_path: Path) -> None:
+    for version in "12":
+        folder = tmp_path / "repository" / "m" / version
+        models.affine(folder / "model.onnx", 2, 0)
+        if version == "2":
+            ReferenceProfile.from_arrays({"other": normal(1000, 1)}).save(folder / "profile.tgp")
+    (tmp_path / "repository" / "m" / "config.pbtxt").write_text("version_policy: { all {} }\n")
+    options = ("--model-repository", str(tmp_path / "repository"), "--state-dir", str(tmp_path / "state"))
+    with serving(*options) as server:
+        refused = server.wait_for("model_load_failed", version="2")
+        assert "profile.tgp" in refused["error"]
+        assert "other" in refused["error"]
+        assert send(server, normal(10, 1)) == "1"

@@ -1,0 +1,343 @@
+"""The service around real engines and batchers: leases, stalls, failures, swaps, mirrors, and what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+
+from monitor.profile import ReferenceProfile
+from monitor.types import AlarmRules, Settings, rows_window
+from server.batching.batcher import Batcher, Work
+from server.errors import ModelLoadError, NotFound
+from server.monitoring.service import Mirror, MonitorService, Timing
+from server.monitoring.watch import MonitoredRuntime, Watch, WatchedEngine, WatchedRequest, taps_of
+from server.runtime.base import Engine, LoadRequest, ModelOptions
+from server.runtime.fake import FakeRuntime, Script
+from server.types import Tensor
+
+WIDTH = 4
+QUICK = Timing(drain_s=0.005, gauges_s=0.0, save_s=3600.0)
+SETTINGS = Settings(windows=(rows_window(200),), rules=AlarmRules(k=1, m=1))
+
+
+def normal(rows: int, seed: int, shift: float = 0.0) -> Any:
+    return (np.random.default_rng(seed).standard_normal((rows, WIDTH)) + shift).astype("f4")
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.tgp"
+    ReferenceProfile.from_arrays({"x": normal(5000, 1)}).save(path)
+    return path
+
+
+class Rig:
+    """A service, and what loads engines for it. ``events``: what ``on_alarm`` was given."""
+
+    def __init__(self, folder: Path | None, **options: Any) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.audited: list[tuple[str, str]] = []
+        self.service = MonitorService(
+            folder,
+            audit=lambda action, subject, _: self.audited.append((action, subject)),
+            **{"on_alarm": self.events.append, "timing": QUICK, **options},
+        )
+
+    def load(self, watch: Watch | None, version: str = "1", script: Script | None = None, instances: int = 1) -> Engine:
+        request = LoadRequest("m", version, Path(), ModelOptions(instances=instances))
+        if watch is not None:
+            request = WatchedRequest.of(request, watch)
+        return MonitoredRuntime(FakeRuntime(script or Script()), self.service).load(request)
+
+    def follow(self, *engines: Engine, mirrors: tuple[Mirror, ...] = ()) -> None:
+        self.service.follow([taps for engine in engines if (taps := taps_of(engine))], mirrors)
+
+    def row(self, version: str = "1") -> dict[str, Any]:
+        return next((row for row in self.service.list() if row["version"] == version), {})
+
+    def settled(self, offered: int, version: str = "1") -> dict[str, Any]:
+        until(lambda: self.row(version).get("offered") == offered and not self.row(version)["waiting"])
+        return self.row(version)
+
+    def counted(self, version: str = "1", **arms: int) -> None:
+        """What was taken is counted a moment later."""
+        until(lambda: self.service.report("m", version)["counted"] == arms)
+
+
+def until(check: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path / "monitors")
+    yield made
+    made.service.close()
+
+
+def serve(engine: Engine, rows: Any, arm: str = "stable", chunk: int = 20) -> int:
+    """Send rows through a batcher on a loop of its own, ``chunk`` rows a request; how many requests were answered."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(
+            engine,
+            ModelOptions().batching,
+            clock=time.monotonic_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+        )
+        batcher.taps, batcher.arm = taps_of(engine), arm
+        answered = asyncio.Event()
+        good: list[Work] = []
+        left = 0
+
+        def done(work: Work) -> None:
+            nonlocal left
+            left -= 1
+            if work.error is None:
+                good.append(work)
+            if not left:
+                answered.set()
+
+        for start in range(0, len(rows), chunk * 500):
+            answered.clear()
+            block = rows[start : start + chunk * 500]
+            works = [
+                Work([Tensor("x", "FP32", part.shape, part.tobytes())], len(part), done)
+                for part in np.array_split(block, max(1, len(block) // chunk))
+            ]
+            left = len(works)
+            for work in works:
+                batcher.submit(work)
+            await asyncio.wait_for(answered.wait(), 30)
+        await asyncio.to_thread(batcher.close)
+        return len(good)
+
+    return asyncio.run(main())
+
+
+def test_a_version_without_a_watch_is_as_it_was(rig: Rig) -> None:
+    engine = rig.load(None)
+    assert not isinstance(engine, WatchedEngine)
+    assert taps_of(engine) is None
+    assert serve(engine, normal(100, 2)) == 5
+    assert rig.service.list() == []
+    assert list(rig.service.families()) == []
+    with pytest.raises(NotFound, match="is not monitored"):
+        rig.service.report("m", "1")
+
+
+def test_rows_are_counted_and_alarms_are_told(rig: Rig, profile: Path) -> None:
+    engine = rig.load(Watch(profile, SETTINGS))
+    rig.follow(engine)
+    assert serve(engine, normal(400, 2)) == 20
+    assert rig.settled(400)["dropped"] == 0
+    assert rig.events == []
+    serve(engine, normal(400, 3, shift=1.0))
+    rig.settled(800)
+    until(lambda: len(rig.events) >= WIDTH)
+    event = rig.events[0]
+    assert (event["event"], event["model"], event["version"], event["arm"]) == ("drift.raised", "m", "1", "stable")
+    assert {event["feature"] for event in rig.events} == {f"x[{n}]" for n in range(WIDTH)}
+    assert ("drift.raised", "m:1") in rig.audited
+    assert len({event["key"] for event in rig.events}) == len(rig.events)
+    rig.counted("1", stable=800)
+    report = rig.service.report("m", "1")
+    assert set(report["windows"][0]["in_alarm"]) == {event["feature"] for event in rig.events}
+    until(lambda: set(rig.row()["alarms"].get("stable", ())) == {f"x[{n}]" for n in range(WIDTH)})
+    engine.close()
+    until(lambda: rig.service.list() == [])
+
+
+def test_a_stalled_drain_drops_exactly_and_changes_no_answer(profile: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    rig = Rig(None, on_drain=lambda: gate.wait(60))
+    ring = replace(SETTINGS, ring_rows=1000)
+    engine = rig.load(Watch(profile, ring))
+    rig.follow(engine)
+    try:
+        serve(engine, normal(100, 2))
+        rig.settled(100)
+        gate.clear()
+        assert serve(engine, normal(10_000, 3)) == 500
+        row = rig.row()
+        assert row["offered"] == 10_100
+        assert row["waiting"] <= 1000
+        assert row["dropped"] == 10_000 - row["waiting"]
+        gate.set()
+        row = rig.settled(10_100)
+        until(lambda: rig.service.report("m", "1")["dropped"] == {"stable": row["dropped"]})
+        assert rig.service.report("m", "1")["counted"]["stable"] + row["dropped"] == 10_100
+        serve(engine, normal(200, 4))
+        rig.settled(10_300)
+        until(lambda: bool(rig.service.report("m", "1")["windows"][0]["sampled"]))
+    finally:
+        gate.set()
+        engine.close()
+        rig.service.close()
+
+
+def test_a_failing_drain_is_told_once_and_counts_again(profile: Path) -> None:
+    broken = threading.Event()
+    rounds: list[None] = []
+
+    def on_drain() -> None:
+        if broken.is_set():
+            rounds.append(None)
+            raise ZeroDivisionError
+
+    with structlog.testing.capture_logs() as logs:
+        rig = Rig(None, on_drain=on_drain)
+        engine = rig.load(Watch(profile, SETTINGS))
+        rig.follow(engine)
+        broken.set()
+        assert serve(engine, normal(200, 2)) == 10
+        until(lambda: len(rounds) > 5)
+        broken.clear()
+        rig.settled(200)
+        until(lambda: any(line["event"] == "monitor_counts_again" for line in logs))
+        engine.close()
+        rig.service.close()
+    assert [line["event"] for line in logs].count("monitor_failed") == 1
+    assert [line["event"] for line in logs].count("monitor_counts_again") == 1
+
+
+def test_who_is_told_may_fail(profile: Path) -> None:
+    def on_alarm(_: dict[str, Any]) -> None:
+        raise ZeroDivisionError
+
+    rig = Rig(None, on_alarm=on_alarm)
+    engine = rig.load(Watch(profile, SETTINGS))
+    rig.follow(engine)
+    serve(engine, normal(400, 3, shift=1.0))
+    rig.settled(400)
+    until(lambda: len(rig.audited) >= WIDTH)
+    serve(engine, normal(200, 4, shift=1.0))
+    rig.settled(600)
+    engine.close()
+    rig.service.close()
+
+
+@pytest.mark.parametrize("instances", [1, 3])
+def test_every_instance_has_a_tap_of_its_own(rig: Rig, profile: Path, instances: int) -> None:
+    engine = rig.load(Watch(profile, SETTINGS), script=Script(run_ns=2_000_000), instances=instances)
+    rig.follow(engine)
+    taps = taps_of(engine)
+    assert taps is not None
+    assert len(set(taps)) == instances
+    serve(engine, normal(3000, 2))
+    rig.settled(3000)
+    rig.counted("1", stable=3000)
+
+
+def test_the_same_watch_goes_on_counting_in_a_version_loaded_again(rig: Rig, profile: Path) -> None:
+    first = rig.load(Watch(profile, SETTINGS))
+    rig.follow(first)
+    serve(first, normal(300, 2))
+    second = rig.load(Watch(profile, SETTINGS))
+    rig.follow(second)
+    first.close()
+    serve(second, normal(300, 3))
+    rig.settled(600)
+    rig.counted("1", stable=600)
+
+
+def test_another_watch_starts_anew_beside_the_one_that_serves(rig: Rig, profile: Path) -> None:
+    first = rig.load(Watch(profile, SETTINGS))
+    rig.follow(first)
+    serve(first, normal(300, 2))
+    rig.settled(300)
+    second = rig.load(Watch(profile, replace(SETTINGS, max_arms=3)))
+    assert rig.row()["offered"] == 300, "what is only prepared is not shown"
+    rig.follow(second)
+    assert rig.row()["offered"] == 0
+    serve(second, normal(100, 3))
+    rig.settled(100)
+    assert rig.service.report("m", "1")["version"] == "1"
+    rig.counted("1", stable=100)
+    rig.follow(first)  # rolled back to what was kept warm
+    assert rig.row()["offered"] == 300
+    second.close()
+    first.close()
+    rig.follow()
+    until(lambda: rig.service.list() == [])
+
+
+def test_arms_are_apart_and_a_canary_is_mirrored(rig: Rig, profile: Path) -> None:
+    stable = rig.load(Watch(profile, SETTINGS))
+    canary = rig.load(Watch(profile, SETTINGS), version="2")
+    rig.follow(stable, canary, mirrors=(Mirror("m", "2", "1", "candidate"), Mirror("m", "9", "1", "nobody")))
+    until(lambda: rig.service._mirrored != {})
+    serve(stable, normal(400, 2))
+    serve(canary, normal(400, 3, shift=1.0), arm="candidate")
+    rig.settled(400)
+    rig.settled(400, "2")
+    monitor = rig.service.monitor("m", "1")
+    rig.counted("1", stable=400, candidate=400)
+    rig.counted("2", candidate=400)
+    (window,) = monitor.compare("candidate")
+    assert all(verdict.real for verdict in window.verdicts)
+    rig.follow(stable, canary)
+    until(lambda: rig.service._mirrored == {})
+    serve(canary, normal(100, 4), arm="stable")
+    rig.settled(500, "2")
+    assert rig.service.report("m", "1")["counted"]["candidate"] == 400
+
+
+def test_counts_are_kept_and_another_profile_starts_anew(tmp_path: Path, profile: Path) -> None:
+    folder = tmp_path / "monitors"
+    first = Rig(folder)
+    engine = first.load(Watch(profile, SETTINGS))
+    first.follow(engine)
+    serve(engine, normal(400, 2))
+    first.service.close()
+    (path,) = folder.glob("m/1-*.state")
+
+    second = Rig(folder)
+    again = second.load(Watch(profile, SETTINGS))
+    assert second.service.report("m", "1")["counted"] == {"stable": 400}
+    second.service.close()
+    again.close()
+
+    ReferenceProfile.from_arrays({"x": normal(5000, 9)}).save(profile)
+    with structlog.testing.capture_logs() as logs:
+        third = Rig(folder)
+        third.load(Watch(profile, SETTINGS))
+        assert third.service.report("m", "1")["counted"] == {}
+        third.service.close()
+    assert any(line["event"] == "monitor_starts_anew" for line in logs)
+
+    path.write_bytes(b"damaged")
+    assert len(list(folder.glob("m/1-*.state"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["absent", "damaged", "other tensor", "calibration"])
+def test_a_profile_that_cannot_be_used_refuses_the_version(rig: Rig, profile: Path, fault: str) -> None:
+    watch = Watch(profile, SETTINGS)
+    if fault == "absent":
+        profile.unlink()
+    elif fault == "damaged":
+        profile.write_bytes(profile.read_bytes()[:-1])
+    elif fault == "other tensor":
+        ReferenceProfile.from_arrays({"z": normal(500, 1)}).save(profile)
+    else:
+        watch = replace(watch, calibration=profile)
+    with pytest.raises(ModelLoadError, match=r"profile\.tgp cannot be used"):
+        rig.load(watch)
+    assert rig.service.list() == []
+    assert rig.service._monitored == []
