@@ -22,9 +22,9 @@ from onnx import TensorProto, helper
 
 from server.config.load import MAX_BYTES
 from tests.integration.test_registry_serving import Place as RegistryPlace
-from tests.integration.test_registry_serving import cli
-from tests.integration.test_routing_serving import Place, X, ask, canary, eventually, shadow_report
 from tests.support import metrics, models
+from tests.support.cli import cli
+from tests.support.routed import Place, X, ask, canary, eventually, shadow_report
 from tests.support.server import ROOT, Server, serving
 from tests.support.v2 import call
 
@@ -191,7 +191,7 @@ def test_a_shadow_changed_while_it_loads_gets_its_new_engine(place: Place) -> No
 def test_of_two_operators_at_once_one_wins(place: Place) -> None:
     place.write(canary("10%"))
     with place.serve() as server:
-        for round_ in range(4):
+        for round_ in range(20):
             generation = place.admin(server, "GET", "config")[2]["etag"]
             texts = [place.text(canary(f"{11 + 2 * round_ + n}%")) for n in range(2)]
             start = threading.Barrier(2)
@@ -355,10 +355,48 @@ def test_a_kill_during_reloads_leaves_whole_generations(place: Place) -> None:
     assert acknowledged
 
 
+def test_a_kill_while_versions_come_and_go_leaves_one_text_whole(place: Place) -> None:
+    """Each reload loads one version and unloads another; what a restart serves is all of one text and no other's."""
+
+    def text(n: int) -> str:
+        stable = "23"[n % 2]
+        return place.text(f"    tenant_header: x-tenant-{n}\n", versions=f"1{stable}", stable=stable)
+
+    place.path.write_text(text(0))
+    acknowledged = sent = 0
+    for round_ in range(3):
+        with place.serve() as server:
+            running = place.admin(server, "GET", "config")[1].decode()
+            in_force = next(n for n in range(acknowledged, sent + 1) if text(n) == running)
+            mine, others = "23"[in_force % 2], "32"[in_force % 2]
+            assert ask(server, "u")[0] == mine
+            assert call(server.http, "POST", f"/v2/models/m/versions/{mine}/infer", {"inputs": X})[0] == 200
+            assert call(server.http, "POST", f"/v2/models/m/versions/{others}/infer", {"inputs": X})[0] == 404
+            history = numbers(place, server)
+            assert history == list(range(len(history), 0, -1))
+            place.path.write_text("nonsense: [")
+            timer = threading.Timer(0.1 + 0.17 * round_, os.kill, (server.process.pid, signal.SIGKILL))
+            timer.start()
+            sent = in_force
+            while True:
+                sent += 1
+                try:
+                    status, answer, _ = place.admin(server, "POST", "config", text(sent).encode())
+                except (OSError, HTTPException):
+                    break
+                assert status == 200, answer
+                acknowledged = sent
+            timer.join()
+            assert server.wait() == -signal.SIGKILL
+        done = cli("audit", "verify", "--state-dir", str(place.state), check=False)
+        assert done.returncode == 0, done.stdout
+    assert acknowledged > 3
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
-from tests.integration.test_routing_serving import Place, ask, canary
+from tests.support.routed import Place, ask, canary
 place = Place(Path(sys.argv[2]))
 place.state = Path(sys.argv[1]) / "state"
 place.write(canary("10%"))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import pytest
 
 from router.table import RoutingTable
 from server.cli.routes import explain
 from server.config.load import load_config
 from server.config.routing import compile_all
-from tests.integration.test_registry_serving import cli
-from tests.integration.test_routing_serving import Place, X, ask_grpc, canary
 from tests.support import routes
+from tests.support.cli import cli
+from tests.support.fast import Ask, ask_grpc_all, ask_http, by_user
+from tests.support.routed import Place, canary
 from tests.support.server import Server, serving
 
-BODY = json.dumps({"inputs": X}).encode()
 KEYS = [f"user-{n}" for n in range(100_000)]
 WEIGHTS = [100, 1_000, 2_500, 5_000]
 #: Chi-square of one degree of freedom that chance exceeds once in a thousand.
 UNLIKELY = 10.83
+#: ... and for what is drawn anew in each run, hardly ever.
+HARDLY_EVER = 28.0
+THREE_SIGMA = 9.0
 
 
 def drawn(weight: int, keys: Iterable[str], name: str = "r1") -> dict[str, str]:
@@ -41,18 +41,26 @@ def chi_square(hits: int, total: int, share: float) -> float:
 
 
 def served(server: Server, keys: Iterable[str]) -> dict[str, str]:
-    """Key -> version as a live server answers over HTTP, on one connection."""
-    host, _, port = server.http.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=30)
-    found = {}
-    for key in keys:
-        connection.request("POST", "/v2/models/m/infer", BODY, {"x-user": key})
-        response = connection.getresponse()
-        assert response.status == 200, response.read()
-        response.read()
-        found[key] = str(response.getheader("x-tidegate-version"))
-    connection.close()
-    return found
+    """Key -> version as a live server answers over HTTP."""
+    keys = list(keys)
+    return {key: went.version for key, went in zip(keys, ask_http(server, by_user(keys)), strict=True)}
+
+
+def served_grpc(server: Server, keys: Iterable[str]) -> dict[str, str]:
+    """The same over gRPC."""
+    keys = list(keys)
+    return {key: went.version for key, went in zip(keys, ask_grpc_all(server, by_user(keys)), strict=True)}
+
+
+def arms_of(server: Server, keys: Iterable[str]) -> dict[str, str]:
+    """Key -> arm as a live server answers over HTTP."""
+    keys = list(keys)
+    return {key: went.arm for key, went in zip(keys, ask_http(server, by_user(keys)), strict=True)}
+
+
+def moved(before: Mapping[str, str], after: Mapping[str, str]) -> Counter[tuple[str, str]]:
+    """(from, to) -> how many keys went that way."""
+    return Counter((before[key], after[key]) for key in before if before[key] != after[key])
 
 
 def resalted(place: Place, weight: str) -> str:
@@ -95,31 +103,112 @@ def test_growth_takes_from_stable_only() -> None:
         assert chi_square(len(moved), len(KEYS), more) < UNLIKELY
 
 
-def test_both_protocols_agree_with_the_table(place: Place) -> None:
-    keys = KEYS[:5_000]
-    place.write(canary("25%"))
-    with place.serve() as server, grpc.insecure_channel(server.grpc) as channel, ThreadPoolExecutor(8) as pool:
-        wanted = drawn(2_500, keys)
-        assert served(server, keys) == wanted
-        assert dict(zip(keys, pool.map(lambda key: ask_grpc(channel, key), keys), strict=True)) == wanted
-    assert chi_square(Counter(wanted.values())["2"], len(keys), 0.25) < UNLIKELY
-
-
-def test_nobody_leaves_a_growing_canary_and_a_reshuffle_is_meant(place: Place) -> None:
-    keys = KEYS[:1_500]
-    place.write(canary("5%"))
+def test_ten_thousand_keys_live_at_growing_weights(place: Place) -> None:
+    """Shares, who moves, and the table's own word, over HTTP; over gRPC for a part of the keys."""
+    keys, some = KEYS[:10_000], KEYS[:1_000]
+    place.write(canary("1%"))
     with place.serve() as server:
         before = served(server, keys)
-        for weight in ("10%", "25%"):
-            status, answer, _ = place.admin(server, "POST", "config", place.text(canary(weight)).encode())
-            assert status == 200, answer
+        last = 100
+        for weight in (*WEIGHTS[1:], 0):
+            hits = Counter(before.values())["2"]
+            assert chi_square(hits, len(keys), last / 10_000) < UNLIKELY
+            assert before == drawn(last, keys)
+            assert served_grpc(server, some) == {key: before[key] for key in some}
+            if not weight:
+                break
+            place.apply(server, place.text(canary(f"{weight / 100:g}%")))
             after = served(server, keys)
-            assert {(before[key], after[key]) for key in keys if before[key] != after[key]} == {("1", "2")}
+            movers = moved(before, after)
+            assert set(movers) == {("1", "2")}, "nobody leaves the candidate"
+            assert chi_square(movers["1", "2"], len(keys), (weight - last) / 10_000) < THREE_SIGMA
+            before, last = after, weight
+
+
+def test_ten_thousand_keys_live_over_grpc(place: Place) -> None:
+    keys = KEYS[:10_000]
+    place.write(canary("10%"))
+    with place.serve() as server:
+        found = served_grpc(server, keys)
+    assert found == drawn(1_000, keys)
+    assert chi_square(Counter(found.values())["2"], len(keys), 0.1) < UNLIKELY
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_hundred_thousand_keys_live_on_both_protocols(place: Place, weight: int) -> None:
+    place.write(canary(f"{weight / 100:g}%"))
+    with place.serve() as server:
+        found = served(server, KEYS)
+        assert chi_square(Counter(found.values())["2"], len(KEYS), weight / 10_000) < UNLIKELY
+        assert served_grpc(server, KEYS) == found == drawn(weight, KEYS)
+
+
+def test_requests_without_a_key_are_shared_live(place: Place) -> None:
+    place.write(canary("25%"))
+    with place.serve() as server:
+        for went in (ask_http(server, [Ask()] * 3_000), ask_grpc_all(server, [Ask()] * 1_500)):
+            assert chi_square(sum(one.version == "2" for one in went), len(went), 0.25) < HARDLY_EVER
+
+
+def test_five_ten_twenty_five_live_and_a_shrinking_weight_gives_back(place: Place) -> None:
+    keys = KEYS[20_000:23_000]
+    place.write(canary("5%"))
+    with place.serve() as server:
+        first = before = served(server, keys)
+        for weight, more in (("10%", 0.05), ("25%", 0.15)):
+            place.apply(server, place.text(canary(weight)))
+            after = served(server, keys)
+            movers = moved(before, after)
+            assert set(movers) == {("1", "2")}
+            assert chi_square(movers["1", "2"], len(keys), more) < THREE_SIGMA
             before = after
-        status, answer, _ = place.admin(server, "POST", "config", place.text(canary("5%", candidate="2")).encode())
-        assert status == 200, "shrinking gives back those that joined last"
-        after = served(server, keys)
-        assert after == drawn(500, keys)
+        place.apply(server, place.text(canary("5%")))
+        assert served(server, keys) == first, "shrinking gives back those that joined last"
+
+
+def test_arms_of_a_growing_experiment_take_from_stable_only(place: Place) -> None:
+    """Three arms, coverage growing by the admin API: no key moves between arms, or back."""
+    keys = KEYS[:3_000]
+
+    def experiment(coverage: int) -> str:
+        arms = '{control: {to: "1", share: 20%}, b: {to: "2", share: 50%}, c: {to: "3", share: 30%}}'
+        key = "    key: {from: [header:x-user]}\n"
+        return f"{key}    experiment: {{id: e3, coverage: {coverage}%, arms: {arms}}}\n"
+
+    place.write(experiment(10))
+    with place.serve() as server:
+        before, last = arms_of(server, keys), 10
+        for coverage in (25, 60, 100):
+            place.apply(server, place.text(experiment(coverage)))
+            after = arms_of(server, keys)
+            movers = moved(before, after)
+            assert {source for source, _ in movers} == {"stable"}
+            for arm, share in (("control", 0.2), ("b", 0.5), ("c", 0.3)):
+                assert chi_square(movers["stable", arm], len(keys), share * (coverage - last) / 100) < THREE_SIGMA
+            before, last = after, coverage
+        assert set(before.values()) == {"control", "b", "c"}
+        status = place.admin(server, "POST", "config", place.text(experiment(50)).encode())[0]
+        assert status == 400, "coverage may only grow"
+        assert arms_of(server, keys) == before
+
+
+def test_the_candidate_grows_into_stables_ground_and_its_control_moves_ahead_of_it(place: Place) -> None:
+    keys = KEYS[:3_000]
+    place.write(canary("5%"))
+    with place.serve() as server:
+        before = arms_of(server, keys)
+        for weight, share in (("10%", 0.1), ("25%", 0.25), ("50%", 0.5)):
+            place.apply(server, place.text(canary(weight)))
+            after = arms_of(server, keys)
+            movers = moved(before, after)
+            assert all(source != "candidate" for source, _ in movers)
+            assert all(to != "stable" for _, to in movers)
+            sizes = Counter(after.values())
+            assert all(chi_square(sizes[arm], len(keys), share) < THREE_SIGMA for arm in ("candidate", "control"))
+            before = after
+        assert set(before.values()) == {"candidate", "control"}
 
 
 def test_a_configuration_that_moves_keys_is_refused_with_their_number(place: Place) -> None:
@@ -142,11 +231,12 @@ def test_a_configuration_that_moves_keys_is_refused_with_their_number(place: Pla
 
 
 def test_a_restart_and_a_replica_draw_alike(place: Place) -> None:
-    keys = KEYS[:800]
+    keys = KEYS[:2_000]
     place.write(canary("25%"))
     with place.serve() as server, serving(str(place.path), "--state-dir", str(place.root / "other")) as replica:
         first = served(server, keys)
         assert served(replica, keys) == first
+        assert served_grpc(replica, keys) == first
     with place.serve() as again:
         assert served(again, keys) == first
 
