@@ -63,3 +63,25 @@ class BadRoutes(RoutingError):
         super().__init__(f"routes of model '{model}': " + "; ".join(map(str, problems)))
         self.model = model
         self.problems = problems
+
+
+class BadRollout(RoutingError):
+    """A rollout's specification that makes no sense; ``problems`` holds every mistake found."""
+
+    def __init__(self, rollout: str, problems: tuple[Problem, ...]) -> None:
+        super().__init__(f"rollout '{rollout}': " + "; ".join(map(str, problems)))
+        self.rollout = rollout
+        self.problems = problems
+
+
+class RolloutRefused(RoutingError):
+    """What was asked of a rollout is not possible, or not allowed, now."""
+
+    def __init__(self, rollout: str, reason: str) -> None:
+        super().__init__(f"rollout '{rollout}': {reason}")
+        self.rollout = rollout
+        self.reason = reason
+
+
+class BadRolloutState(RoutingError):
+    """A stored rollout cannot be read: damaged, or written by a newer program."""
