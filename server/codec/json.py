@@ -1,7 +1,7 @@
 """The JSON form of inference requests and answers, with the binary tensor extension.
 
 orjson parses and writes. Where it cannot say what is meant, the standard library's parser takes the text instead
-(``_parse_exactly``): NaN and Infinity literals, and integers beyond 64 bits in integer tensors, which orjson would turn
+(``parse_exactly``): NaN and Infinity literals, and integers beyond 64 bits in integer tensors, which orjson would turn
 into doubles. orjson writes non-finite numbers as null; their literals are put in place of those.
 """
 
@@ -67,19 +67,19 @@ def decode_infer(
     _check_depth(text, limits.max_json_depth)
     binary = memoryview(body)[size:]
     try:
-        document, exact = _parse(text)
+        document, exact = parse(text)
         return _Decoder(binary, limits, exact=exact).request(document, model, version)
     except InexactIntegerError:
-        return _Decoder(binary, limits, exact=True).request(_parse_exactly(text), model, version)
+        return _Decoder(binary, limits, exact=True).request(parse_exactly(text), model, version)
 
 
-def _parse(text: bytes) -> tuple[Any, bool]:
-    """The document, and whether its integers are exact at any size."""
+def parse(text: bytes) -> tuple[Any, bool]:
+    """The document, and whether its integers are exact at any size. InvalidArgument when it is not JSON."""
     try:
         return orjson.loads(text), False
     except orjson.JSONDecodeError as error:
         if b"NaN" in text or b"Infinity" in text:
-            return _parse_exactly(text), True
+            return parse_exactly(text), True
         raise InvalidArgument(f"the request is not valid JSON: {error}") from None
 
 
@@ -93,8 +93,8 @@ def _finite(literal: str) -> float:
 _EXACT: Final = json.JSONDecoder(parse_float=_finite)
 
 
-def _parse_exactly(text: bytes) -> Any:
-    """The document with exact integers, NaN and infinities; otherwise as strict as orjson."""
+def parse_exactly(text: bytes) -> Any:
+    """The document with exact integers, NaN and infinities; otherwise as strict as orjson: InvalidArgument."""
     try:
         document = _EXACT.decode(text.decode())
         if b"\\u" in text:
@@ -215,7 +215,7 @@ class _Decoder:
             refuse_shared_memory("input", name, parameters)
             if "binary_data_size" in parameters:
                 return self._binary_input(name, datatype, shape, item, parameters["binary_data_size"])
-        values = _values(name, shape, item.get("data"))
+        values = flat_values(name, shape, item.get("data"))
         return Tensor(name, datatype, shape, contents(name, datatype, values, exact=self._exact))
 
     def _binary_input(
@@ -290,7 +290,7 @@ def _shape(name: str, items: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _values(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
+def flat_values(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
     """The flat list of elements of ``data``, which is flat or nested as ``shape`` says."""
     if type(data) is not list:
         raise InvalidArgument(
@@ -370,7 +370,7 @@ def _output_head(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
 def _data(tensor: Tensor, strict: bool) -> bytes:
     if isinstance(tensor.data, list):
         return _strings(tensor.name, tensor.data)
-    array = _printable(tensor)
+    array = printable(tensor)
     text = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
     # Only "null" has an n in the text of numbers; of booleans none is ever null.
     if b"n" not in text or array.dtype.kind != "f":
@@ -383,7 +383,7 @@ def _data(tensor: Tensor, strict: bool) -> bytes:
     return _with_literals(text, array)
 
 
-def _printable(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+def printable(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     """A flat, aligned array of a type that orjson writes: 16-bit floats become float32, which holds them exactly."""
     flat = np.frombuffer(tensor.data, dtype=DATATYPES[tensor.datatype][0])  # type: ignore[arg-type]
     if tensor.datatype == "BF16":

@@ -38,7 +38,7 @@ class Target:
 
 
 class ShadowLoader:
-    """Keeps the lanes true to the configuration and to what is loaded, those of an entry for all its names. On the loop.
+    """Keeps the lanes true to the configuration and to what is loaded; aliases share them. On the loop only.
 
     ``load(served)`` loads the version of ``served`` once more, off the loop; ``lane(spec, shadow)`` makes a lane
     without a target; ``batcher(engine, served)`` makes its batcher.

@@ -15,6 +15,7 @@ from router.breaker import Breaker, BreakerPolicy, Outcome
 from router.experiment import ExperimentBooks
 from router.retry import Failure, Next, RetryBudget, RetryPolicy, next_attempt
 from router.types import RouteDecision, ShadowRoute
+from server.gateway.rollouts import RolloutBooks
 from server.gateway.served import Served
 from server.shadowing import ShadowLane
 
@@ -32,17 +33,17 @@ class Breakers:
     Another name that leads to the same version has others, by a policy of its own, or none.
     """
 
-    __slots__ = ("_breakers", "policy")
+    __slots__ = ("_of", "policy")
 
     def __init__(self, policy: BreakerPolicy) -> None:
         self.policy = policy
-        self._breakers: WeakKeyDictionary[Served, Breaker] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Served, Breaker] = WeakKeyDictionary()
 
     def of(self, served: Served) -> Breaker:
         """The breaker of one version."""
-        breaker = self._breakers.get(served)
+        breaker = self._of.get(served)
         if breaker is None:
-            breaker = self._breakers[served] = Breaker(self.policy)
+            breaker = self._of[served] = Breaker(self.policy)
         return breaker
 
 
@@ -61,6 +62,8 @@ class ModelPolicy:
     lanes: Mapping[str, ShadowLane] = field(default_factory=dict)
     breakers: Breakers | None = None
     entry: str = ""
+    #: The counts of the rollout that runs, if one does.
+    rollout: RolloutBooks | None = None
 
     def next(self, route: RouteDecision[Served], code: str, retries: int, now: int) -> Next:
         """What follows an attempt that ended with ``code``."""

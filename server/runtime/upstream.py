@@ -1,13 +1,15 @@
 """Another V2 server as the engine of a version: Triton, MLServer, or another Tidegate, over HTTP/1.1.
 
 The signature comes from the upstream's metadata, its batch limit from its configuration endpoint, where it has one;
-without one nothing is combined, as batching cannot be proven over a network. A batch is one request with every tensor
-in binary form, on one kept connection per instance; ``run`` blocks, so it belongs on a thread (``run_ns`` is large, and
-``server.batching.offloop`` keeps it there).
+without one nothing is combined, as batching cannot be proven over a network. A batch is one request, with every tensor
+in binary form where the upstream offers that extension and in JSON where not (``upstream_messages``), on one kept
+connection per instance; ``run`` blocks, so it belongs on a thread (``run_ns`` is large, and ``server.batching.offloop``
+keeps it there).
 
 **Nothing is sent twice.** A connection that the upstream has closed while it was idle is found out before it is used.
-After an upstream could not be reached or was too slow, its engine refuses for ``hold_off_s`` without trying: the
-members of a failed batch, which are run again in parts, do not wait for one timeout each.
+A batch that failed is not run again in parts, unless the upstream says that the request is to blame. After an upstream
+could not be reached or was too slow, its engine refuses for ``hold_off_s`` without trying: those who waited meanwhile
+do not wait for one timeout each.
 
 **What an upstream says is checked** before it is believed: sizes, names, datatypes, shapes, rows. It is the operator's
 choice (the address comes from the configuration alone, redirects are not followed), yet it may be broken.
@@ -25,26 +27,41 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
-import orjson
 import structlog
 
-from server.errors import ConfigError, InputRejected, ModelLoadError, RuntimeFailure, TidegateError, UpstreamUnavailable
+from server.errors import (
+    ConfigError,
+    InputRejected,
+    ModelLoadError,
+    RuntimeFailure,
+    TidegateError,
+    UpstreamFailure,
+    UpstreamUnavailable,
+)
 from server.runtime.base import Batch, LoadRequest
 from server.runtime.messages import clean
+from server.runtime.upstream_messages import (
+    BINARY_EXTENSION,
+    HEADER_LENGTH,
+    BadAnswer,
+    Dialect,
+    dimensions,
+    error_text,
+    json_object,
+)
 from server.runtime.upstream_options import UpstreamOptions
-from server.types import ALL_DATATYPES, BYTES, DATATYPES, Buffer, ModelSpec, Tensor, TensorSpec, element_count
+from server.types import ALL_DATATYPES, Buffer, ModelSpec, Tensor, TensorSpec
 
 _log = structlog.get_logger("tidegate.runtime")
 
 #: Long enough to keep it off an event loop.
 _RUN_NS: Final = 10_000_000
 _MAX_METADATA_BYTES: Final = 4 * 1024 * 1024
-_HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _CHUNK_BYTES: Final = 1 << 20
-_PREFIX: Final = 4
-_MAX_RANK: Final = 32
-#: The answers that blame the request; 404 is not among them, as the request's model was there when it was loaded.
-_REJECTED: Final = frozenset({400, 413, 415, 422})
+_TOO_LARGE: Final = 413
+#: The answers that blame the request, if they say why as the protocol has it: without that, it was not understood.
+#: 404 is not among them, as the request's model was there when it was loaded.
+_REJECTED: Final = frozenset({400, _TOO_LARGE, 422})
 #: The answers of a server that is not ready, overloaded, or has lost the model for now.
 _UNAVAILABLE: Final = frozenset({404, 408, 429, 502, 503, 504})
 
@@ -195,7 +212,7 @@ class UpstreamEngine:
     #: Its runs wait on a network: none may be on the loop, however short they turn out.
     remote: Final = True
 
-    def __init__(self, spec: ModelSpec, instances: int, options: UpstreamOptions, path: str) -> None:
+    def __init__(self, spec: ModelSpec, instances: int, options: UpstreamOptions, path: str, *, binary: bool) -> None:
         self.spec = spec
         self.instances = instances
         self.run_ns = _RUN_NS
@@ -203,19 +220,17 @@ class UpstreamEngine:
         self._options = options
         self._path = path
         self._connections = [_Connection(options) for _ in range(instances)]
-        self._outputs = {output.name: output for output in spec.outputs}
-        self._wanted = [{"name": output.name, "parameters": {"binary_data": True}} for output in spec.outputs]
+        self._dialect = Dialect(spec, binary=binary)
         self._held_off_until = 0.0
 
     def run(self, instance: int, batch: Batch) -> list[Tensor]:
         if not self._connections:
             raise RuntimeFailure("The model has been unloaded.")
-        body, header_length = self._encode(batch)
-        headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(header_length)}
+        body, headers = self._dialect.request(batch)
         status, received, content = self._exchange(self._connections[instance], body, headers)
         if status != 200:
             raise self._failure(status, content)
-        return self._decode(batch, received.get(_HEADER_LENGTH), content)
+        return self._dialect.answer(batch, received.get(HEADER_LENGTH), content)
 
     def close(self) -> None:
         for connection in self._connections:
@@ -235,42 +250,14 @@ class UpstreamEngine:
             raise UpstreamUnavailable(_UNREACHABLE, retry_after_s=1.0) from None
 
     def _failure(self, status: int, content: bytes) -> TidegateError:
-        if status in _REJECTED:
-            return InputRejected(f"The model refused this input: {clean(_error_text(content))}")
+        reason = error_text(content) if status in _REJECTED else ""
+        if reason or status == _TOO_LARGE:
+            return InputRejected(f"The model refused this input: {clean(reason or 'it is too large')}")
         if status in _UNAVAILABLE:
             return UpstreamUnavailable(
                 f"The server of this version is not available: it answered {status}.", retry_after_s=1.0
             )
-        return RuntimeFailure(f"The server of this version failed: it answered {status}.")
-
-    def _encode(self, batch: Batch) -> tuple[bytes, int]:
-        """The body, and the length of its JSON part."""
-        inputs: list[dict[str, Any]] = []
-        contents: list[Buffer] = []
-        for spec, shape, parts in zip(self.spec.inputs, batch.shapes, batch.parts, strict=True):
-            if parts is None:
-                continue
-            size = _append(contents, spec, shape, parts)
-            parameters = {"binary_data_size": size}
-            inputs.append({"name": spec.name, "datatype": spec.datatype, "shape": shape, "parameters": parameters})
-        header = orjson.dumps({"inputs": inputs, "outputs": self._wanted})
-        return b"".join([header, *contents]), len(header)
-
-    def _decode(self, batch: Batch, header_length: str | None, content: bytes) -> list[Tensor]:
-        try:
-            found = _tensors(self._outputs, header_length, content)
-            tensors = [found[output.name] for output in self.spec.outputs]
-            for tensor in tensors:
-                self._check_rows(tensor, batch.rows)
-        except KeyError as error:
-            raise RuntimeFailure(f"The server of this version answered without output {error}.") from None
-        except _BadAnswer as error:
-            raise RuntimeFailure(f"The server of this version answered wrongly: {error}.") from None
-        return tensors
-
-    def _check_rows(self, tensor: Tensor, rows: int) -> None:
-        if self.spec.max_batch_size and tensor.shape[0] != rows:
-            raise _BadAnswer(f"output '{tensor.name}' has {tensor.shape[0]} rows for a batch of {rows}")
+        return UpstreamFailure(f"The server of this version failed: it answered {status}.")
 
 
 _UNREACHABLE: Final = "The server of this version cannot be reached, or did not answer in time."
@@ -278,128 +265,6 @@ _UNREACHABLE: Final = "The server of this version cannot be reached, or did not 
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _append(contents: list[Buffer], spec: TensorSpec, shape: tuple[int, ...], parts: list[Buffer | list[bytes]]) -> int:
-    """Add one input's raw contents; their size. Parts that do not fill the shape are a mistake of ours."""
-    wanted = element_count(shape)
-    if spec.datatype == BYTES:
-        elements = [element for part in parts for element in part if isinstance(element, bytes)]
-        _require(spec, len(elements), wanted, "elements")
-        encoded = b"".join([piece for item in elements for piece in (len(item).to_bytes(_PREFIX, "little"), item)])
-        contents.append(encoded)
-        return len(encoded)
-    views = [memoryview(part) for part in parts if not isinstance(part, list)]
-    size = sum([view.nbytes for view in views])
-    _require(spec, size, wanted * DATATYPES[spec.datatype][1], "bytes")
-    contents += views
-    return size
-
-
-def _require(spec: TensorSpec, got: int, wanted: int, unit: str) -> None:
-    if got != wanted:
-        raise RuntimeFailure(f"The batch holds {got} {unit} of input '{spec.name}', its shape says {wanted}.")
-
-
-# --- what an upstream answers ----------------------------------------------------------------------------------------
-
-
-class _BadAnswer(Exception):
-    """An answer that is not what the protocol or the model's signature says; the text names what is wrong."""
-
-
-def _error_text(content: bytes) -> str:
-    try:
-        text = orjson.loads(content)["error"]
-    except (ValueError, KeyError, TypeError):
-        return "no reason was given"
-    return text if isinstance(text, str) else "no reason was given"
-
-
-def _tensors(outputs: Mapping[str, TensorSpec], header_length: str | None, content: bytes) -> dict[str, Tensor]:
-    """Every output of the answer by name, over views of its contents. All of them are binary, as was asked for."""
-    if header_length is None or not (header_length.isascii() and header_length.isdigit()):
-        raise _BadAnswer("the answer is not in binary form")
-    start = int(header_length[:19])
-    entries = _json_object(content[:start]).get("outputs")
-    if start > len(content) or not isinstance(entries, list):
-        raise _BadAnswer("the answer's JSON part has no list of outputs")
-    rest = memoryview(content)
-    found: dict[str, Tensor] = {}
-    for entry in entries:
-        name, size = _name_and_size(entry)
-        end = start + size
-        if end > len(rest) or name in found:
-            raise _BadAnswer(f"output '{name[:64]}' comes twice or is over the answer's end")
-        if name in outputs:
-            found[name] = _tensor(outputs[name], entry, rest[start:end])
-        start = end
-    if start != len(rest):
-        raise _BadAnswer(f"{len(rest) - start} bytes belong to no output")
-    return found
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
-    try:
-        value = orjson.loads(text)
-    except ValueError:
-        raise _BadAnswer("it is not JSON") from None
-    if not isinstance(value, dict):
-        raise _BadAnswer("it is not a JSON object")
-    return value
-
-
-def _name_and_size(entry: Any) -> tuple[str, int]:
-    try:
-        name, size = entry["name"], entry["parameters"]["binary_data_size"]
-    except (KeyError, TypeError):
-        raise _BadAnswer("an output has no name or no binary_data_size") from None
-    if not isinstance(name, str) or type(size) is not int or size < 0:
-        raise _BadAnswer("an output's name or binary_data_size is of another type")
-    return name, size
-
-
-def _tensor(spec: TensorSpec, entry: dict[str, Any], data: memoryview) -> Tensor:
-    if entry.get("datatype") != spec.datatype:
-        raise _BadAnswer(f"output '{spec.name}' is not {spec.datatype}")
-    shape = _shape(entry.get("shape"), least=0)
-    if shape is None or len(shape) != len(spec.shape):
-        raise _BadAnswer(f"the shape of output '{spec.name}' is not like {list(spec.shape)}")
-    if any(want not in (-1, got) for want, got in zip(spec.shape, shape, strict=True)):
-        raise _BadAnswer(f"output '{spec.name}' has shape {list(shape)}, which does not fit {list(spec.shape)}")
-    count = element_count(shape)
-    if spec.datatype == BYTES:
-        return Tensor(spec.name, BYTES, shape, _strings(spec.name, data, count))
-    if len(data) != count * DATATYPES[spec.datatype][1]:
-        raise _BadAnswer(f"output '{spec.name}' has {len(data)} bytes for shape {list(shape)}")
-    if spec.datatype == "BOOL" and bytes(data).translate(None, b"\x00\x01"):
-        raise _BadAnswer(f"output '{spec.name}' has a BOOL byte other than 0 and 1")
-    return Tensor(spec.name, spec.datatype, shape, data)
-
-
-def _strings(name: str, data: memoryview, count: int) -> list[bytes]:
-    if count * _PREFIX > len(data):
-        raise _BadAnswer(f"output '{name}' has fewer than {count} BYTES elements")
-    elements: list[bytes] = []
-    position = 0
-    for _ in range(count):
-        start = position + _PREFIX
-        # Near the end the slice is short: then ``start`` is past the end, whatever length it reads as.
-        position = start + int.from_bytes(data[position:start], "little")
-        if position > len(data):
-            raise _BadAnswer(f"output '{name}' has a BYTES element past its end")
-        elements.append(bytes(data[start:position]))
-    if position != len(data):
-        raise _BadAnswer(f"output '{name}' has more than {count} BYTES elements")
-    return elements
-
-
-def _shape(value: Any, *, least: int) -> tuple[int, ...] | None:
-    """A list of whole numbers from ``least`` up, or None."""
-    if not isinstance(value, list) or len(value) > _MAX_RANK:
-        return None
-    # MLServer and others write sizes as text in places; a shape of text is not one.
-    return tuple(value) if all(type(dim) is int and least <= dim < 2**62 for dim in value) else None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -422,7 +287,7 @@ class UpstreamRuntime:
         except (OSError, http.client.HTTPException) as error:
             _log.warning("upstream_failed", model=request.name, version=request.version, error=_named(error))
             raise ModelLoadError(f"The upstream of {_label(request)} cannot be reached.") from error
-        except _BadAnswer as error:
+        except BadAnswer as error:
             raise ModelLoadError(f"The upstream of {_label(request)} answered wrongly: {error}.") from None
         finally:
             connection.close()
@@ -443,13 +308,16 @@ class UpstreamRuntime:
 
         def get(path: str) -> dict[str, Any] | None:
             status, _, content = connection.exchange("GET", path, None, {}, _MAX_METADATA_BYTES)
-            return _json_object(content) if status == 200 else None
+            return json_object(content) if status == 200 else None
 
         metadata = get(base)
         if metadata is None:
             raise ModelLoadError(f"The upstream of {_label(request)} does not serve it.")
         spec = self._spec(request, metadata, _optional(lambda: get(f"{base}/config")))
-        return UpstreamEngine(spec, max(1, request.options.instances), self.options, f"{base}/infer")
+        extensions = (_optional(lambda: get("/v2")) or {}).get("extensions")
+        binary = isinstance(extensions, list) and BINARY_EXTENSION in extensions
+        instances = max(1, request.options.instances)
+        return UpstreamEngine(spec, instances, self.options, f"{base}/infer", binary=binary)
 
     def _spec(self, request: LoadRequest, metadata: dict[str, Any], config: dict[str, Any] | None) -> ModelSpec:
         inputs, outputs = _signature(metadata, "inputs"), _signature(metadata, "outputs")
@@ -483,10 +351,10 @@ class UpstreamRuntime:
 
 
 def _optional(ask: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The configuration endpoint is an extension: an upstream without it may answer anything there."""
+    """What an upstream need not have, or may keep from us: whoever has it not may answer anything there."""
     try:
         return ask()
-    except _BadAnswer:
+    except BadAnswer:
         return None
 
 
@@ -497,17 +365,17 @@ def _label(request: LoadRequest) -> str:
 def _signature(metadata: dict[str, Any], key: str) -> tuple[TensorSpec, ...]:
     entries = metadata.get(key)
     if not isinstance(entries, list) or not entries:
-        raise _BadAnswer(f"its metadata has no {key}")
+        raise BadAnswer(f"its metadata has no {key}")
     specs = tuple(_tensor_spec(entry) for entry in entries)
     if len({spec.name for spec in specs}) != len(specs):
-        raise _BadAnswer(f"its metadata names one of its {key} twice")
+        raise BadAnswer(f"its metadata names one of its {key} twice")
     return specs
 
 
 def _tensor_spec(entry: Any) -> TensorSpec:
     if not isinstance(entry, dict):
-        raise _BadAnswer("its metadata has a tensor that is no object")
-    name, datatype, shape = entry.get("name"), entry.get("datatype"), _shape(entry.get("shape"), least=-1)
+        raise BadAnswer("its metadata has a tensor that is no object")
+    name, datatype, shape = entry.get("name"), entry.get("datatype"), dimensions(entry.get("shape"), least=-1)
     if not isinstance(name, str) or not name or datatype not in ALL_DATATYPES or shape is None:
-        raise _BadAnswer(f"its metadata has a tensor without name, datatype or shape: {str(entry)[:120]}")
+        raise BadAnswer(f"its metadata has a tensor without name, datatype or shape: {str(entry)[:120]}")
     return TensorSpec(name, datatype, shape)

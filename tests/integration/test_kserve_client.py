@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import models
-from tests.support.server import ROOT, Server, serving
+from tests.support.environments import CLIENTS, environment
+from tests.support.server import Server, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ENVIRONMENT = ROOT / ".venv-kserve"
-CLIENTS = ROOT / "tests" / "clients"
 NAMES = [
     "errors", "grpc_every_datatype", "grpc_health", "many_at_once", "rest_every_datatype", "rest_health", "texts",
 ]  # fmt: skip
@@ -24,16 +22,8 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """The interpreter that has kserve. A stamp beside it says for which requirements the environment was made."""
-    wanted = (CLIENTS / "requirements-kserve.txt").read_text()
-    stamp = ENVIRONMENT / ".installed"
-    interpreter = ENVIRONMENT / "bin" / "python"
-    if not (stamp.is_file() and stamp.read_text() == wanted):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True, timeout=120)
-        arguments = ["-m", "pip", "install", "--quiet", "-r", str(CLIENTS / "requirements-kserve.txt")]
-        subprocess.run([str(interpreter), *arguments], check=True, timeout=700)
-        stamp.write_text(wanted)
-    return interpreter
+    """The interpreter that has kserve."""
+    return environment("kserve")
 
 
 @pytest.fixture(scope="module")

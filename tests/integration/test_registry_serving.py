@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,25 +15,11 @@ from typing import Any
 import pytest
 
 from tests.support import models
-from tests.support.server import ROOT, Server, serving
+from tests.support.cli import cli
+from tests.support.server import Server, serving
 from tests.support.v2 import call, infer, tensor
 
 X = [tensor("x", "FP32", [1, 4], [1, 2, 3, 4])]
-
-
-def cli(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "server", *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-        check=False,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
 
 
 class Place:

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.errors import ConfigError, InputRejected, ModelLoadError, RuntimeFailure, UpstreamUnavailable
+from server.errors import (
+    ConfigError,
+    InputRejected,
+    ModelLoadError,
+    RuntimeFailure,
+    UpstreamFailure,
+    UpstreamUnavailable,
+)
 from server.runtime.base import Batch, BatchingOptions, LoadRequest, ModelOptions
 from server.runtime.upstream import UpstreamEngine, UpstreamRuntime
 from server.runtime.upstream_options import UpstreamOptions
@@ -165,6 +172,7 @@ METADATA: dict[str, Any] = {
     "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
 }
+BINARY: dict[str, Any] = {"name": "scripted", "extensions": ["binary_tensor_data"]}
 
 
 def http(status: int, body: bytes, *headers: str) -> bytes:
@@ -177,16 +185,25 @@ def binary(outputs: Any, *contents: bytes, shift: int = 0) -> bytes:
     return http(200, b"".join([head, *contents]), f"Inference-Header-Content-Length: {len(head) + shift}")
 
 
+def as_json(outputs: Any) -> bytes:
+    return http(200, json.dumps({"outputs": outputs}).encode())
+
+
 def output(size: int = 16, **changed: Any) -> dict[str, Any]:
     entry = {"name": "y", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": size}}
     return entry | changed
 
 
 class Scripted:
-    """Answers metadata rightly and every inference with ``answer``, which may also act on the connection."""
+    """Answers metadata rightly and every inference with ``answer``, which may also act on the connection.
 
-    def __init__(self, metadata: Any = METADATA, config: Any = None) -> None:
+    ``asked`` is the body of the last inference. ``about``: what it says of itself.
+    """
+
+    def __init__(self, metadata: Any = METADATA, config: Any = None, about: Any = BINARY) -> None:
         self.metadata, self.config = metadata, config if config is not None else {"max_batch_size": 8}
+        self.about = about
+        self.asked = b""
         self.answer: bytes | Callable[[socket.socket], bool] = b""
         self.connections = 0
         self.requests = 0
@@ -211,7 +228,7 @@ class Scripted:
                 while (header := received.readline()) not in (b"\r\n", b""):
                     if header.lower().startswith(b"content-length:"):
                         length = int(header.split(b":")[1])
-                received.read(length)
+                self.asked = received.read(length)
                 if not self._answer(connection, line):
                     return
 
@@ -219,6 +236,8 @@ class Scripted:
         try:
             if line.startswith(b"GET"):
                 value = self.config if b"/config" in line else self.metadata
+                if line.startswith(b"GET /v2 "):
+                    value = self.about
                 connection.sendall(value if isinstance(value, bytes) else http(200, json.dumps(value).encode()))
                 return True
             self.requests += 1
@@ -264,7 +283,16 @@ GOOD = binary([output()], ONE.tobytes())
         binary([output()], bytes(20)),
         binary([output(size=-1)], bytes(16)),
         binary([output(parameters={"binary_data_size": "16"})], bytes(16)),
-        binary([output(parameters={}, data=[1, 2, 3, 4])]),
+        binary([output(data=[1, 2, 3, 4])], bytes(16)),
+        binary([{"name": "y"}]),
+        as_json([output(parameters={}, data=[1, 2, 3])]),
+        as_json([output(parameters={}, data=[1, 2, 3, None])]),
+        as_json([output(parameters={}, data=[1, 2, 3, "4"])]),
+        as_json([output(parameters={}, data=[1, 2, 3, 1e39])]),
+        as_json([output(parameters={}, data=[[1, 2], [3, 4]])]),
+        as_json([output(parameters={}, data=1)]),
+        as_json([output(size=0)]),
+        as_json([output()]),
         binary([output(), output()], bytes(32)),
         binary([output()], bytes(16), shift=-1),
         binary([output()], bytes(16), shift=10**6),
@@ -272,6 +300,10 @@ GOOD = binary([output()], ONE.tobytes())
         http(200, b"[]", "Inference-Header-Content-Length: 2"),
         http(200, b"{not json", "Inference-Header-Content-Length: 9"),
         http(500, b"secret: /etc/passwd"),
+        http(400, b'{"detail": "no such route"}'),
+        http(415, b'{"error": "what is this"}'),
+        http(422, b'{"detail": [{"msg": "Field required"}]}'),
+        http(422, b"<html>"),
         http(302, b"", "Location: http://127.0.0.1:1/"),
         http(401, b""),
     ],
@@ -297,10 +329,21 @@ def test_a_refused_input_carries_the_upstreams_words_without_its_paths(scripted:
         engine.run(0, batch_of(ONE))
     assert "bad row in model.onnx" in caught.value.message
     assert "\n" not in caught.value.message
-    for body in (b"<html>", b'{"error": 7}', b"[]", b"\xff"):
+    engine.close()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'{"error": 7}', b'{"detail": "x"}', b"[]", b"\xff", b""])
+def test_a_refusal_without_a_reason_is_no_verdict_on_the_input(scripted: Scripted, body: bytes) -> None:
+    """It is the request's form that was refused, which is between the two servers; of its size anyone may complain."""
+    engine = load(scripted.address)
+    for status in (400, 422):
         scripted.answer = http(status, body)
-        with pytest.raises(InputRejected, match="no reason was given"):
+        with pytest.raises(UpstreamFailure, match=str(status)) as caught:
             engine.run(0, batch_of(ONE))
+        assert (caught.value.code, caught.value.divides) == ("runtime_failure", False)
+    scripted.answer = http(413, body)
+    with pytest.raises(InputRejected, match="too large"):
+        engine.run(0, batch_of(ONE))
     engine.close()
 
 
@@ -419,6 +462,57 @@ def test_outputs_may_come_in_any_order_with_others_among_them() -> None:
         server.answer = binary([text, output()], wrong, ONE.tobytes())
         with pytest.raises(RuntimeFailure, match="BYTES"):
             engine.run(0, batch_of(ONE))
+    engine.close()
+    server.close()
+
+
+# --- upstreams without the binary extension ---
+
+#: MLServer says so, others say nothing at all, or have no such endpoint.
+PLAIN = [
+    {"name": "mlserver", "extensions": []},
+    {"name": "x"},
+    http(404, b"{}"),
+    http(200, b"<html>"),
+    {"extensions": 7},
+]
+
+
+@pytest.mark.parametrize("about", PLAIN)
+def test_without_the_binary_extension_json_is_spoken(about: Any) -> None:
+    server = Scripted(about=about)
+    engine = load(server.address)
+    server.answer = as_json([output(parameters=None, data=[1, 2.5, 3, 4])])
+    (answer,) = engine.run(0, batch_of(np.array([[0.1, -0.0, 3e38, 4]], "<f4")))
+    assert answer.array().tolist() == [[1, 2.5, 3, 4]]
+    asked = json.loads(server.asked)
+    assert asked.pop("id")
+    assert asked == {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0.1, -0.0, 3e38, 4.0]}],
+        "outputs": [{"name": "y"}],
+    }
+    engine.close()
+    server.close()
+
+
+def test_every_request_has_an_id_of_its_own(scripted: Scripted) -> None:
+    engine = load(scripted.address)
+    scripted.answer = GOOD
+    ids = set()
+    for _ in range(3):
+        engine.run(0, batch_of(ONE))
+        ids.add(json.loads(scripted.asked[: scripted.asked.rindex(b"}") + 1])["id"])
+    assert len(ids) == 3
+    engine.close()
+
+
+def test_values_that_json_cannot_carry_are_refused_without_asking() -> None:
+    server = Scripted(about=PLAIN[0])
+    engine = load(server.address)
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(InputRejected, match="NaN or infinite values; the server of this version takes JSON only"):
+            engine.run(0, batch_of(np.array([[1, 2, value, 4]], "<f4")))
+    assert server.requests == 0
     engine.close()
     server.close()
 

@@ -221,6 +221,15 @@ class PlannerMachine(RuleBasedStateMachine):
         self.end_run(data.draw(st.sampled_from(sorted(self.running))))
         self.ticked = False
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def lose(self, data: Any) -> None:
+        """A batch fails as none of its members made it fail: all of them are answered, none is run again."""
+        slot = data.draw(st.sampled_from(sorted(self.running)))
+        live = [item for item in self.running.pop(slot) if item.state != GONE]
+        self.settle(self.planner.fail(slot, divide=False), live, "lost")
+        self.ticked = False
+
     # --- checks ---
 
     def end_run(self, slot: int) -> None:

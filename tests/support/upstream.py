@@ -93,6 +93,8 @@ class Upstream:
             x = np.frombuffer(body[int(headers["inference-header-content-length"]) :], "<f4").reshape(-1, self._width)
             self.asked.append((time.monotonic(), x))
             return self.behave(x)
+        if path == "/v2":
+            return http(200, json.dumps({"name": "tests", "extensions": ["binary_tensor_data"]}).encode())
         if path.endswith("/config"):
             return http(200, json.dumps(self._config).encode())
         shape = {"datatype": "FP32", "shape": [-1, self._width]}

@@ -19,10 +19,14 @@ from server.errors import (
     Draining,
     InputRejected,
     InvalidArgument,
+    ModelNotReady,
     OutOfMemory,
     QueueFull,
     QueueTimeout,
     RuntimeFailure,
+    TidegateError,
+    UpstreamFailure,
+    UpstreamUnavailable,
 )
 from server.runtime.base import Batch, BatchingOptions, QueuePolicy
 from server.types import ModelSpec, Tensor, TensorSpec
@@ -164,6 +168,21 @@ def test_out_of_memory_is_answered_by_smaller_batches() -> None:
     assert [batch.rows for batch in engine.batches] == [8, 4, 2, 2, 4, 2, 2]
     for number, work in enumerate(works):
         check_answer(work, float(number))
+
+
+@pytest.mark.parametrize("error", [UpstreamUnavailable("gone"), UpstreamFailure("500"), ModelNotReady("not yet")])
+def test_a_batch_whose_server_fails_is_not_run_again_in_parts(error: TidegateError) -> None:
+    def refuse(_: Batch) -> None:
+        raise error
+
+    engine, answers = DoublingEngine(hook=refuse), Answers()
+    loop, batcher = manual_batcher(engine)
+    works = submit_all(batcher, [float(n) for n in range(8)], answers)
+    loop.settle()
+    assert answers.works == works
+    assert [work.error for work in works] == [error] * 8
+    assert len(engine.batches) == 1
+    assert batcher.is_idle()
 
 
 def test_a_request_that_does_not_fit_alone_is_told_so() -> None:
