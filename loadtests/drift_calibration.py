@@ -3,8 +3,9 @@
     python -m loadtests.drift_calibration [--full] [--output FILE.json]
 
 30 columns, a reference of 50,000 rows, panes of 500 rows, one false alarm allowed per million rows. Folk rules stand
-beside ours at persistence 1 and floor 0; "as shipped" is the default rules (two scales, 2 of 3 looks, minimum effect)
-at the same rate of false alarms. Without ``--full`` every table is there with fewer draws, in about a minute.
+beside ours at persistence 1 and floor 0; "as shipped" is the default rules (two scales, 2 of 3 looks, minimum effect,
+quality checks beside the drift tests) at the same rate of false alarms. Without ``--full`` every table is there with
+fewer draws, in about a minute.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ SHIFTS = [
 ]
 #: Changes that are to be seen within 2,000 rows.
 SHARP = [SHIFTS[4], SHIFTS[7]]
+WEAKEST = SHIFTS[3]
 _KS, _PSI = KolmogorovSmirnov(), Psi()
 
 
@@ -93,7 +95,7 @@ class Stream:
         degrees = (psi.occupied - 1) * calibration.psi_degrees
         seen.psi_log_p.append(psi_log_p(psi.value, n, m, degrees, calibration.psi))
         if counts.window in self._judged:
-            self.alarms.extend((self.panes, alarm) for alarm in self.judge.look("stable", counts))
+            self.alarms.extend((self.panes, alarm) for alarm in self.judge.look_at_all("stable", counts))
 
     def push(self, rows: Array) -> None:
         """One pane of rows."""
@@ -270,10 +272,44 @@ def detection(runs: int, shifts: list[tuple[str, int, float, float]]) -> dict[st
             first_right += bool(raised) and int(raised[0][1].column[1:]) < columns
         found[shift] = {name: _summary(values) for name, values in delays.items()} | {"right_column": first_right}
         cells = [f"10000|{name}" for name in shown]
-        cells += [f"{w}|ours: both tests, half each" for w in (1000, 10_000)] + ["two scales", "as shipped"]
+        cells += [f"{w}|{rule}" for w in (1000, 10_000) for rule in ("KS p < 1/(ERT F)", "ours: both tests, half each")]
+        cells += ["two scales", "as shipped"]
         print(f"{shift:22} " + "  ".join(_shown(found[shift][cell]) for cell in cells))
-    print("columns: PSI .1 (10k), PSI .25 (10k), half the columns (10k), ours 1k, ours 10k, two scales, as shipped")
+    print(
+        "columns: PSI .1 (10k), PSI .25 (10k), half the columns (10k), KS alone 1k, ours 1k, KS alone 10k, ours 10k, "
+        "two scales, as shipped"
+    )
     return found
+
+
+def power(runs: int) -> dict[str, Any]:
+    """The weakest change in the shortest window, over so many runs that chance and a loss of power can be told apart.
+
+    A tenth of a standard deviation is half of the distance that 1,000 rows can prove, so that it is seen only when
+    chance helps; a share of 12 runs says little. Two tests at half the budget each are a price that KS alone, with all
+    of it, does not pay; PSI is what it buys (changes of spread).
+    """
+    (cells,) = detection(runs, [WEAKEST]).values()
+    found = {}
+    print(
+        f"{WEAKEST[0]}, 1,000 rows: share of {runs} runs that saw it, with its 95 % interval, and so of 12 runs all 12"
+    )
+    for rule in ("KS p < 1/(ERT F)", "ours: both tests, half each"):
+        seen = cells[f"1000|{rule}"]["detected"]
+        low, high = _wilson(seen, runs)
+        found[rule] = {"detected": seen, "runs": runs, "low": low, "high": high}
+        print(
+            f"{rule:30} {seen / runs:.3f} ({low:.3f} to {high:.3f}); 12 of 12 in {(seen / runs) ** 12:.0%} of all tries"
+        )
+    return found
+
+
+def _wilson(hits: float, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    z = 1.96
+    middle = (hits + z * z / 2) / (of + z * z)
+    half = z / (of + z * z) * math.sqrt(hits * (of - hits) / of + z * z / 4)
+    return middle - half, middle + half
 
 
 def _delay(panes: list[int], before: int) -> int:
@@ -322,6 +358,7 @@ def main() -> None:
         "no-drift": (lambda: no_drift(2, 250_000), lambda: no_drift(10, 1_000_000)),
         "detection": (lambda: detection(3, SHIFTS), lambda: detection(12, SHIFTS)),
         "dependent": (lambda: dependent_rows(200, 100_000), lambda: dependent_rows(1000, 150_000)),
+        "power": (lambda: power(24), lambda: power(150)),
         "hundred-runs": (lambda: detection(10, SHARP), lambda: detection(100, SHARP)),
     }
     options.add_argument("--only", choices=tables, action="append", help="this table; may be repeated")

@@ -21,12 +21,12 @@ from typing import Any, Final
 
 from monitor import snapshots
 from monitor.calibration import Calibration
-from monitor.errors import MonitorError, SettingsError, StateError
+from monitor.errors import MonitorError, NotCounted, SettingsError, StateError
 from monitor.kernels._jit import compile_all
 from monitor.profile import ReferenceProfile
 from monitor.state import MonitorState
-from monitor.tap import Tap
-from monitor.types import Settings
+from monitor.tap import Item, Tap
+from monitor.types import SHADOW, Settings
 from monitor.watch import BLOCK_ROWS, Monitor, OnAlarm
 
 __all__ = ["BLOCK_ROWS", "Monitor", "MonitorSet", "OnAlarm", "Slot"]
@@ -62,7 +62,7 @@ class Slot:
 
 @dataclass(slots=True, frozen=True)
 class _Mirror:
-    """Rows of ``version`` are counted under the profile of ``onto`` too, as its ``arm``."""
+    """Rows that ``version`` answered are counted under the profile of ``onto`` too, as its ``arm``."""
 
     model: str
     version: str
@@ -78,24 +78,38 @@ class _Feed:
         self.targets: list[tuple[Monitor, str | None]] = [(monitor, None)]
         self._dropped: dict[str, int] = {}
 
-    def drain(self, wall_offset_ns: int) -> int:
+    def drain(self, wall_offset_ns: int, failures: list[Exception]) -> int:
+        """Count what waits, for one turn; rows counted. What goes wrong is added to ``failures``, and stops nothing."""
         counted = 0
         rows = 0
         while rows < TURN_ROWS and (items := self.tap.take(BLOCK_ROWS)):
             rows += sum([item.rows for item in items])
             items = [item._replace(now_ns=item.now_ns + wall_offset_ns) for item in items]
-            counted += self.targets[0][0].ingest(self.tap.keys, items)
-            for monitor, arm in self.targets[1:]:
-                monitor.ingest(self.tap.keys, items, arm)
+            counted += self._count(items, failures)
         self._report_drops()
         return counted
 
-    def drain_all(self, wall_offset_ns: int) -> None:
+    def _count(self, items: list[Item], failures: list[Exception]) -> int:
+        counted = 0
+        for monitor, arm in self.targets:
+            try:
+                found = monitor.ingest(self.tap.keys, items if arm is None else _answered(items), arm)
+                counted += found if arm is None else 0
+            except Exception as error:  # noqa: BLE001 - the boundary of one monitor: the others go on
+                failures.append(error)
+                if arm is None:
+                    rows = sum([item.rows for item in items])
+                    failed = error.rows if isinstance(error, NotCounted) else rows
+                    self.tap.fail(failed)
+                    counted += rows - failed
+        return counted
+
+    def drain_all(self, wall_offset_ns: int, failures: list[Exception]) -> None:
         """All that the queue can hold, though its thread may go on offering."""
         for _ in range(1 + self.monitor.settings.ring_rows // BLOCK_ROWS):
             if not self.tap.waiting:
                 break
-            self.drain(wall_offset_ns)
+            self.drain(wall_offset_ns, failures)
         self._report_drops()
 
     def _report_drops(self) -> None:
@@ -104,7 +118,13 @@ class _Feed:
             if new:
                 self._dropped[arm] = total
                 for monitor, override in self.targets:
-                    monitor.drop(override or arm, new)
+                    if override is None or arm != SHADOW:
+                        monitor.drop(override or arm, new)
+
+
+def _answered(items: list[Item]) -> list[Item]:
+    """Without the copies that a shadow of the same version was given: nobody was answered with those."""
+    return [item for item in items if item.arm != SHADOW]
 
 
 class MonitorSet:
@@ -122,6 +142,7 @@ class MonitorSet:
         self._slots: list[Slot] = []
         self._mirrors: list[_Mirror] = []
         self._past = dict.fromkeys(_COUNTERS, 0)
+        self._failures: list[Exception] = []
         self._lock = threading.Lock()
 
     @staticmethod
@@ -269,7 +290,7 @@ class MonitorSet:
 
     def _drop_feeds(self, gone: Sequence[_Feed]) -> None:
         for feed in gone:
-            feed.drain_all(self.wall_offset_ns)
+            feed.drain_all(self.wall_offset_ns, self._failures)
             for name in _COUNTERS[:4]:
                 self._past[name] += getattr(feed.tap, name)
         self._feeds = [feed for feed in self._feeds if feed not in gone]
@@ -277,11 +298,12 @@ class MonitorSet:
     # --- mirrors ---------------------------------------------------------------------------------------------------
 
     def mirror(self, model: str, version: str, onto: str, arm: str) -> None:
-        """Count all rows of ``version``, from now on, also under the profile of version ``onto``, as its ``arm``.
+        """Count all rows that ``version`` answers from now on also under the profile of ``onto``, as its ``arm``.
 
-        Holds for taps that come later as well, until ``unmirror`` or until one of the two is detached. Raises
-        SettingsError when a version is not watched or is its own mirror, ProfileMismatch when the one profile needs a
-        tensor that the other's taps do not take.
+        Copies that a shadow of ``version`` is given (rows of the arm ``shadow``) are not among them. Holds for taps
+        that come later as well, until ``unmirror`` or until one of the two is detached. Raises SettingsError when a
+        version is not watched or is its own mirror, ProfileMismatch when the one profile needs a tensor that the
+        other's taps do not take.
         """
         with self._lock:
             source, target = self._monitors.get((model, version)), self._monitors.get((model, onto))
@@ -328,11 +350,21 @@ class MonitorSet:
     # --- counting and reading --------------------------------------------------------------------------------------
 
     def drain(self, now_ns: int) -> int:
-        """Count what waits in the taps and close the panes that are over at ``now_ns`` (wall); rows counted."""
+        """Count what waits in the taps and close the panes that are over at ``now_ns`` (wall); rows counted.
+
+        Raises ExceptionGroup, after everything else was done, of what went wrong since the last call: rows that could
+        not be counted are refused, and neither other rows nor other monitors wait for them.
+        """
         with self._lock:
-            counted = sum([feed.drain(self.wall_offset_ns) for feed in self._feeds])
+            failures, self._failures = self._failures, []
+            counted = sum([feed.drain(self.wall_offset_ns, failures) for feed in self._feeds])
             for monitor in self._monitors.values():
-                monitor.tick(now_ns)
+                try:
+                    monitor.tick(now_ns)
+                except Exception as error:  # noqa: BLE001 - the boundary of one monitor: the others go on
+                    failures.append(error)
+        if failures:
+            raise ExceptionGroup("monitors failed", failures)
         return counted
 
     def gauges(self) -> dict[str, Any]:

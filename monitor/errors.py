@@ -19,6 +19,14 @@ class ProfileMismatch(MonitorError):
     """Counts of one profile were to be used with another: their cells mean different values."""
 
 
+class NotCounted(MonitorError):
+    """Some rows could not be counted, for an error that nobody expected (its cause); the others were."""
+
+    def __init__(self, message: str, rows: int) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 class StateError(MonitorError):
     """A saved state is damaged, or was made with other windows than the ones configured."""
 

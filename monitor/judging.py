@@ -332,7 +332,7 @@ class Judge:
         """(arm, columns, worst inflation) where live traffic varies more than the calibration allows for."""
         found = []
         for arm, values in sorted(inflation.items()):
-            over = np.flatnonzero(values > INFLATION_LIMIT * self.calibration.psi)
+            over = np.flatnonzero(values > INFLATION_LIMIT * self.calibration.psi_mean)
             if len(over):
                 found.append((arm, [_some([self.layout.names[place] for place in over])], float(values[over].max())))
         return found

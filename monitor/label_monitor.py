@@ -75,6 +75,8 @@ class _Group:
         self._missing = 0 if reference is not None else settings.rules.learn_rows
         #: What the last look of each window found.
         self.signals: dict[str, list[Signal]] = {}
+        #: Panes closed when the samples of the windows were last made, and those: an AUC takes a while.
+        self.samples: tuple[list[int], list[Sample]] = ([], [])
 
     @property
     def learning(self) -> int:
@@ -347,14 +349,23 @@ class LabelMonitor:
                 yield Sample("label_join_ratio", labels, group.join_rate)
 
     def _window_samples(self) -> Iterable[Sample]:
-        for entry in self._windows({k: s for k, s in self._state().items() if k[2] == ALL}, own=False):
+        for key, group in sorted(self._groups.items()):
+            if key[2] == ALL:
+                state = group.windows.state()
+                closed = [series.closed for series in state]
+                if group.samples[0] != closed:
+                    group.samples = closed, list(self._metric_samples({key: state}))
+                yield from group.samples[1]
+        for key, group in sorted(self._groups.items()):
+            for name, active in zip(self.settings.signals, group.book.active, strict=True):
+                yield Sample("performance_alarm", {"model": self.model, **_named(key), "signal": name}, float(active))
+
+    def _metric_samples(self, state: LabelState) -> Iterable[Sample]:
+        for entry in self._windows(state, own=False):
             labels = {"model": self.model, **{name: entry[name] for name in ("version", "arm", "window")}}
             for name, value in entry["metrics"].items():
                 if isinstance(value, int | float) and not isnan(value):
                     yield Sample("performance", {**labels, "metric": name}, float(value))
-        for key, group in sorted(self._groups.items()):
-            for name, active in zip(self.settings.signals, group.book.active, strict=True):
-                yield Sample("performance_alarm", {"model": self.model, **_named(key), "signal": name}, float(active))
 
 
 def _named(key: GroupKey) -> dict[str, str]:

@@ -40,20 +40,21 @@ class Tap:
     __slots__ = (
         "_bytes_in",
         "_bytes_out",
+        "_failed",
         "_half",
         "_inputs",
         "_max_bytes",
         "_max_rows",
         "_outputs",
         "_queue",
+        "_refused",
+        "_taken",
         "_texts",
         "_wake",
         "dropped",
         "dropped_by_arm",
         "keys",
         "offered",
-        "refused",
-        "taken",
     )
 
     def __init__(
@@ -83,13 +84,23 @@ class Tap:
         self._half = max_rows // 2
         self._queue: deque[Item] = deque()
         self._bytes_in = self._bytes_out = 0
-        self.offered = self.taken = self.dropped = self.refused = 0
+        self.offered = self.dropped = self._taken = self._refused = self._failed = 0
         self.dropped_by_arm: dict[str, int] = {}
+
+    @property
+    def taken(self) -> int:
+        """Rows taken from the queue to be counted, but for those that failed."""
+        return self._taken - self._failed
+
+    @property
+    def refused(self) -> int:
+        """Rows that could not be read when they were offered, or not be counted when they were taken."""
+        return self._refused + self._failed
 
     @property
     def waiting(self) -> int:
         """Rows in the queue."""
-        return self.offered - self.taken - self.dropped - self.refused
+        return self.offered - self._taken - self.dropped - self._refused
 
     def offer(
         self,
@@ -106,7 +117,7 @@ class Tap:
         """
         count = rows or 1
         self.offered += count
-        waiting = self.offered - self.taken - self.dropped - self.refused
+        waiting = self.offered - self._taken - self.dropped - self._refused
         if waiting > self._max_rows or self._bytes_in - self._bytes_out > self._max_bytes:
             self.dropped += count
             self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
@@ -117,7 +128,7 @@ class Tap:
             else:
                 data, size = self._copy(inputs, outputs)
         except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
-            self.refused += count
+            self._refused += count
             return False
         self._bytes_in += size
         self._queue.append(Item(now_ns, arm, count, size, data))
@@ -170,6 +181,10 @@ class Tap:
             taken.append(item)
             rows += item.rows
             size += item.size
-        self.taken += rows
+        self._taken += rows
         self._bytes_out += size
         return taken
+
+    def fail(self, rows: int) -> None:
+        """Rows that were taken could not be counted: they are refused. For the thread that takes."""
+        self._failed += rows

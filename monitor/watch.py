@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from monitor.calibration import Calibration, Inflation
-from monitor.errors import ProfileMismatch, SettingsError, StateError
+from monitor.errors import NotCounted, ProfileMismatch, SettingsError, StateError
 from monitor.judging import Judge
 from monitor.layout import Block, Layout
 from monitor.panes import ArmState, PaneStore, Seasonal, recut, store_bytes
@@ -122,14 +122,30 @@ class Monitor:
     def ingest(self, keys: Sequence[Key], items: Sequence[Item], arm: str | None = None) -> int:
         """Count batches taken from a tap with these ``keys``, in order; rows counted. ``arm`` overrides the items'.
 
-        Item times are wall ns here. Raises ProfileMismatch when a monitored tensor is not among the keys.
+        Item times are wall ns here. Raises ProfileMismatch when a monitored tensor is not among the keys, and
+        NotCounted after all items when some block of them failed; its rows are refused.
         """
         order = self._order(keys)
-        counted = 0
+        counted = failed = 0
+        cause: Exception | None = None
         with self._lock:
             for name, block in self._blocks(items, arm):
-                counted += self._count(name, order, block)
+                try:
+                    counted += self._count(name, order, block)
+                except Exception as error:  # noqa: BLE001 - the boundary of a block: the others are counted
+                    cause = cause or error
+                    failed += self._refuse(name, block)
+        if cause is not None:
+            what = f"{failed} rows of {self.model}:{self.version} were not counted: {cause}"
+            raise NotCounted(what, failed) from cause
         return counted
+
+    def _refuse(self, name: str, block: Sequence[Item]) -> int:
+        rows = sum([item.rows for item in block])
+        arm = self._arm(name)
+        if arm is not None:
+            arm.store.refuse(rows)
+        return rows
 
     def check_keys(self, keys: Sequence[Key]) -> None:
         """Raises ProfileMismatch when a tap with these keys does not take every tensor of the profile."""

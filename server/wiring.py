@@ -39,14 +39,25 @@ from server.control.monitored import Arms, MonitoredSource
 from server.control.publishing import Publisher
 from server.control.registry import RegistryPlans, RegistrySource, VersionedSource
 from server.control.reload import ConfigControl
+from server.control.rollouts.actions import Hands
+from server.control.rollouts.aliases import Aliases
+from server.control.rollouts.control import RolloutControl
+from server.control.rollouts.levels import drift_levels
+from server.control.rollouts.store import RolloutStore
 from server.control.shadows import ShadowLoader
 from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
+from server.delivery import metrics as delivery_metrics
+from server.delivery.build import make_sinks
+from server.delivery.dispatcher import Dispatcher
 from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Listener, Readiness
+from server.monitoring.alerts import AlertQueue
 from server.monitoring.service import MonitorService
-from server.monitoring.watch import MonitoredRuntime, taps_of
+from server.monitoring.views import MonitorViews
+from server.monitoring.watch import MonitoredRuntime, labels_of, rules_of, taps_of
+from server.outbox import Outbox
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.dispatch import DispatchRuntime
 from server.runtime.onnx import OnnxRuntime
@@ -59,6 +70,7 @@ from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.snapshot import FamilySnapshot, Value
 from server.telemetry.trace import SpanSink, TraceGate
 from server.transport.admin import AdminViews, admin_app, is_loopback
+from server.transport.admin_rollouts import RolloutViews
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
 from server.transport.feedback import Feedback, Hear
@@ -120,7 +132,12 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     )
     telemetry.metrics.collect(lambda: [_in_flight(gateway)])
     state, deferred, audit = _state(settings, models)
-    monitors = MonitorService(None if state is None else settings.state_dir / "monitors", audit=audit)
+    delivery = None if state is None else _delivery(settings, state, audit, telemetry)
+    monitors = MonitorService(
+        None if state is None else settings.state_dir / "monitors",
+        audit=audit,
+        on_alarm=(lambda _: None) if delivery is None else delivery.alerts.put,
+    )
     telemetry.metrics.collect(monitors.families)
     arms = Arms(gateway, monitors)
 
@@ -143,10 +160,15 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
     shadows = _shadows(loop, control, publisher, telemetry)
     publisher.follow_with(shadows.loader.follow)
-    reconfigure = _reconfigure(settings, file, state, control, audit)
+    rollouts = _rollouts(state, deferred, gateway, publisher, control, monitors)
+    if rollouts is not None:
+        telemetry.metrics.collect(rollouts.families)
+    reconfigure = _reconfigure(settings, file, state, control, audit, rollouts)
     services = Services(catalog, control, MemorySettings(), readiness.subscribe, _hearing(gateway))
 
     async def start_models() -> None:
+        if delivery is not None:
+            delivery.dispatcher.start()
         await control.start(settings.load_models)
         failures = control.failures()
         if failures and not gateway.table.models:
@@ -166,6 +188,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
             log.error("reload_failed", error=str(error))
 
     async def close_models() -> None:
+        if rollouts is not None:
+            await rollouts.close()
         await shadows.loader.close()
         await control.close()
 
@@ -173,6 +197,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         gateway.close()
         await asyncio.to_thread(shadows.worker.close)
         await asyncio.to_thread(monitors.close)
+        if delivery is not None:
+            await asyncio.to_thread(delivery.close)
         if export is not None:
             await asyncio.to_thread(export.close)
         if deferred is not None:
@@ -189,7 +215,9 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         background.append(lambda: control.poll(interval_s))
     if reconfigure is not None:
         background.append(reconfigure.watch)
-    admin = _admin(settings, state, reconfigure, shadows.loader, gateway)
+    if rollouts is not None:
+        background.append(rollouts.run)
+    admin = _admin(settings, state, reconfigure, shadows.loader, gateway, MonitorViews(monitors), delivery, rollouts)
     return Lifecycle(
         readiness=readiness,
         listeners=_listeners(settings, gateway, services, telemetry, admin),
@@ -200,6 +228,71 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         close=close,
         drain_seconds=settings.drain_seconds,
     )
+
+
+def _rollout_views(rollouts: RolloutControl) -> RolloutViews:
+    async def order(rollout: str, word: str, actor: str, reason: str, revision: int | None) -> dict[str, Any]:
+        return await rollouts.order(rollout, word, actor=actor, reason=reason, expected=revision)
+
+    return RolloutViews(rollouts.all, rollouts.status, order)
+
+
+def _rollouts(
+    state: State | None,
+    deferred: DeferredAudit | None,
+    gateway: Gateway,
+    publisher: Publisher,
+    control: ModelControl,
+    monitors: MonitorService,
+) -> RolloutControl | None:
+    """Who climbs the steps of rollouts; None without a state folder to remember them in."""
+    if state is None or deferred is None:
+        return None
+    hands = Hands(
+        gateway=gateway,
+        publisher=publisher,
+        keeper=control,
+        store=RolloutStore(state.store, state.audit),
+        defer=deferred.record,
+        load_again=control.load_again,
+        mover=Aliases(state.registry),
+    )
+    return RolloutControl(hands, levels=drift_levels(monitors))
+
+
+@dataclass(slots=True, frozen=True)
+class Delivery:
+    """Events on their way to other systems: who takes alarms, who keeps them, who sends them."""
+
+    alerts: AlertQueue
+    outbox: Outbox
+    dispatcher: Dispatcher
+
+    def newest(self, limit: int) -> list[dict[str, object]]:
+        """The newest deliveries."""
+        return [found.as_dict() for found in self.outbox.list(limit)]
+
+    def close(self) -> None:
+        """Write what waits to be written, and send no more. Blocks for seconds at worst."""
+        self.alerts.close()
+        self.dispatcher.stop()
+
+
+def _delivery(settings: ServerSettings, state: State, audit: Audit, telemetry: Telemetry) -> Delivery:
+    sinks = make_sinks(settings.delivery.sinks)
+    names = [sink.name for sink in sinks]
+    outbox = Outbox(state.store, state.audit, sinks=names, limits=settings.delivery.limits)
+    dispatcher = Dispatcher(outbox, sinks, retry=settings.delivery.retry)
+    alerts = AlertQueue(outbox.publish, audit)
+
+    def families() -> list[FamilySnapshot]:
+        lost: dict[tuple[str, ...], Value] = {(): alerts.lost}
+        text = "Alarms that did not get into the outbox."
+        own = FamilySnapshot("tidegate_alerts_lost_total", text, "counter", (), lost)
+        return [*delivery_metrics.families(dispatcher), own]
+
+    telemetry.metrics.collect(families)
+    return Delivery(alerts, outbox, dispatcher)
 
 
 @dataclass(slots=True, frozen=True)
@@ -217,6 +310,9 @@ def _admin(
     reconfigure: ConfigControl | None,
     shadows: ShadowLoader,
     gateway: Gateway,
+    monitors: MonitorViews,
+    delivery: Delivery | None,
+    rollouts: RolloutControl | None,
 ) -> Admin:
     token = settings.admin_token
     if token is None and state is not None:
@@ -239,9 +335,14 @@ def _admin(
 
     views = AdminViews(
         audit=None if audit is None else tail,
+        hooks=None if delivery is None else delivery.newest,
         shadows=lambda: {"shadows": shadows.report()},
         experiments=lambda: {"experiments": experiments()},
         experiment=experiment,
+        monitors=monitors.all,
+        monitor=monitors.one,
+        monitor_sample=monitors.sample,
+        rollouts=None if rollouts is None else _rollout_views(rollouts),
     )
     return Admin(token, reconfigure, views)
 
@@ -303,7 +404,12 @@ def load_of(served: Served) -> float:
 
 
 def _reconfigure(
-    settings: ServerSettings, file: ConfigFile | None, state: State | None, control: ModelControl, audit: Audit
+    settings: ServerSettings,
+    file: ConfigFile | None,
+    state: State | None,
+    control: ModelControl,
+    audit: Audit,
+    rollouts: RolloutControl | None,
 ) -> ConfigControl | None:
     """The configuration's own control; None without a file, or without a state folder to keep its history in."""
     if file is None or state is None:
@@ -322,12 +428,15 @@ def _reconfigure(
         text=file.text,
         config=file.config,
         repository=repository,
+        rollouts=rollouts,
     )
 
 
 def _hearing(gateway: Gateway) -> Hear:
     def hear(model: str, feedback: Feedback) -> bool:
-        return gateway.hear(model, feedback.id, feedback.name, feedback.value, feedback.key)
+        return gateway.hear(
+            model, feedback.id, feedback.name, feedback.value, feedback.key, text=feedback.text, row=feedback.row
+        )
 
     return hear
 
@@ -468,7 +577,9 @@ def _server_of_versions(
         )
         counted.stats.pending = batcher.pending
         batcher.taps = taps_of(engine)
-        return Served(spec, batcher, options, counted, telemetry.instruments)
+        return Served(
+            spec, batcher, options, counted, telemetry.instruments, rules=rules_of(engine), labels=labels_of(engine)
+        )
 
     return serve
 

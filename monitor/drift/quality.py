@@ -144,9 +144,8 @@ def judge_quality(
     rule_over = rule_share > checks.tolerated
     rule_log_p = np.zeros(len(others))
     if rule_over.any():
-        rule_log_p = np.where(
-            rule_over, -rule_rows * _divergence(rule_share, checks.tolerated) / inflation[others], 0.0
-        )
+        evidence = _evidence(marks, rule_rows, checks.tolerated)
+        rule_log_p = np.where(rule_over, -evidence / inflation[others], 0.0)
     log_p = np.maximum(np.concatenate([reference_log_p, rule_log_p]), _LEAST)
     real = log_p < log_level
     quiet = np.concatenate([small | (reference_log_p > log_level + _HYSTERESIS), ~rule_over])
@@ -192,13 +191,15 @@ def _ratio(part: Array, whole: Array) -> Array:
 def _two_shares(k: Array, n: Array, k0: Array, m: Array) -> Array:
     """-G/2 where the share k/n is larger than k0/m, else 0."""
     common = (k + k0) / np.maximum(n + m, 1)
-    half_g = n * _divergence(_ratio(k, n), common) + m * _divergence(_ratio(k0, m), common)
+    half_g = _evidence(k, n, common) + _evidence(k0, m, common)
     return np.where((n > 0) & (m > 0) & (k * m > k0 * n), -half_g, 0.0)
 
 
-def _divergence(share: Array, against: Array) -> Array:
-    """KL of two Bernoulli distributions in nats; infinite where ``against`` is 0 or 1 and ``share`` is not."""
+def _evidence(k: Array, n: Array, expected: Array) -> Array:
+    """n KL(k/n | expected) of Bernoulli distributions, in nats; 0 where n is 0, infinite where ``expected`` is 0 or 1
+    and k/n is not."""
+    share = _ratio(k, n)
     with np.errstate(divide="ignore", invalid="ignore"):
-        hit = np.where(share > 0, share * np.log(share / against), 0.0)
-        miss = np.where(share < 1, (1 - share) * np.log((1 - share) / (1 - against)), 0.0)
-    return np.asarray(np.maximum(hit + miss, 0.0))
+        hit = np.where(share > 0, share * np.log(share / expected), 0.0)
+        miss = np.where(share < 1, (1 - share) * np.log((1 - share) / (1 - expected)), 0.0)
+        return np.where(n > 0, n * np.maximum(hit + miss, 0.0), 0.0)

@@ -37,6 +37,12 @@ def kernel(*signatures: Arguments) -> Callable[[Function], Function]:
     return decorate
 
 
+def helper(function: Function) -> Function:
+    """A part of the kernels of its own module, compiled with each of them. Not to be called from anywhere else: a
+    kernel in the cache on disk is made anew when its own file has changed, and no other."""
+    return cast("Function", njit(nogil=True)(function))
+
+
 def compile_all() -> None:
     """Compile every kernel of the modules imported so far. Blocks for up to seconds; repeating it costs nothing."""
     with _compiling:

@@ -6,9 +6,15 @@ numbers are monotone in the value and depend on the knots only, so counts from a
 
 **Search.** The range of the knots is divided into equal buckets; ``table[b]`` is the number of knots in buckets below
 b. Because the bucket is monotone in the value, a value in bucket b has at least that many knots below it, and at most
-as many more as the bucket holds. ``steps`` branch-free halvings cover the fullest bucket of the column. Each pass runs
-over a tile of rows in the first-level cache and is a loop of independent iterations, so the compiler can use gathers.
-Knots are followed by ``2**steps`` NaN, which are neither below nor equal to anything.
+as many more as the bucket holds. ``steps`` branch-free halvings cover the fullest bucket of the column. A value that is
+on a knot meets this knot in one of the halvings (a search that ends left of an element has looked at it), so that no
+look is left for the end. Knots are followed by ``2**steps`` NaN, which are neither below nor equal to anything.
+
+**Speed.** A tile of rows is turned column by column, so that the tables of one column stay in the first-level cache for
+thousands of values. The search of a column is a chain of plain loops over some 1,000 values: those that compute have no
+indirect access and become vector instructions, those that look up do nothing else and keep the load ports busy. The
+tables of many columns together are larger than the second-level cache: each is read once in order before it is used, at
+the speed of a stream instead of one miss after the other.
 """
 
 from __future__ import annotations
@@ -17,17 +23,22 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numba import types
-from numpy import int32, uint32
+from numpy import int32, uint32, uint64
 
-from monitor.kernels._jit import kernel, read_only
+from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Rows of one tile, and columns transposed at once: 16 floats are one cache line.
-_ROWS: Final = 1024
+#: Rows of one tile, and columns turned at once: 16 floats are one cache line.
+_ROWS: Final = 4096
 _COLUMNS: Final = 16
-#: Tile columns lie this far apart, so that they do not fall on the same cache set.
-_STRIDE: Final = _ROWS + 16
+#: Columns of a tile lie this much further apart than they are long, so that they do not fall on the same cache set.
+_GAP: Final = 16
+#: Values searched at once: with the tables of their column they fit into the first-level cache.
+_CHUNK: Final = 1024
+#: With fewer rows than this a column's tables are not worth reading ahead; elements of 4 bytes in a cache line.
+_WORTH_WARMING: Final = 256
+_LINE: Final = 16
 
 _U32, _I64 = read_only(types.uint32), read_only(types.int64)
 _COUNTS = types.Array(types.int32, 1, "C")
@@ -58,6 +69,61 @@ def buckets(values: Array, origin: float, scale: float, last: int, out: Array) -
         out[i] = int32(place)
 
 
+@helper
+def _turn(rows: Array, first: int, tile: int, columns: Array, stage: Array, stride: int) -> None:
+    """``stage[j * stride + i] = rows[first + i, columns[j]]`` for i < ``tile``."""
+    left = uint64(columns[0])
+    neighbours = columns.size == _COLUMNS
+    for j in range(columns.size):
+        neighbours = neighbours and columns[j] - columns[0] == j
+    if neighbours:
+        for i in range(tile):
+            for j in range(_COLUMNS):  # a fixed number of them: vector loads
+                stage[uint64(j * stride + i)] = rows[uint64(first + i), left + uint64(j)]
+    else:
+        for i in range(tile):
+            for j in range(columns.size):
+                stage[uint64(j * stride + i)] = rows[uint64(first + i), uint64(columns[j])]
+
+
+@helper
+def _warm(own: Array, below: Array, mine: Array) -> int:
+    """Bring a column's tables into the cache. What is returned is of no use but that the reads are not left out."""
+    seen = uint32(0)
+    for i in range(0, own.size, _LINE):
+        seen |= uint32(own[i] > own[0])
+    for i in range(0, below.size, _LINE):
+        seen |= below[i]
+    for i in range(0, mine.size, _LINE):
+        seen |= uint32(mine[i])
+    return int(seen)
+
+
+@helper
+def _search(
+    values: Array, own: Array, below: Array, low: float, factor: float, last: int, steps: int, probe: Array, cell: Array
+) -> None:
+    """``cell[i]`` is the cell of ``values[i]``; what it is for NaN does not matter."""
+    limit = values.dtype.type(last)
+    zero = values.dtype.type(0)
+    one = uint32(1)
+    for i in range(values.size):
+        t = (values[i] - low) * factor
+        t = t if t > zero else zero  # NaN too
+        t = t if t < limit else limit
+        cell[i] = uint32(int32(t))
+    for i in range(values.size):
+        cell[i] = below[cell[i]] << one
+    shift = uint32(steps)
+    while shift > uint32(0):
+        half = uint32((one << uint32(shift - one)) - one)
+        for i in range(values.size):
+            probe[i] = own[uint32((cell[i] >> one) + half)]
+        for i in range(values.size):
+            cell[i] = uint32(cell[i] + (uint32(probe[i] < values[i]) << shift)) | uint32(probe[i] == values[i])
+        shift = uint32(shift - one)
+
+
 @kernel(_arguments(types.float32), _arguments(types.float64))
 def count_cells(
     rows: Array,
@@ -79,42 +145,27 @@ def count_cells(
     per column. The caller sees to it that all indices fit; nothing is checked here.
     """
     n = rows.shape[0]
-    stage = np.empty(_COLUMNS * _STRIDE, rows.dtype)
-    place = np.empty(_ROWS, np.uint32)
-    limit = rows.dtype.type(last)
-    zero = rows.dtype.type(0)
-    one = uint32(1)
+    stride = min(n, _ROWS) + _GAP
+    stage = np.empty(min(_COLUMNS, columns.size) * stride, rows.dtype)
+    probe = np.empty(_CHUNK, rows.dtype)
+    cell = np.empty(_CHUNK, np.uint32)
     for first in range(0, n, _ROWS):
         tile = min(_ROWS, n - first)
         for group in range(0, columns.size, _COLUMNS):
-            members = min(_COLUMNS, columns.size - group)
-            for i in range(tile):
-                for j in range(members):
-                    stage[j * _STRIDE + i] = rows[first + i, columns[group + j]]
-            for j in range(members):
+            members = columns[group : group + _COLUMNS]
+            _turn(rows, first, tile, members, stage, stride)
+            for j in range(members.size):
                 f = group + j
-                values = stage[j * _STRIDE : j * _STRIDE + tile]
                 own = knots[knot_start[f] : knot_start[f + 1]]
                 below = table[f * (last + 1) : (f + 1) * (last + 1)]
-                low = origin[f]
-                factor = scale[f]
-                for i in range(tile):
-                    t = (values[i] - low) * factor
-                    t = t if t > zero else zero  # NaN too
-                    t = t if t < limit else limit
-                    place[i] = below[uint32(int32(t))]
-                shift = uint32(steps[f])
-                while shift > uint32(0):
-                    shift = uint32(shift - one)
-                    half = uint32((one << shift) - one)
-                    for i in range(tile):
-                        p = place[i]
-                        place[i] = uint32(p + (uint32(own[uint32(p + half)] < values[i]) << shift))
-                missing = uint32(2 * knot_count[f] + 1)
-                for i in range(tile):
-                    p = place[i]
-                    cell = uint32((p << one) + uint32(own[p] == values[i]))
-                    place[i] = missing if values[i] != values[i] else cell
                 mine = counts[cell_start[f] : cell_start[f + 1]]
-                for i in range(tile):
-                    mine[place[i]] += 1
+                missing = uint32(2 * knot_count[f] + 1)
+                if tile >= _WORTH_WARMING:
+                    cell[0] = _warm(own, below, mine)
+                for start in range(j * stride, j * stride + tile, _CHUNK):
+                    values = stage[start : min(start + _CHUNK, j * stride + tile)]
+                    _search(values, own, below, origin[f], scale[f], last, steps[f], probe, cell)
+                    for i in range(values.size):  # NaN equals nothing
+                        cell[i] = missing if values[i] != values[i] else cell[i]
+                    for i in range(values.size):
+                        mine[cell[i]] += 1

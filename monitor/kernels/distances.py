@@ -1,4 +1,7 @@
-"""Jensen-Shannon, L-infinity and chi-square from counts of bins; no smoothing."""
+"""PSI, Jensen-Shannon, L-infinity and chi-square from counts of bins.
+
+Column f has the bins ``start[f]:start[f + 1]`` of both samples. Every distance is NaN where one sample has no row.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,61 @@ from typing import Any, TypeAlias
 import numpy as np
 from numba import types
 
-from monitor.kernels._jit import kernel, read_only
+from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _I64 = read_only(types.int64)
 _OUT = types.Array(types.float64, 1, "C")
+_OCCUPIED = types.Array(types.int64, 1, "C")
+
+
+@helper
+def _totals(reference: Array, window: Array, first: int, last: int) -> tuple[int, int, int, bool]:
+    """(reference rows, window rows, bins where either has any, do both have rows) of the bins ``first:last``."""
+    m = 0
+    n = 0
+    bins = 0
+    for b in range(first, last):
+        m += reference[b]
+        n += window[b]
+        if reference[b] + window[b] > 0:
+            bins += 1
+    return m, n, bins, m > 0 and n > 0
+
+
+@kernel((_I64, _I64, _I64, types.int64, _OUT, _OUT, _OCCUPIED))
+def psi(
+    reference: Array, window: Array, start: Array, leave_out: int, out: Array, part: Array, occupied: Array
+) -> None:
+    """``out[f]`` = sum over bins of (q - p) ln(q / p), in nats; ``part[b]`` is bin b's own summand.
+
+    p and q are shares after 1/2 was added to the counts of both sides, in the ``occupied[f]`` bins where either side
+    has any. The last ``leave_out`` bins of each column do not take part.
+    """
+    part[:] = 0.0
+    for f in range(out.size):
+        first = start[f]
+        last = start[f + 1] - leave_out
+        m, n, bins, defined = _totals(reference, window, first, last)
+        occupied[f] = bins
+        total = 0.0
+        for b in range(first, last if defined else first):
+            if reference[b] + window[b] > 0:
+                p = (reference[b] + 0.5) / (m + 0.5 * bins)
+                q = (window[b] + 0.5) / (n + 0.5 * bins)
+                part[b] = (q - p) * math.log(q / p)
+                total += part[b]
+        out[f] = total if defined else np.nan
 
 
 @kernel((_I64, _I64, _I64, _OUT))
 def jensen_shannon(reference: Array, window: Array, start: Array, out: Array) -> None:
-    """``out[f]`` = the Jensen-Shannon distance: root of the divergence in bits, 0..1. NaN when one side is empty."""
+    """``out[f]`` = the Jensen-Shannon distance: root of the divergence in bits, 0..1."""
     for f in range(out.size):
-        m = 0
-        n = 0
-        for b in range(start[f], start[f + 1]):
-            m += reference[b]
-            n += window[b]
-        if m == 0 or n == 0:
-            out[f] = np.nan
-            continue
+        m, n, _, defined = _totals(reference, window, start[f], start[f + 1])
         total = 0.0
-        for b in range(start[f], start[f + 1]):
+        for b in range(start[f], start[f + 1] if defined else start[f]):
             p = reference[b] / m
             q = window[b] / n
             middle = (p + q) / 2
@@ -37,49 +73,32 @@ def jensen_shannon(reference: Array, window: Array, start: Array, out: Array) ->
                 total += p * math.log2(p / middle)
             if q > 0:
                 total += q * math.log2(q / middle)
-        out[f] = math.sqrt(max(total / 2, 0.0))
+        out[f] = math.sqrt(max(total / 2, 0.0)) if defined else np.nan
 
 
 @kernel((_I64, _I64, _I64, _OUT))
 def l_infinity(reference: Array, window: Array, start: Array, out: Array) -> None:
-    """``out[f]`` = the largest difference of a bin's share, 0..1. NaN when one side is empty."""
+    """``out[f]`` = the largest difference of a bin's share, 0..1."""
     for f in range(out.size):
-        m = 0
-        n = 0
-        for b in range(start[f], start[f + 1]):
-            m += reference[b]
-            n += window[b]
-        if m == 0 or n == 0:
-            out[f] = np.nan
-            continue
+        m, n, _, defined = _totals(reference, window, start[f], start[f + 1])
         largest = 0.0
-        for b in range(start[f], start[f + 1]):
+        for b in range(start[f], start[f + 1] if defined else start[f]):
             largest = max(largest, abs(reference[b] / m - window[b] / n))
-        out[f] = largest
+        out[f] = largest if defined else np.nan
 
 
-@kernel((_I64, _I64, _I64, _OUT, types.Array(types.int64, 1, "C")))
+@kernel((_I64, _I64, _I64, _OUT, _OCCUPIED))
 def chi_square(reference: Array, window: Array, start: Array, out: Array, occupied: Array) -> None:
     """``out[f]`` = Pearson's statistic of homogeneity of the two samples over the ``occupied[f]`` bins that hold any
-    row, without continuity correction. NaN when one side is empty.
+    row, without continuity correction.
     """
     for f in range(out.size):
-        m = 0
-        n = 0
-        bins = 0
-        for b in range(start[f], start[f + 1]):
-            m += reference[b]
-            n += window[b]
-            if reference[b] + window[b] > 0:
-                bins += 1
+        m, n, bins, defined = _totals(reference, window, start[f], start[f + 1])
         occupied[f] = bins
-        if m == 0 or n == 0:
-            out[f] = np.nan
-            continue
         total = 0.0
-        for b in range(start[f], start[f + 1]):
+        for b in range(start[f], start[f + 1] if defined else start[f]):
             both = reference[b] + window[b]
             if both > 0:
                 difference = reference[b] / m - window[b] / n
                 total += difference * difference / both
-        out[f] = total * m * n
+        out[f] = total * m * n if defined else np.nan

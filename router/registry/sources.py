@@ -16,7 +16,18 @@ from typing import TypeAlias
 from router.registry.base import PublishRefused, shown
 from router.registry.blobs import open_regular
 from router.registry.directory import CONFIG_FILENAME, DEFAULT_FILENAME
-from router.registry.manifest import CONFIG, DATA, LABELS, MAX_FILES, MODEL, OTHER, ROLES, ManifestError, check_path
+from router.registry.manifest import (
+    CONFIG,
+    DATA,
+    LABELS,
+    MAX_FILES,
+    MODEL,
+    OTHER,
+    PROFILE,
+    ROLES,
+    ManifestError,
+    check_path,
+)
 
 #: A folder, one model file, or path in the version -> file on disk.
 Source: TypeAlias = Path | Mapping[str, Path]
@@ -131,4 +142,5 @@ def _role(path: str) -> str:
     if path == CONFIG_FILENAME:
         return CONFIG
     suffix = os.path.splitext(path)[1]
-    return {".txt": LABELS, ".data": DATA, ".bin": DATA, ".weights": DATA}.get(suffix, OTHER)
+    roles = {".txt": LABELS, ".tgp": PROFILE, ".data": DATA, ".bin": DATA, ".weights": DATA}
+    return roles.get(suffix, OTHER)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -73,12 +74,17 @@ def _pair(first: Array, second: Array) -> tuple[Array, Array]:
     return ours, theirs
 
 
-def _bootstrap(rows: int, statistic: Callable[[Array], Array], alpha: float, seed: int) -> tuple[float, float]:
-    """The (alpha, 1 - alpha) quantiles of a statistic of resampled rows; it gets indexes, (draws, rows)."""
+def _bootstrap(
+    rows: int, statistic: Callable[[Array], Array], alpha: float, seed: int, low_alpha: float | None = None
+) -> tuple[float, float]:
+    """Quantiles of a statistic of resampled rows: ``low_alpha`` (None: alpha) and 1 - alpha.
+
+    The statistic gets indexes, (draws, rows), and gives one value per draw.
+    """
     rng = np.random.default_rng(seed)
     step = max(_AT_ONCE // rows, 1)
     found = [statistic(rng.integers(rows, size=(min(step, _DRAWS - at), rows))) for at in range(0, _DRAWS, step)]
-    low, high = np.quantile(np.concatenate(found), [alpha, 1 - alpha])
+    low, high = np.quantile(np.concatenate(found), [alpha if low_alpha is None else low_alpha, 1 - alpha])
     return float(low), float(high)
 
 
@@ -89,6 +95,32 @@ def non_inferior(
 
     Paired percentile bootstrap; each end of the interval holds with 1 - alpha.
     """
+    found = _compared(candidate, champion, alpha, seed)
+    if isinstance(found, Finding):
+        return found
+    low, high, told = found
+    return _bounded("quality", low, high, margin * abs(told["champion"]), told)
+
+
+def superior(candidate: Array, champion: Array, alpha: float = 0.05, seed: int = 0) -> Finding:
+    """Losses per row: the mean difference must be under zero. As ``non_inferior``, but being as good is not enough."""
+    found = _compared(candidate, champion, alpha, seed)
+    if isinstance(found, Finding):
+        return found
+    low, high, told = found
+    evidence = told | {"low": low, "high": high, "limit": 0.0}
+    if high < 0:
+        return Finding("quality", Status.PASSED, f"the loss is lower by at least {-high:.6g}", evidence)
+    if low >= 0:
+        return Finding("quality", Status.FAILED, f"the loss is not lower: at least {low:.6g} over", evidence)
+    reason = f"between {low:.6g} and {high:.6g}, wanted is under zero"
+    return Finding("quality", Status.UNDECIDED, reason, evidence)
+
+
+def _compared(
+    candidate: Array, champion: Array, alpha: float, seed: int
+) -> tuple[float, float, dict[str, Any]] | Finding:
+    """The interval of the mean paired difference of losses, and numbers to tell; or why there is none."""
     ours, theirs = _pair(candidate, champion)
     if len(ours) < MIN_ROWS:
         return missing("quality", f"holdout of {MIN_ROWS} rows, only {len(ours)}")
@@ -97,9 +129,66 @@ def non_inferior(
     difference = ours - theirs
     if not np.isfinite(difference).all():
         return Finding("quality", Status.FAILED, "the candidate's loss is not finite in every row")
-    low, high = _bootstrap(len(difference), lambda picked: difference[picked].mean(axis=1), alpha, seed)
+    low, high = _bootstrap(len(difference), partial(_mean_of, difference), alpha, seed)
+    return low, high, {"rows": len(ours), "candidate": float(ours.mean()), "champion": float(theirs.mean())}
+
+
+def slices_not_worse(
+    candidate: Array,
+    champion: Array,
+    groups: Sequence[Any] | Array,
+    margin: float = 0.05,
+    alpha: float = 0.05,
+    min_rows: int = MIN_SLICE,
+    seed: int = 0,
+) -> Finding:
+    """Losses per row: in no group may the mean difference be over ``margin`` times the champion's mean loss there.
+
+    Paired percentile bootstrap per group. That all groups pass holds with 1 - alpha without correction, as each of
+    them must; that one fails holds with 1 - alpha because each is looked at with alpha over the number of groups.
+    """
+    ours, theirs = _pair(candidate, champion)
+    labels = np.asarray(groups).astype(str)
+    if labels.shape != ours.shape:
+        raise ValueError(f"wanted one loss and one group per row, got shapes {ours.shape} and {labels.shape}")
+    names, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    large = np.flatnonzero(counts >= max(min_rows, 2))
+    if not large.size:
+        return missing("slices", f"group of {min_rows} rows")
+    found = {
+        str(names[place]): _in_group(ours[places == place], theirs[places == place], margin, alpha, len(large), seed)
+        for place in large
+    }
+    left_out = [str(name) for name in np.delete(names, large)]
+    return _least_passed(found, left_out)
+
+
+def _in_group(ours: Array, theirs: Array, margin: float, alpha: float, groups: int, seed: int) -> Finding:
+    difference = ours - theirs
+    if not np.isfinite(theirs).all():
+        return missing("slices", "champion with a finite loss in every row")
+    if not np.isfinite(difference).all():
+        return Finding("slices", Status.FAILED, "the candidate's loss is not finite in every row")
+    low, high = _bootstrap(len(difference), partial(_mean_of, difference), alpha, seed, low_alpha=alpha / groups)
     told = {"rows": len(ours), "candidate": float(ours.mean()), "champion": float(theirs.mean())}
-    return _bounded("quality", low, high, margin * abs(float(theirs.mean())), told)
+    return _bounded("slices", low, high, margin * abs(float(theirs.mean())), told)
+
+
+def _mean_of(values: Array, picked: Array) -> Array:
+    return np.asarray(values[picked].mean(axis=1))
+
+
+def _least_passed(found: dict[str, Finding], left_out: list[str]) -> Finding:
+    """One finding of one per group."""
+    status = overall(list(found.values()))
+    told = {"groups": {name: {"status": f.status.value, **f.evidence} for name, f in found.items()}}
+    evidence = told | {"left_out": left_out}
+    if status is Status.PASSED and left_out:
+        return Finding("slices", Status.UNDECIDED, f"too few rows in {', '.join(left_out)}", evidence)
+    if status is Status.PASSED:
+        return Finding("slices", status, f"no group of {len(found)} is worse than allowed", evidence)
+    name, worst = next((name, one) for name, one in found.items() if one.status is status)
+    return Finding("slices", status, f"{name}: {worst.reason}", evidence)
 
 
 def slices(
@@ -131,7 +220,8 @@ def slices(
     }
     least, gap = min(means.values()), max(means.values()) - min(means.values())
     left_out = [str(name) for name in names[~large]]
-    told = {"groups": means, "min": least, "gap": gap, "left_out": left_out}
+    told = {"groups": means, "rows": dict(zip(means, counts[large].tolist(), strict=True)), "min": least, "gap": gap}
+    told |= {"left_out": left_out}
     if not np.isfinite(gap):
         return Finding("slices", Status.FAILED, "a score is not finite", told)
     if min_score is not None and least < min_score:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _POOL.AddSerializedFile(b'\n\x17tidegate/feedback.proto\x12\x0btidegate.v1\"?\n\x07Outcome\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\x01\"K\n\rReportRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12&\n\x08outcomes\x18\x02 \x03(\x0b\x32\x14.tidegate.v1.Outcome\"2\n\x0eReportResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r2O\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x43\n\x06Report\x12\x1a.tidegate.v1.ReportRequest\x1a\x1b.tidegate.v1.ReportResponse\"\x00\x62\x06proto3')
+DESCRIPTOR = _POOL.AddSerializedFile(b'\n\x17tidegate/feedback.proto\x12\x0btidegate.v1\"w\n\x07Outcome\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x05value\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12\x0b\n\x03row\x18\x06 \x01(\r\x12\x0c\n\x04time\x18\x07 \x01(\tB\t\n\x07outcome\"K\n\rReportRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12&\n\x08outcomes\x18\x02 \x03(\x0b\x32\x14.tidegate.v1.Outcome\"2\n\x0eReportResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r2O\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x43\n\x06Report\x12\x1a.tidegate.v1.ReportRequest\x1a\x1b.tidegate.v1.ReportResponse\"\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'server._pb.feedback_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OUTCOME']._serialized_start=40
-  _globals['_OUTCOME']._serialized_end=103
-  _globals['_REPORTREQUEST']._serialized_start=105
-  _globals['_REPORTREQUEST']._serialized_end=180
-  _globals['_REPORTRESPONSE']._serialized_start=182
-  _globals['_REPORTRESPONSE']._serialized_end=232
-  _globals['_FEEDBACK']._serialized_start=234
-  _globals['_FEEDBACK']._serialized_end=313
+  _globals['_OUTCOME']._serialized_end=159
+  _globals['_REPORTREQUEST']._serialized_start=161
+  _globals['_REPORTREQUEST']._serialized_end=236
+  _globals['_REPORTRESPONSE']._serialized_start=238
+  _globals['_REPORTRESPONSE']._serialized_end=288
+  _globals['_FEEDBACK']._serialized_start=290
+  _globals['_FEEDBACK']._serialized_end=369
 # @@protoc_insertion_point(module_scope)

@@ -98,6 +98,8 @@ class Work:
     batch_rows: int = 0
     batch_members: int = 0
     batch_id: int = 0
+    #: Requests with another mark never share a batch with it: a part of the traffic that is measured by itself.
+    apart: str = ""
     # The planner's notes.
     plan: Hashable = field(default=(), repr=False)
     state: int = field(default=NEW, repr=False)
@@ -218,7 +220,8 @@ class Batcher:
         """
         if self._closed:
             raise Draining(f"{self._name()} is being unloaded")
-        work.plan = self._layout.plan(work.inputs)
+        plan = self._layout.plan(work.inputs)
+        work.plan = (work.apart, plan) if work.apart else plan
         work.enqueued_ns = self._clock()
         full = self._planner.add(work)
         if full is not None and self._make_room():

@@ -1,8 +1,9 @@
-"""Reading from the admin address of a running server."""
+"""Reading from the admin address of a running server, and giving it orders."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any, Final
@@ -22,8 +23,10 @@ URL = click.option(
 TOKEN = click.option("--token", envvar="TIDEGATE_ADMIN_TOKEN", help="Bearer token, when reading asks for one.")
 
 
-def read(address: str, path: str, token: str | None) -> bytes:
-    """The body at a path of an admin address (URL or HOST:PORT).
+def read(
+    address: str, path: str, token: str | None, *, method: str = "GET", told: Mapping[str, str] | None = None
+) -> bytes:
+    """The body at a path of an admin address (URL or HOST:PORT); ``told``: further headers.
 
     Raises ConfigError for no address, NotFound with the server's reason, TidegateError for anything else.
     """
@@ -31,8 +34,10 @@ def read(address: str, path: str, token: str | None) -> bytes:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url takes the http or https URL of an admin address, got {address!r}")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    # UTF-8, which HTTP hands on as Latin-1.
+    headers |= {name: value.encode().decode("latin-1") for name, value in (told or {}).items()}
     try:
-        with urlopen(Request(url, headers=headers), timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked above
+        with urlopen(Request(url, headers=headers, method=method), timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked above
             return bytes(answer.read(_MOST_BYTES))
     except HTTPError as error:
         kind = NotFound if error.code == HTTPStatus.NOT_FOUND else TidegateError
@@ -43,7 +48,15 @@ def read(address: str, path: str, token: str | None) -> bytes:
 
 def read_json(address: str, path: str, token: str | None) -> dict[str, Any]:
     """The JSON object at a path; raises what ``read`` raises."""
-    body = read(address, path, token)
+    return _object(address, path, read(address, path, token))
+
+
+def order(address: str, path: str, token: str | None, told: Mapping[str, str]) -> dict[str, Any]:
+    """POST to a path without a body; the JSON object that answers. Raises what ``read`` raises."""
+    return _object(address, path, read(address, path, token, method="POST", told=told))
+
+
+def _object(address: str, path: str, body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
     except ValueError as error:

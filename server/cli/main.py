@@ -11,9 +11,15 @@ import click
 
 from server import __version__
 from server.cli.audit import audit
+from server.cli.batch import batch
+from server.cli.card import card
+from server.cli.data import data
+from server.cli.export import export
+from server.cli.gate import gate
 from server.cli.hooks import hook
 from server.cli.monitor import monitor
 from server.cli.registry import registry
+from server.cli.rollouts import rollout
 from server.cli.routes import explain_route
 from server.errors import ConfigError, TidegateError
 
@@ -26,11 +32,17 @@ def cli() -> None:
     """A model serving gateway: ONNX models over HTTP and gRPC (Open Inference Protocol V2)."""
 
 
+registry.add_command(card)
 cli.add_command(registry)
 cli.add_command(audit)
 cli.add_command(hook)
 cli.add_command(monitor)
+cli.add_command(gate)
+cli.add_command(rollout)
 cli.add_command(explain_route)
+cli.add_command(batch)
+cli.add_command(data)
+cli.add_command(export)
 
 
 def main() -> None:

@@ -71,10 +71,11 @@ def _told() -> Iterator[None]:
     "--knots", default="1024", show_default=True, help="Quantiles kept per column, or 'all': KS is exact then."
 )
 @click.option("--bins", type=int, default=10, show_default=True, help="Bins that PSI is taken over.")
+@click.option("--segment", metavar="COLUMN=V1,V2", help="Also count the rows of each of these values by themselves.")
 @AS_JSON
 def profile(
     data: tuple[Path, ...], output: Path, model: Path | None, signature: Path | None, places: Sequence[str],
-    run_model: bool, kinds: Sequence[str], knots: str, bins: int, as_json: bool,
+    run_model: bool, kinds: Sequence[str], knots: str, bins: int, segment: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a reference profile from DATA: .csv, .csv.gz, .npz or .parquet files of the same columns.
 
@@ -86,6 +87,8 @@ def profile(
     with _told():
         found = _arranged(data, model, signature, places, run_model, kinds)
         built = ReferenceProfile.from_table(found.table, found.columns, knots=_knots(knots), bins=bins)
+        if segment is not None:
+            built = _segmented(built, found, segment)
         built.save(output)
     if as_json:
         columns = [_column_dict(column) for column in built.columns]
@@ -94,6 +97,25 @@ def profile(
     headings = ["COLUMN", "ELEMENT", "KIND", "MISSING", "MEAN", "SD", "BINS", "KS WITHIN"]
     show.table(headings, [_column_cells(column) for column in built.columns])
     click.echo(f"{output}: {len(built.columns)} columns, {built.rows} rows, sha256 {built.sha256[:12]}")
+
+
+def _segmented(built: ReferenceProfile, found: Tabular, text: str) -> ReferenceProfile:
+    """The profile with counts per value; values of a column of numbers are numbers."""
+    from monitor.segments import with_segments
+    from monitor.types import BYTES, Segment
+
+    name, _, listed = text.rpartition("=")
+    column = next((column for column in found.columns if column.name == name), None)
+    if column is None:
+        known = ", ".join([column.name for column in found.columns])
+        raise click.UsageError(f"--segment must be COLUMN=V1,V2 with a column of the profile ({known}), got {text}")
+    values: list[str | float] = list(listed.split(","))
+    if column.datatype != BYTES:
+        try:
+            values = [float(value) for value in values]
+        except ValueError:
+            raise click.UsageError(f"--segment: {name} holds numbers, got {listed}") from None
+    return with_segments(built, found.table, Segment(name, tuple(values)))
 
 
 def _arranged(
@@ -193,8 +215,7 @@ def _warn(layout: Layout, done: Calibration) -> None:
     """What must not be overlooked, on standard error."""
     from monitor.calibration import INFLATION_LIMIT
 
-    # PSI by its mean over the bins: the largest eigenvalue, which is what is used, is over 1 for independent rows too.
-    worst = np.maximum(done.ks, done.psi * done.psi_degrees).tolist()
+    worst = np.maximum(done.ks, done.psi_mean).tolist()
     over = [f"{name} ({most:.1f})" for name, most in zip(layout.names, worst, strict=True) if most > INFLATION_LIMIT]
     short = [name for name, settled in zip(layout.names, done.settled.tolist(), strict=True) if not settled]
     if over:

@@ -348,6 +348,7 @@ Interval = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATI
 AttemptTime = Annotated[int, _bounded(units.parse_duration, "1ms", "1h"), _DURATION_SCHEMA]
 Window = Annotated[int, _bounded(units.parse_duration, "100ms", "1h"), _DURATION_SCHEMA]
 WarmTime = Annotated[int, _bounded(units.parse_duration, "0s", "7d"), _DURATION_SCHEMA]
+StepTime = Annotated[int, _bounded(units.parse_duration, "100ms", "30d"), _DURATION_SCHEMA]
 OutcomeWindow = Annotated[int, _bounded(units.parse_duration, "1s", "90d"), _DURATION_SCHEMA]
 CopySize = Annotated[int, _bounded(units.parse_size, "1B", "2GiB"), _SIZE_SCHEMA]
 BodySize = Annotated[int, _bounded(units.parse_size, "1KiB", "2GiB"), _SIZE_SCHEMA]

@@ -247,7 +247,8 @@ class _Place:
 
     def _step(self, key: Key) -> None:
         if isinstance(self.kind, type) and issubclass(self.kind, BaseModel):
-            found = self.kind.model_fields.get(str(key))
+            fields = self.kind.model_fields
+            found = fields.get(str(key)) or next((field for field in fields.values() if field.alias == key), None)
             self.hidden |= found is not None and not found.repr
             self.kind = _bare(found.annotation) if found else None
         else:

@@ -61,12 +61,15 @@ from server.config.monitor_kinds import (
     ExpectedRun,
     Persistence,
     ProfileChoice,
+    RateFloor,
     RingSize,
     WatchedWindow,
     parse_expected_run,
     parse_persistence,
     parse_window,
 )
+from server.config.monitor_sections import LabelJoin, RowSample, SchemaRule, TrafficSegment
+from server.config.rollout_section import GateRules, Rollout
 from server.config.section import Section
 from server.config.sinks import Alerts
 
@@ -342,10 +345,15 @@ PolicyChoice = Annotated[VersionPolicy, BeforeValidator(_version_policy), WithJs
 
 
 class MinEffect(Section):
-    """How large a difference must be, beside being real, to raise an alarm: PSI, or the KS distance."""
+    """How large a difference must be, beside being real, to raise an alarm: PSI, or the KS distance.
+
+    ``rate``: by how much the share of missing values, of values out of range or of new categories must exceed the
+    reference's.
+    """
 
     psi: Annotated[float, Field(ge=0, le=1000)] = 0.02
     ks: Annotated[float, Field(ge=0, le=1)] = 0.05
+    rate: RateFloor = default("1%", units.parse_percent)
 
 
 class Ring(Section):
@@ -368,7 +376,8 @@ class Monitor(Section):
     ``profile`` in the registry, ``profile.tgp`` in a version's folder). Left out, versions that bring one are watched.
     ``profiles`` names files by version and goes first. ``windows``: whole numbers are rows, durations are time.
     ``expected_run``: how long, in time or rows, until chance alone raises one alarm. ``persistence``: of how many
-    looks how many must be over. ``calibration``: a file that says how much rows depend on each other.
+    looks how many must be over. ``calibration``: a file that says how much rows depend on each other. ``history``: how
+    many looks are kept for plots. ``labels`` are joined with or without a profile.
     """
 
     enabled: bool = True
@@ -386,6 +395,12 @@ class Monitor(Section):
     ring: Ring = Field(default_factory=Ring)
     calibration: FilePath | None = None
     metrics: DriftMetrics = Field(default_factory=DriftMetrics)
+    segment: TrafficSegment | None = None
+    # pydantic has a method of this name.
+    schema_: Annotated[Many[SchemaRule], Field(max_length=1000)] = Field(default=(), alias="schema")
+    sample: RowSample = Field(default_factory=RowSample)
+    history: Annotated[int, Field(ge=1, le=10_000)] = 512
+    labels: LabelJoin | None = None
 
 
 class Defaults(Section):
@@ -417,6 +432,7 @@ class FileDefaults(Defaults):
     """``defaults`` of the file: what models start from, and what holds for all of them."""
 
     reload: Reload = Field(default_factory=Reload)
+    gates: GateRules = Field(default_factory=GateRules)
 
 
 # --- routing ------------------------------------------------------------------------------------------------------
@@ -527,16 +543,6 @@ class RoutingRule(Section):
     name: RouteId
     match: RuleMatch
     to: RuleTarget
-
-
-class Rollout(Section):
-    """A candidate beside stable. ``id`` is also the salt: the same id draws the same users."""
-
-    id: RouteId
-    candidate: Target
-    weight: Share
-    control: Literal["matched", "all"] = "matched"
-    secret: Secret | None = Field(default=None, repr=False)
 
 
 class ExperimentArm(Section):

@@ -114,6 +114,22 @@ def _ring_size(value: object) -> int:
     return size
 
 
+def _rate(value: object) -> float:
+    found = units.parse_percent(value)
+    if not found:
+        raise ValueError(f"wanted a percentage over 0%, got {units.show(value)}")
+    return found
+
+
+def _column_value(value: object) -> str | float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"wanted text or a number, got {units.show(value)}; truth values are 0 and 1 here")
+    try:
+        return value if isinstance(value, str) else float(value)
+    except OverflowError:
+        raise ValueError(f"wanted a number that a column can hold, got {units.show(value)}") from None
+
+
 def _schema(*choices: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(choices)} if len(choices) > 1 else choices[0])
 
@@ -134,4 +150,8 @@ Persistence = Annotated[
 ProfileChoice: TypeAlias = Annotated[
     Path | Literal["registry"], PlainValidator(_profile), _schema({"type": "string", "minLength": 1})
 ]
+ColumnValue: TypeAlias = Annotated[
+    str | float, PlainValidator(_column_value), _schema({"type": "string"}, {"type": "number"})
+]
+RateFloor = Annotated[float, BeforeValidator(_rate), _schema({"type": "string", "pattern": units.PERCENT_PATTERN})]
 RingSize = Annotated[int, BeforeValidator(_ring_size), _schema({"type": "string", "pattern": units.SIZE_PATTERN})]

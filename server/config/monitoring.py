@@ -10,12 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from monitor.outcomes import LabelSettings
 from monitor.types import AlarmRules, Settings
 from server.config.model import Config, Model, Monitor
+from server.config.monitor_sections import (
+    label_contradictions,
+    labels_of,
+    rule_contradictions,
+    rule_of,
+    segment_contradictions,
+    segment_of,
+)
 from server.config.problems import Contradiction
 from server.config.tree import KeyPath
 
-_NESTED: Final = ("min_effect", "ring", "metrics")
+_NESTED: Final = ("min_effect", "ring", "metrics", "sample")
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,7 +32,8 @@ class MonitorSpec:
     """How the versions of one model are watched.
 
     ``profiles`` by version go first, then ``profile``: a file, ``registry`` (the version must bring a profile), or None
-    (a version that brings one is watched, others are not). ``top``: columns that have metrics of their own.
+    (a version that brings one is watched, others are not). ``top``: columns that have metrics of their own. ``labels``:
+    how labels are joined, with or without a profile; ``label_slice``: the input that metrics are cut by.
     """
 
     enabled: bool = True
@@ -32,6 +42,8 @@ class MonitorSpec:
     settings: Settings = field(default_factory=Settings)
     calibration: Path | None = None
     top: int = 20
+    labels: LabelSettings | None = None
+    label_slice: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,6 +98,7 @@ def _spec(section: Monitor) -> MonitorSpec:
         ert_hours=section.expected_run.hours,
         min_psi=section.min_effect.psi,
         min_ks=section.min_effect.ks,
+        min_rate=section.min_effect.rate,
         k=k,
         m=m,
     )
@@ -95,6 +108,11 @@ def _spec(section: Monitor) -> MonitorSpec:
         reference=section.reference,
         ring_rows=section.ring.rows,
         ring_bytes=section.ring.bytes,
+        segment=segment_of(section.segment),
+        schema=tuple([rule_of(rule) for rule in section.schema_]),
+        keep_rows=section.sample.rows,
+        keep_bytes=section.sample.bytes,
+        history_looks=section.history,
     )
     return MonitorSpec(
         section.enabled,
@@ -103,6 +121,8 @@ def _spec(section: Monitor) -> MonitorSpec:
         settings,
         section.calibration,
         section.metrics.top,
+        labels_of(section.labels),
+        "" if section.labels is None else section.labels.slice,
     )
 
 
@@ -111,17 +131,25 @@ def _spec(section: Monitor) -> MonitorSpec:
 
 def monitor_contradictions(config: Config) -> Iterator[Contradiction]:
     """Every broken rule of the ``monitor`` sections."""
-    yield from _windows(config.defaults.monitor, ("defaults", "monitor"))
+    yield from _within(config.defaults.monitor, ("defaults", "monitor"))
     if config.defaults.monitor.profiles:
         text = "profiles belong to the versions of one model: name them in its own section"
         yield Contradiction(("defaults", "monitor", "profiles"), text)
     for name, model in config.models.items():
         path = ("models", name, "monitor")
-        yield from _windows(model.monitor, path)
+        yield from _within(model.monitor, path)
         yield from _profiles(model, path)
         if model.model is not None and "monitor" in model.model_fields_set:
             text = f"the versions are model '{model.model}'s, and watched as its section says"
             yield Contradiction(path, text, (("models", name, "model"),))
+
+
+def _within(section: Monitor, path: KeyPath) -> Iterator[Contradiction]:
+    yield from _windows(section, path)
+    yield from segment_contradictions(section.segment, (*path, "segment"))
+    for index, rule in enumerate(section.schema_):
+        yield from rule_contradictions(rule, (*path, "schema", index))
+    yield from label_contradictions(section.labels, (*path, "labels"))
 
 
 def _windows(section: Monitor, path: KeyPath) -> Iterator[Contradiction]:

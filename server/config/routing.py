@@ -284,7 +284,8 @@ def _split(entry: Model, model: str) -> RolloutSplit[Reference] | ExperimentSpli
     rollout, experiment = entry.rollout, entry.experiment
     if rollout is not None:
         control = CONTROL_ARM if rollout.control == "matched" else ""
-        arm = Arm(CANDIDATE_ARM, _to(rollout.candidate, model), rollout.weight, control)
+        # Where there are steps, the share is the rollout's to say, and none until it does.
+        arm = Arm(CANDIDATE_ARM, _to(rollout.candidate, model), rollout.weight or 0, control)
         return RolloutSplit(rollout.id, (arm,), _salt(rollout.secret))
     if experiment is not None:
         arms = tuple(Arm(name, _to(arm.to, model), arm.share) for name, arm in experiment.arms.items())

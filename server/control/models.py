@@ -94,6 +94,8 @@ class ModelControl:
         self._loader = Loader(runtime, serve, self._retirement.make_room)
         #: Set when an upstream could not be reached.
         self._unreached = asyncio.Event()
+        #: Versions that stay loaded although no plan wants them any more.
+        self._held: dict[str, set[str]] = {}
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
 
@@ -155,6 +157,14 @@ class ModelControl:
     def failures(self) -> list[IndexEntry]:
         """Versions of wanted models that could not be loaded."""
         return [row for row in self._rows() if row.state == UNAVAILABLE and row.name in self._wanted]
+
+    def hold(self, model: str, version: str) -> None:
+        """Keep a loaded version loaded, whether a plan wants it or not, as long as its model is there."""
+        self._held.setdefault(model, set()).add(version)
+
+    def let_go(self, model: str, version: str) -> None:
+        """It may go when no plan wants it; the next look at the source sees to it."""
+        self._held.get(model, set()).discard(version)
 
     # -- start, poll, load, unload ------------------------------------------------------------------------------
 
@@ -332,6 +342,7 @@ class ModelControl:
             plan, known = self._plans.get(name), self._versions.setdefault(name, {})
             fresh = prepared.fresh.get(name, {})
             kept = set() if plan is None else {v.version for v in plan.versions} | set(plan.refused)
+            kept |= set() if plan is None else self._held.get(name, set())
             gone += [version for number, version in known.items() if number in fresh or number not in kept]
             self._versions[name] = {n: v for n, v in {**known, **fresh}.items() if n in kept}
             if plan is None:
@@ -418,7 +429,8 @@ class ModelControl:
         known = self._versions[model]
         wanted = set() if plan is None else {version.version for version in plan.versions}
         refused = {} if plan is None else plan.refused
-        surplus = sorted(set(known) - wanted - set(refused))
+        held = set() if plan is None else self._held.get(model, set())
+        surplus = sorted(set(known) - wanted - set(refused) - held)
         if any(known[number].served is None for number in wanted):
             surplus = [number for number in surplus if known[number].served is None]
         gone = [known.pop(number) for number in surplus]

@@ -7,6 +7,8 @@ one by one by path, and those of other servers, bring none. How a version is wat
 changing it loads the version anew beside the one that serves, checks the profile, and swaps both at once, as every
 other change does.
 
+**Labels.** Models whose section says how labels are joined have them joined, with or without a profile.
+
 **Arms.** A batch is counted as what its version was in the routing table when it ran: ``stable``, the name of the arm
 of a split that leads to it, ``pinned`` when it is only asked for by number or by rule, or ``shadow`` for the copies
 that a shadow gets. So all rows of a version count to its one part, also those that a rule or a caller sent there.
@@ -15,7 +17,7 @@ that a shadow gets. So all rows of a version count to its one part, also those t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from server.control.registry import manifest_of
 from server.control.sources import ModelPlan, ModelSource, VersionPlan, golden_state
 from server.errors import ModelLoadError
 from server.gateway import Gateway, Served
+from server.monitoring.labels import LabelWatch
 from server.monitoring.service import Mirror, MonitorService
 from server.monitoring.watch import Watch, WatchedRequest
 from server.runtime.base import LoadRequest
@@ -75,11 +78,14 @@ def _brought(plan: ModelPlan, version: VersionPlan) -> Path | None:
 
 
 def _marked(version: VersionPlan, spec: MonitorSpec, profile: Path | None) -> VersionPlan:
-    """A fingerprint that changes with how the version is watched."""
-    if profile is None:
-        return version
-    files = golden_state(tuple([path for path in (profile, spec.calibration) if path is not None]))
-    return replace(version, fingerprint=(version.fingerprint, spec.settings, spec.top, files))
+    """A fingerprint that changes with how the version is watched and its labels are joined."""
+    marks: tuple[Hashable, ...] = ()
+    if profile is not None:
+        files = golden_state(tuple([path for path in (profile, spec.calibration) if path is not None]))
+        marks = (spec.settings, spec.top, files)
+    if spec.labels is not None:
+        marks = (*marks, repr(spec.labels), spec.label_slice)
+    return replace(version, fingerprint=(version.fingerprint, *marks)) if marks else version
 
 
 def _request(
@@ -88,12 +94,14 @@ def _request(
     """The load request of a version, to be watched if it has a profile. Blocking; raises ModelLoadError."""
     request = plan.load_request(version)
     profile = places.get(version.version)
-    if profile is None:
-        if spec.profile == REGISTRY:
-            raise ModelLoadError("it brings no drift profile, and monitor.profile asks for one")
-        return request
-    folder = request.folder or Path()
-    return WatchedRequest.of(request, Watch(folder / profile, spec.settings, spec.calibration, spec.top))
+    if profile is None and spec.profile == REGISTRY:
+        raise ModelLoadError("it brings no drift profile, and monitor.profile asks for one")
+    watch = labels = None
+    if profile is not None:
+        watch = Watch((request.folder or Path()) / profile, spec.settings, spec.calibration, spec.top)
+    if spec.labels is not None:
+        labels = LabelWatch(spec.labels, spec.label_slice)
+    return WatchedRequest.of(request, watch, labels) if watch is not None or labels is not None else request
 
 
 class Arms:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 
@@ -17,11 +18,14 @@ from router.experiment import ExperimentBooks, ExperimentSpec
 from router.retry import RetryBudget
 from router.table import RoutingTable
 from router.types import ModelRoutes
+from server.config.rollouts import Steering, steered
 from server.config.routing import LATEST, Reference, RoutingSpec, bind
-from server.gateway import Breakers, Gateway, ModelPolicy, Served
+from server.gateway import Breakers, Gateway, ModelPolicy, RolloutBooks, Served
 from server.shadowing import ShadowLane
 
 log = structlog.get_logger("control")
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,7 +47,12 @@ class Publisher:
         self._gateway = gateway
         self._changed = changed
         self._loaded: dict[str, Loaded] = {}
+        #: As the configuration says, and as it is with what rollouts make of it.
+        self._given: Mapping[str, RoutingSpec] = {}
         self._specs: Mapping[str, RoutingSpec] = {}
+        #: By models entry: what its rollout makes of its routing, and what is counted for it.
+        self._steerings: dict[str, Steering] = {}
+        self._books: dict[str, RolloutBooks] = {}
         self._missing: dict[str, tuple[Reference, ...]] = {}
         #: Under a configuration the generation is its number; without one every change of the table counts.
         self._configured = False
@@ -67,11 +76,45 @@ class Publisher:
     def replace(self, specs: Mapping[str, RoutingSpec], loaded: Mapping[str, Loaded], generation: int) -> None:
         """A new configuration: everything that is loaded and said, swapped in under ``generation``."""
         self._configured = True
-        self._specs = specs
+        self._given = specs
+        self._specs = {name: self._steer(spec) for name, spec in specs.items()}
         self._loaded = dict(loaded)
         self._missing.clear()
         names = {*self._gateway.table.models, *specs, *loaded}
         self._swap(names, generation, always=True)
+
+    def set_course(self, entry: str, steering: Steering | None, books: RolloutBooks | None) -> None:
+        """What the rollout of an entry makes of its routing, from the next swap on (None: nothing)."""
+        _keep(self._steerings, entry, steering)
+        _keep(self._books, entry, books)
+        changed = {name: self._steer(spec) for name, spec in self._given.items() if spec.entry == entry}
+        self._specs = {**self._specs, **changed}
+
+    def steer(self, entry: str, steering: Steering | None, books: RolloutBooks | None) -> bool:
+        """The same at once; False when something that the routing leads to is not loaded, and nothing has changed."""
+        before = self._steerings.get(entry), self._books.get(entry)
+        self.set_course(entry, steering, books)
+        names = [name for name, spec in self._specs.items() if spec.entry == entry]
+        if steering is not None and not self._leads(names):
+            self.set_course(entry, *before)
+            return False
+        self._swap(names, self._gateway.table.generation + (not self._configured), always=True)
+        return True
+
+    def _steer(self, spec: RoutingSpec) -> RoutingSpec:
+        steering = self._steerings.get(spec.entry)
+        return spec if steering is None else steered(spec, steering)
+
+    def _leads(self, names: Iterable[str]) -> bool:
+        """Whether stable and every arm of these names are loaded."""
+        specs = [self._specs[name] for name in names]
+        ends = [spec.stable for spec in specs]
+        ends += [arm.to.target for spec in specs if spec.routes.split is not None for arm in spec.routes.split.arms]
+        return all(self.find(end) is not None for end in ends)
+
+    def alias(self, model: str, alias: str) -> str:
+        """The version that an alias of a model names, as far as is known; "" for none."""
+        return self._loaded.get(model, _NOTHING).aliases.get(alias, "")
 
     def follow_with(self, follow: Callable[[], None]) -> None:
         """Call ``follow`` whenever the table is about to change, so that shadow lanes are there when it does."""
@@ -136,7 +179,15 @@ class Publisher:
             {shadow.id: lane for shadow in spec.shadows if (lane := self.lanes.get((spec.entry, shadow.id)))},
             _breakers(resilience.breaker, before.breakers),
             spec.entry,
+            self._books.get(spec.entry),
         )
+
+
+def _keep(held: dict[str, T], entry: str, value: T | None) -> None:
+    """``value`` under ``entry``, or nothing."""
+    held.pop(entry, None)
+    if value is not None:
+        held[entry] = value
 
 
 def _books(wanted: ExperimentSpec | None, before: ExperimentBooks | None) -> ExperimentBooks | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -20,6 +20,7 @@ from server.config.load import parse_config
 from server.config.model import Config
 from server.config.plan import plan_reload
 from server.config.problems import InvalidConfig
+from server.config.rollouts import RolloutTemplate, compile_rollouts
 from server.config.routing import RoutingSpec, compile_routing
 from server.control.models import ModelControl
 from server.control.sources import ModelSource
@@ -32,10 +33,20 @@ log = structlog.get_logger("config")
 Json = dict[str, Any]
 
 
+class Rollouts(Protocol):
+    """Who climbs the steps of rollouts; hears of every change of the configuration before it is in force."""
+
+    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
+    def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]: ...
+    def follow(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
+    def planned(self, templates: Mapping[str, RolloutTemplate]) -> dict[str, list[Json]]: ...
+
+
 class ConfigControl:
     """One configuration file and its generations. On the loop only; everything that blocks is done off it.
 
-    ``history`` gives the generations in the store, of which that many keep their text.
+    ``history`` gives the generations in the store, of which that many keep their text. ``rollouts`` None: sections with
+    steps stand still.
     """
 
     def __init__(
@@ -49,8 +60,10 @@ class ConfigControl:
         text: bytes,
         config: Config,
         repository: Path | None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         self._control = control
+        self._rollouts = rollouts
         self._history_of = history
         self._rules = compile_reload(config)
         self._history = history(self._rules.history)
@@ -80,6 +93,8 @@ class ConfigControl:
             else:
                 number = await self._record(self._text, self._control.digests_now(), "tidegate", "start", None)
             self._control.obey(self._rules)
+            if self._rollouts is not None:
+                await self._rollouts.start(self._templates(self._config), latest.actor if latest else "tidegate")
             self._control.commit(self._control.as_it_is(), self._specs(self._config), number)
             self._number = number
             await self._keep(self._text)
@@ -151,9 +166,11 @@ class ConfigControl:
             # Whoever rolls back asks for what was, whichever keys move by it.
             if refusals and restores is None:
                 raise ConfigError("; ".join(refusals))
+            if wrong := [] if self._rollouts is None else self._rollouts.check(self._templates(config)):
+                raise FailedPrecondition("; ".join(wrong))
             async with self._control.turn:
                 number = await self._swap(text, config, actor, reason, restores, digests)
-        except (ConfigError, ModelLoadError) as error:
+        except (ConfigError, FailedPrecondition, ModelLoadError) as error:
             await self._rejected(text, error, actor, reason)
             raise
         log.info("config_applied", generation=number, actor=actor, reason=reason)
@@ -182,6 +199,8 @@ class ConfigControl:
             raise
         self._rules = rules
         self._control.obey(rules)
+        if self._rollouts is not None:
+            self._rollouts.follow(self._templates(config), actor)
         self._control.commit(prepared, specs, number)
         self._number, self._text, self._config = number, text, config
         return number
@@ -201,7 +220,17 @@ class ConfigControl:
 
     def _planned(self, config: Config) -> tuple[Json, list[str]]:
         plan = plan_reload(self._config, config, repository=self._repository)
-        return plan.as_dict(), [str(refusal) for refusal in plan.refusals]
+        found = plan.as_dict()
+        if self._rollouts is not None:
+            templates = self._templates(config)
+            wrong = [{"model": text.partition(":")[0], "reason": text} for text in self._rollouts.check(templates)]
+            found["refusals"] += wrong
+            found["allowed"] = not found["refusals"]
+            found["rollouts"] = self._rollouts.planned(templates)
+        return found, [str(refusal) for refusal in plan.refusals]
+
+    def _templates(self, config: Config) -> dict[str, RolloutTemplate]:
+        return compile_rollouts(config, repository_given=self._repository is not None)
 
     def _specs(self, config: Config) -> Mapping[str, RoutingSpec]:
         return compile_routing(config, repository_given=self._repository is not None)

@@ -18,7 +18,7 @@ from router.types import RouteDecision
 from server.batching.batcher import TimerHandle, Work
 from server.checks import check_request, queue_terms
 from server.codec.classification import classify
-from server.errors import DeadlineExceeded, ModelNotReady, TidegateError, VersionTimeout
+from server.errors import DeadlineExceeded, InvalidArgument, ModelNotReady, TidegateError, VersionTimeout
 from server.gateway.policy import ModelPolicy, outcome_of
 from server.gateway.served import Served
 from server.gateway.tracing import record_of
@@ -159,8 +159,13 @@ class Call:
         request, spec = self._request, attempt.served.spec
         deadline_ns = self._permit.head.deadline_ns
         inputs, rows, attempt.picked = check_request(request, spec)
+        rules = attempt.served.rules
+        if rules is not None and (wrong := rules.refusal(request.inputs)) is not None:
+            raise InvalidArgument(f"model '{spec.name}' refuses the request: {wrong}")
         priority, timeout_us = queue_terms(request.parameters)
         work = Work(inputs, rows, partial(self._ran, attempt), deadline_ns, priority, timeout_us)
+        if self._policy is not None and self._policy.rollout is not None:
+            work.apart = self._policy.rollout.lane(attempt.route.arm)
         attempt.served.batcher.submit(work)
         attempt.work = work
 
@@ -218,9 +223,14 @@ class Call:
         if breaker is not None and breaker.settle(attempt.term, outcome_of(code), now):
             state = breaker.state.value
             log.warning("breaker", name=route.public_name, model=route.model, version=route.version, state=state)
-        if self._policy is not None and self._policy.experiment is not None and route.counted:
+        policy = self._policy
+        if policy is None or not route.counted:
+            return
+        if policy.rollout is not None and not self._retries:
+            policy.rollout.attempt(route.arm, route.key_hash, code, attempt.work)
+        if policy.experiment is not None:
             unit = self._gateway.unit_of(route, self._permit.tidegate_id)
-            self._policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
+            policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -228,6 +238,10 @@ class Call:
         self._finish_books("ok")
         self._reply.message(response, attempt.decision)
         self._reply.finish(None)
+        if attempt.served.labels is not None:
+            self._gateway.remember(
+                attempt.served.labels, attempt.route, work, self._permit.tidegate_id, self._request.id
+            )
         for shadow in attempt.route.shadows:
             lane = None if self._policy is None else self._policy.lane(shadow)
             if lane is not None:

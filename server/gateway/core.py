@@ -34,7 +34,7 @@ from server.errors import (
 from server.gateway.call import Call
 from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
-from server.gateway.served import Served
+from server.gateway.served import Labels, Served
 from server.gateway.tracing import SampledRequests
 from server.telemetry.instruments import Telemetry
 from server.telemetry.trace import RequestTrace, TraceContext
@@ -236,14 +236,61 @@ class Gateway:
         if request_id:
             self.feedback.add(entry, request_id, answered)
 
-    def hear(self, model: str, request_id: str, name: str, value: float, key: str = "") -> bool:
-        """Feedback about an answered request, or about a key; False when it came too late or nobody remembers it.
+    def hear(
+        self,
+        model: str,
+        request_id: str,
+        name: str,
+        value: float | None,
+        key: str = "",
+        *,
+        text: str = "",
+        row: int = 0,
+    ) -> bool:
+        """Feedback about a row of an answered request, or about a key: to the labels and to the experiment.
 
-        ``name`` "": the experiment's only outcome. Raises ModelNotFound or InvalidArgument.
+        ``value``: the outcome as a number, None when it is none; ``text``: as it was said, if that was text. ``name``
+        "": the label, or the experiment's only outcome. False when nobody takes it: it came too late, or nobody
+        remembers the request. What the labels take they join by and by, or count as unknown. Raises ModelNotFound,
+        ModelNotReady, or InvalidArgument for an outcome that the experiment does not know and the labels do not take.
         """
         routes = self.routes(model)
+        labelled = bool(request_id) and self._label(routes, request_id, row, value, text, name)
+        try:
+            counted = self._count_outcome(model, routes, request_id, name, value, key, text)
+        except InvalidArgument:
+            if labelled:
+                return True
+            raise
+        return labelled or counted
+
+    @staticmethod
+    def _label(
+        routes: ModelRoutes[Served], request_id: str, row: int, value: float | None, text: str, name: str
+    ) -> bool:
+        """Give an outcome to the labels of every model that answers under these routes."""
+        served = [*routes.versions.values()]
+        if routes.split is not None:
+            served += [arm.to.target for arm in routes.split.arms]
+        found = {id(one.labels.labels): one.labels for one in served if one.labels is not None}
+        now_ns = time_ns()
+        taken = [labels.label(request_id, row, value, text, name, now_ns) for labels in found.values()]
+        return any(taken)
+
+    def _count_outcome(
+        self,
+        model: str,
+        routes: ModelRoutes[Served],
+        request_id: str,
+        name: str,
+        value: float | None,
+        key: str,
+        text: str,
+    ) -> bool:
         answered = self.feedback.find(self._entry(model), request_id) if request_id else None
         policy = self.policies.get(model)
+        if value is None:
+            raise InvalidArgument(f"'outcome' as text must be a number, true, false, yes or no, got '{text[:64]}'")
         if answered is not None:
             books, unit = answered.experiment, answered.unit
         elif key and policy is not None and policy.experiment is not None and routes.split is not None:
@@ -264,6 +311,14 @@ class Gateway:
         """What a public name is a name of: an alias's own model, else itself."""
         policy = self.policies.get(name)
         return name if policy is None else policy.entry or name
+
+    def remember(
+        self, labels: Labels, route: RouteDecision[Served], work: Work, tidegate_id: str, request_id: str
+    ) -> None:
+        """Keep an answer until its label comes."""
+        unit = self.unit_of(route, tidegate_id)
+        outputs = work.outputs or ()
+        labels.answered((tidegate_id, request_id), route.arm, work.rows, work.inputs, outputs, unit, time_ns())
 
     # -- publishing ---------------------------------------------------------------------------------------------
 

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from server.batching.batcher import Batcher
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
 from server.telemetry.metrics import Counter
-from server.types import ModelSpec
+from server.types import ModelSpec, Tensor
+
+
+class RequestRules(Protocol):
+    """Rules beyond the signature that requests must keep."""
+
+    def refusal(self, inputs: Sequence[Tensor]) -> str | None:
+        """What is wrong with a request that fits the signature, or None."""
+        ...
+
+
+class Labels(Protocol):
+    """Where the answers of a version wait for their labels. Nothing here waits or raises."""
+
+    @property
+    def labels(self) -> object:
+        """What all versions of the model share."""
+        ...
+
+    def answered(
+        self,
+        ids: Sequence[str],
+        arm: str,
+        rows: int,
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        unit: int,
+        now_ns: int,
+    ) -> None:
+        """Remember one answered request by ``ids``; empty ones are passed over. ``now_ns``: wall time."""
+        ...
+
+    def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
+        """Take one outcome for the request's row: its number and its text; False when it is none of this model's."""
+        ...
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Served:
-    """One loaded version as the gateway uses it. ``calls`` counts the requests that hold it."""
+    """One loaded version as the gateway uses it. ``calls`` counts the requests that hold it.
+
+    ``rules`` and ``labels`` are None for versions that have none.
+    """
 
     spec: ModelSpec
     batcher: Batcher
     options: ModelOptions
     telemetry: ModelTelemetry
     instruments: Instruments
+    rules: RequestRules | None = None
+    labels: Labels | None = None
     calls: int = 0
     on_idle: Callable[[], None] | None = None
     _routes: dict[tuple[str, str], Counter] = field(default_factory=dict)
@@ -41,6 +81,14 @@ class Served:
             labels = (self.spec.name, self.spec.version, arm, code)
             counter = self._attempts[arm, code] = self.instruments.attempts.labels(*labels)
         counter.inc()
+
+    def attempts(self) -> tuple[int, int]:
+        """How many attempts have ended, and how many of them by anything but an answer."""
+        ended = {code: 0 for _, code in self._attempts}
+        for (_, code), counter in self._attempts.items():
+            ended[code] += int(counter.value)
+        total = sum(ended.values())
+        return total, total - ended.get("ok", 0)
 
     def release(self) -> None:
         """One request less; tells whoever waits for the last one."""

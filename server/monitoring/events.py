@@ -1,27 +1,40 @@
-"""An alarm as a plain event: what the log, the audit trail and whoever is to be told are given."""
+"""Alarms as plain events: what the log, the audit trail and whoever is to be told are given."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from monitor.outcomes import CALIBRATION_SIGNALS
 from monitor.types import Alarm
 
+if TYPE_CHECKING:
+    from monitor.label_monitor import LabelAlarm
 
-def alarm_event(model: str, version: str, profile: str, alarm: Alarm) -> dict[str, Any]:
-    """Values that JSON can hold. ``key`` is the same for a raise and its end, and for nothing else.
+#: The check of alarms that are about a column's distribution.
+DRIFT = "drift"
 
-    Times are ns since the epoch. ``test`` is the stronger of the two, ``level`` the p that it may have by chance.
+
+def alarm_event(model: str, version: str, profile: str, alarm: Alarm, run: str = "") -> dict[str, Any]:
+    """``drift.raised``, or ``quality.raised`` for the check of a share, with values that JSON can hold.
+
+    ``key`` is the same for a raise and its end, and for nothing else: ``run`` tells the counts that number the episodes
+    from others (by default the profile does). ``segment`` is empty for the whole arm. Times are ns since the epoch.
+    ``test`` is the stronger of the two, ``level`` the p that it may have by chance. A quality alarm also has the
+    ``count`` of ``rows``, their ``share``, and the share ``allowed``.
     """
-    score, verdict = alarm.score, alarm.verdict
+    score, verdict, quality = alarm.score, alarm.verdict, alarm.quality
+    place = f"{alarm.arm}/{alarm.segment}/{alarm.column}/{alarm.check}"
     event = {
-        "event": f"drift.{alarm.state}",
-        "key": f"{model}:{version}/{profile[:12]}/{alarm.arm}/{alarm.column}/{alarm.episode}",
+        "event": f"{DRIFT if alarm.check == DRIFT else 'quality'}.{alarm.state}",
+        "key": f"{model}:{version}/{run or profile[:12]}/{place}/{alarm.episode}",
         "model": model,
         "version": version,
         "profile": profile,
         "arm": alarm.arm,
+        "segment": alarm.segment,
         "feature": alarm.column,
+        "check": alarm.check,
         "window": alarm.window,
         "episode": alarm.episode,
         "test": verdict.test,
@@ -39,10 +52,40 @@ def alarm_event(model: str, version: str, profile: str, alarm: Alarm) -> dict[st
         "start_ns": alarm.start_ns,
         "end_ns": alarm.end_ns,
     }
-    return {name: _plain(value) for name, value in event.items()}
+    if quality is not None:
+        event |= {"count": quality.count, "rows": quality.rows, "share": quality.share, "allowed": quality.allowed}
+    return _plain(event)
 
 
-def _plain(value: Any) -> Any:
+def label_event(alarm: LabelAlarm, run: str) -> dict[str, Any]:
+    """``performance.raised``, or ``calibration.raised`` for what scores mean, with values that JSON can hold.
+
+    ``run`` tells the episodes of one life of the windows from those of another: they are numbered from 1 in each.
+    """
+    kind = "calibration" if alarm.signal.name in CALIBRATION_SIGNALS else "performance"
+    place = f"{alarm.arm}/{alarm.slice}/{alarm.signal.name}"
+    return _plain(
+        {
+            "event": f"{kind}.{alarm.state}",
+            "key": f"{alarm.model}:{alarm.version}/{run}/{place}/{alarm.episode}",
+            "model": alarm.model,
+            "version": alarm.version,
+            "arm": alarm.arm,
+            "slice": alarm.slice,
+            "window": alarm.window,
+            "episode": alarm.episode,
+            **alarm.signal.to_dict(),
+            "start_ns": alarm.start_ns,
+            "end_ns": alarm.end_ns,
+        }
+    )
+
+
+def _plain(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: _value(value) for name, value in event.items()}
+
+
+def _value(value: Any) -> Any:
     """numpy's scalars as Python's, and None for what JSON has no number for."""
     if hasattr(value, "item"):
         value = value.item()

@@ -64,9 +64,13 @@ class StateFiles:
     def _path(self, monitor: Monitor) -> Path | None:
         if self._folder is None:
             return None
+        return self._folder / monitor.model / f"{_number(monitor)}-{self.mark(monitor)}.state"
+
+    @staticmethod
+    def mark(monitor: Monitor) -> str:
+        """The same for monitors that go on from each other's counts."""
         settings = hashlib.sha256(repr(monitor.settings).encode()).hexdigest()
-        name = f"{_number(monitor)}-{monitor.sha256[:_SHA_CHARS]}-{settings[:_SHA_CHARS]}.state"
-        return self._folder / monitor.model / name
+        return f"{monitor.sha256[:_SHA_CHARS]}-{settings[:_SHA_CHARS]}"
 
     def _prune(self, folder: Path) -> None:
         files = list(folder.glob("*.state"))

@@ -1,4 +1,4 @@
-"""Watches the live traffic of loaded versions: monitors, their taps, the drain thread, saved counts, gauges, alarms.
+"""Watches the live traffic of loaded versions: monitors, taps, labels, the drain thread, saved counts, gauges, alarms.
 
 **Threads.** The request path offers batches to taps and knows nothing else of this package. ``lease`` runs on the
 loader's thread: it reads the profile, compiles the kernels and restores saved counts, all before the version serves.
@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
@@ -32,8 +32,10 @@ from monitor.types import Alarm, DriftReport
 from monitor.worker import DrainThread
 from server.batching.batcher import BatchTap
 from server.errors import ModelLoadError, NotFound
-from server.monitoring.events import alarm_event
+from server.monitoring.events import alarm_event, label_event
 from server.monitoring.gauges import Watched, drift_families
+from server.monitoring.labels import LabelService, LabelTap, LabelWatch, alarm_row
+from server.monitoring.rules import RequestRules
 from server.monitoring.watch import Watch
 from server.telemetry.snapshot import FamilySnapshot, Kind, Points
 from server.types import ModelSpec
@@ -55,6 +57,10 @@ _COUNTERS: Final[dict[str, tuple[str, str, Kind]]] = {
     "refused": ("tidegate_monitor_rows_refused_total", "Rows of them that could not be read.", "counter"),
     "waiting": ("tidegate_monitor_lag_rows", "Rows of them that wait to be counted.", "gauge"),
 }
+_REFUSED: Final = "requests_refused"
+_REJECTED: Final = "tidegate_monitor_requests_rejected_total"
+#: Changes of alarms that the service remembers, of all versions.
+_ALARMS_KEPT: Final = 512
 
 #: Told of every alarm that is raised or cleared, on the drain thread; must not wait.
 OnAlarm: TypeAlias = Callable[[dict[str, Any]], object]
@@ -82,12 +88,18 @@ class Timing:
 
 @dataclass(slots=True, eq=False)
 class _Monitored:
-    """One version under one watch; ``leases`` are the engines that run it. ``retired``: counts of leases that ended."""
+    """One version under one watch; ``leases`` are the engines that run it. ``retired``: counts of leases that ended.
+
+    ``rejects``: rules of its schema refuse requests.
+    """
 
     watch: Watch
     model: str
     version: str
     monitor: Monitor
+    rejects: bool = False
+    #: Tells its episodes from those that were counted otherwise.
+    run: str = ""
     leases: set[EngineLease] = field(default_factory=set)
     retired: dict[str, int] = field(default_factory=dict)
     report: DriftReport | None = None
@@ -99,6 +111,11 @@ class _Monitored:
         now: list[int] = [getattr(tap, name) for lease in tuple(self.leases) for tap in lease.taps]
         return self.retired.get(name, 0) + sum(now)
 
+    def requests_refused(self) -> int:
+        """Requests that its rules refused, on all engines there were."""
+        now = [lease.rules.refused for lease in tuple(self.leases) if lease.rules is not None]
+        return self.retired.get(_REFUSED, 0) + sum(now)
+
     def serves(self, serving: frozenset[object]) -> bool:
         return any(tap in serving for lease in tuple(self.leases) for tap in lease.taps)
 
@@ -106,6 +123,8 @@ class _Monitored:
         """Keep the counts of a lease that ends."""
         for name in (*_COUNTERS, "taken"):
             self.retired[name] = self.retired.get(name, 0) + sum([getattr(tap, name) for tap in lease.taps])
+        if lease.rules is not None:
+            self.retired[_REFUSED] = self.retired.get(_REFUSED, 0) + lease.rules.refused
         self.leases.discard(lease)
 
     def taken(self) -> int:
@@ -117,17 +136,22 @@ class EngineLease:
 
     def __init__(self, release: Callable[[EngineLease], None]) -> None:
         self.taps: tuple[Tap, ...] = ()
+        self.rules: RequestRules | None = None
+        self.labels: LabelTap | None = None
+        self.released = False
         self._release = release
 
     def release(self) -> None:
-        self._release(self)
+        if not self.released:
+            self.released = True
+            self._release(self)
 
 
 class MonitorService:
     """All monitors of one process. See the module's text for who may call what.
 
     ``folder``: where counts are kept over restarts; None: nowhere. ``on_drain`` is called before every round of
-    counting.
+    counting. ``labels``: those of all models; others may subscribe to what is joined.
     """
 
     def __init__(
@@ -144,6 +168,7 @@ class MonitorService:
         self._on_alarm = on_alarm
         self._on_drain = on_drain
         self._timing = timing or Timing()
+        self.labels = LabelService()
         self._loading = threading.Lock()  # one lease is made at a time
         self._lock = threading.Lock()  # guards what is monitored; only ever held for a moment
         self._monitored: list[_Monitored] = []
@@ -153,32 +178,60 @@ class MonitorService:
         self._made = 0
         self._ended: deque[EngineLease] = deque()
         self._alarms: deque[tuple[_Monitored, Alarm]] = deque()
+        self._past_alarms: deque[tuple[str, str, dict[str, Any]]] = deque(maxlen=_ALARMS_KEPT)
         self._serving: frozenset[object] = frozenset()  # taps of versions in the routing table
         self._mirrors: frozenset[Mirror] = frozenset()
         self._mirrored: dict[Mirror, tuple[Monitor, Monitor]] = {}
         self._mirrored_taps: frozenset[object] = frozenset()
         self._families: tuple[FamilySnapshot, ...] = ()
-        self._failing = False
+        self._failing = self._failed_now = False
         self._gauges_at = self._save_at = 0.0
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
-    def lease(self, watch: Watch, spec: ModelSpec, instances: int) -> EngineLease:
-        """Watch the batches of an engine of this version. Blocks: reads the profile, compiles, restores.
+    def lease(
+        self, watch: Watch | None, spec: ModelSpec, instances: int, labels: LabelWatch | None = None
+    ) -> EngineLease:
+        """Watch the batches of an engine of this version, join its labels, or both. Blocks: reads, compiles, restores.
 
         A version that is loaded again and watched in the same way goes on counting where it is. Raises ModelLoadError.
         """
         lease = EngineLease(self._ended.append)
         try:
+            if watch is not None:
+                self._watch(lease, watch, spec, instances)
+            if labels is not None:
+                self._join_labels(lease, labels, spec)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _watch(self, lease: EngineLease, watch: Watch, spec: ModelSpec, instances: int) -> None:
+        try:
             profile = ReferenceProfile.load(watch.profile)
             with self._loading:
                 monitored = self._join(lease, watch, spec, profile.sha256) or self._attach(lease, watch, spec, profile)
+                lease.rules = _rules(monitored.monitor)
+                monitored.rejects = lease.rules is not None
                 lease.taps = self._taps(monitored, spec, instances)
         except (MonitorError, OSError) as error:
-            lease.release()
             raise ModelLoadError(f"the drift profile {watch.profile.name} cannot be used: {error}") from error
         log.info("monitor_attached", model=spec.name, version=spec.version, profile=profile.sha256[:12])
-        return lease
+
+    def _join_labels(self, lease: EngineLease, watch: LabelWatch, spec: ModelSpec) -> None:
+        settings = watch.settings
+        names = [tensor.name for tensor in spec.outputs]
+        if settings.output not in names:
+            raise ModelLoadError(f"labels are of output '{settings.output}', but the outputs are {', '.join(names)}")
+        with self._loading:
+            self._begin()
+        labels = self.labels.acquire(spec.name, spec.version, watch)
+        try:
+            lease.labels = labels.tap(spec)
+        except ModelLoadError:
+            self.labels.release(labels, spec.version)
+            raise
 
     def _join(self, lease: EngineLease, watch: Watch, spec: ModelSpec, sha256: str) -> _Monitored | None:
         """Have the lease share what watches this version in the same way already."""
@@ -204,7 +257,7 @@ class MonitorService:
             monitors.detach(monitor.model, monitor.version)
             raise
         files.restore(monitor)
-        found = _Monitored(watch, spec.name, spec.version, monitor, {lease})
+        found = _Monitored(watch, spec.name, spec.version, monitor, run=files.mark(monitor), leases={lease})
         with self._lock:
             self._monitored.append(found)
         return found
@@ -256,7 +309,10 @@ class MonitorService:
         self._on_drain()
         self._follow_clock(monitors)
         self._set_mirrors(monitors)
-        monitors.drain(time.time_ns())
+        self._failed_now = False
+        now_ns = time.time_ns()
+        self._count(monitors.drain, now_ns)
+        self._count(self.labels.drain, now_ns)
         self._end_leases(monitors, files)
         self._tell()
         now = time.monotonic()
@@ -266,14 +322,22 @@ class MonitorService:
         if now >= self._save_at:
             self._save_at = now + self._timing.save_s
             self._save(files)
-        if self._failing:
+        if self._failing and not self._failed_now:
             self._failing = False
             log.info("monitor_counts_again")
 
+    def _count(self, drain: Callable[[int], object], now_ns: int) -> None:
+        """What some rows fail for must not keep others from being counted, or the round from going on."""
+        try:
+            drain(now_ns)
+        except ExceptionGroup as error:
+            self._failed(error)
+
     def _failed(self, error: Exception) -> None:
+        self._failed_now = True
         if not self._failing:
             self._failing = True
-            log.error("monitor_failed", consequence="rows wait, and are dropped once there is no room", exc_info=error)
+            log.error("monitor_failed", consequence="rows are refused, or wait and are dropped", exc_info=error)
 
     def _follow_clock(self, monitors: MonitorSet) -> None:
         """Small steps are left alone, so that times never go back by the noise of reading two clocks."""
@@ -308,6 +372,8 @@ class MonitorService:
             lease = self._ended.popleft()
             for tap in lease.taps:
                 monitors.close_tap(tap)
+            if lease.labels is not None:
+                self.labels.release(lease.labels.labels, lease.labels.version)
             with self._lock:
                 monitored = next((found for found in self._monitored if lease in found.leases), None)
                 if monitored is None:
@@ -335,15 +401,25 @@ class MonitorService:
         while self._alarms:
             found, alarm = self._alarms.popleft()
             found.shown_rows = -1
-            self._gauges_at = 0.0
-            event = alarm_event(found.model, found.version, found.monitor.sha256, alarm)
-            action, detail = event["event"], {name: value for name, value in event.items() if name != "event"}
-            log.warning(action.replace(".", "_"), **detail)
-            self._audit(action, f"{found.model}:{found.version}", detail)
-            try:
-                self._on_alarm(event)
-            except Exception as error:  # the boundary: whoever is told must not end the counting
-                log.error("alarm_not_passed_on", key=event["key"], exc_info=error)
+            # The episode is on disk before long: one that is forgotten would be raised, and be told of, again.
+            found.saved_rows, self._save_at = -1, 0.0
+            event = alarm_event(found.model, found.version, found.monitor.sha256, alarm, found.run)
+            self._announce(event, asdict(alarm))
+        for labels, change in self.labels.take_alarms():
+            self._announce(label_event(change, labels.run), alarm_row(change))
+
+    def _announce(self, event: dict[str, Any], row: dict[str, Any]) -> None:
+        """Tell of one change of an alarm: the log, the audit, the history, and whoever listens."""
+        self._gauges_at = 0.0
+        model, version = event["model"], event["version"]
+        self._past_alarms.append((model, version, row))
+        action, detail = event["event"], {name: value for name, value in event.items() if name != "event"}
+        log.warning(action.replace(".", "_"), **detail)
+        self._audit(action, f"{model}:{version}", detail)
+        try:
+            self._on_alarm(event)
+        except Exception as error:  # the boundary: whoever is told must not end the counting
+            log.error("alarm_not_passed_on", key=event["key"], exc_info=error)
 
     def _show(self) -> None:
         """Bring the gauges up to what was counted. Here, so that asking for metrics costs nothing."""
@@ -352,7 +428,8 @@ class MonitorService:
             if found.taken() != found.shown_rows or found.report is None:
                 found.shown_rows = found.taken()
                 found.report = replace(found.monitor.report(), version=found.version)
-        self._families = drift_families([Watched(one.report, one.watch.top) for one in shown if one.report is not None])
+        reports = [Watched(one.report, one.watch.top) for one in shown if one.report is not None]
+        self._families = (*drift_families(reports), *self.labels.families())
 
     def _save(self, files: StateFiles) -> None:
         for found in tuple(self._monitored):
@@ -399,6 +476,13 @@ class MonitorService:
             with self._lock:  # a lease that ends meanwhile is counted once
                 points: Points = {(found.model, found.version): found.count(name) for found in serving}
             yield FamilySnapshot(family, text, kind, _MODEL, points)
+        with self._lock:
+            refused: Points = {(one.model, one.version): one.requests_refused() for one in serving if one.rejects}
+        yield FamilySnapshot(_REJECTED, "Requests that a rule of the schema refused.", "counter", _MODEL, refused)
+
+    def alarms(self, model: str, version: str) -> Sequence[dict[str, Any]]:
+        """The last changes of a version's alarms, oldest first."""
+        return [row for of, number, row in tuple(self._past_alarms) if (of, number) == (model, version)]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -425,6 +509,14 @@ def _row(found: _Monitored) -> dict[str, Any]:
         **{name: found.count(name) for name in _COUNTERS},
         "alarms": {arm: columns for arm, columns in alarms.items() if columns},
     }
+
+
+def _rules(monitor: Monitor) -> RequestRules | None:
+    """Raises SettingsError when a rule does not fit the profile."""
+    from monitor.schema import SchemaCheck
+
+    check = SchemaCheck(monitor.settings.schema, monitor.layout)
+    return RequestRules(check) if check else None
 
 
 def _calibration(path: Path) -> Calibration:

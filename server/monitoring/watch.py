@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from monitor.tap import Tap
 from monitor.types import Settings
 from server.errors import TidegateError
+from server.monitoring.labels import LabelTap, LabelWatch
+from server.monitoring.rules import RequestRules
 from server.runtime.base import Batch, Engine, LoadRequest, Runtime
 from server.types import ModelSpec, Tensor
 
@@ -31,20 +33,26 @@ class Watch:
 
 @dataclass(slots=True, frozen=True)
 class WatchedRequest(LoadRequest):
-    """A version to be loaded and watched."""
+    """A version to be loaded and watched, or to have its labels joined."""
 
     watch: Watch | None = None
+    labels: LabelWatch | None = None
 
     @classmethod
-    def of(cls, request: LoadRequest, watch: Watch) -> WatchedRequest:
-        return cls(**{known.name: getattr(request, known.name) for known in fields(LoadRequest)}, watch=watch)
+    def of(cls, request: LoadRequest, watch: Watch | None, labels: LabelWatch | None = None) -> WatchedRequest:
+        known = {known.name: getattr(request, known.name) for known in fields(LoadRequest)}
+        return cls(**known, watch=watch, labels=labels)
 
 
 class Lease(Protocol):
-    """One engine's part in a monitor: a tap for each of its instances."""
+    """One engine's part in a monitor: a tap for each of its instances, and what its requests pass by."""
 
     @property
     def taps(self) -> Sequence[Tap]: ...
+    @property
+    def rules(self) -> RequestRules | None: ...
+    @property
+    def labels(self) -> LabelTap | None: ...
 
     def release(self) -> None:
         """The engine runs no more batches. Never waits; twice is harmless."""
@@ -54,7 +62,9 @@ class Lease(Protocol):
 class Monitors(Protocol):
     """Who watches. ``lease`` blocks, compiles, and raises ModelLoadError when the profile cannot be used."""
 
-    def lease(self, watch: Watch, spec: ModelSpec, instances: int) -> Lease: ...
+    def lease(
+        self, watch: Watch | None, spec: ModelSpec, instances: int, labels: LabelWatch | None = None
+    ) -> Lease: ...
 
 
 class WatchedEngine:
@@ -71,8 +81,18 @@ class WatchedEngine:
 
     @property
     def taps(self) -> Sequence[Tap]:
-        """One for each instance."""
+        """One for each instance; none when only labels are joined."""
         return self._lease.taps
+
+    @property
+    def rules(self) -> RequestRules | None:
+        """What refuses requests."""
+        return self._lease.rules
+
+    @property
+    def labels(self) -> LabelTap | None:
+        """Where answers are remembered until their labels come."""
+        return self._lease.labels
 
     def run(self, instance: int, batch: Batch) -> list[Tensor]:
         return self._run(instance, batch)
@@ -96,11 +116,11 @@ class MonitoredRuntime:
     def load(self, request: LoadRequest) -> Engine:
         """A warm engine with its kernels compiled, or ModelLoadError with one sentence saying why."""
         engine = self._runtime.load(request)
-        watch = request.watch if isinstance(request, WatchedRequest) else None
-        if watch is None:
+        if not isinstance(request, WatchedRequest) or (request.watch is None and request.labels is None):
             return engine
         try:
-            return WatchedEngine(engine, self._monitors.lease(watch, engine.spec, engine.instances))
+            lease = self._monitors.lease(request.watch, engine.spec, engine.instances, request.labels)
+            return WatchedEngine(engine, lease)
         except TidegateError:
             engine.close()
             raise
@@ -112,4 +132,14 @@ class MonitoredRuntime:
 
 def taps_of(engine: Engine) -> Sequence[Tap] | None:
     """What a batcher of this engine offers its batches to; None: nobody watches."""
-    return engine.taps if isinstance(engine, WatchedEngine) else None
+    return (engine.taps or None) if isinstance(engine, WatchedEngine) else None
+
+
+def rules_of(engine: Engine) -> RequestRules | None:
+    """What the requests of this engine's version are held against; None: nothing."""
+    return engine.rules if isinstance(engine, WatchedEngine) else None
+
+
+def labels_of(engine: Engine) -> LabelTap | None:
+    """Where the answers of this engine's version are remembered; None: nowhere."""
+    return engine.labels if isinstance(engine, WatchedEngine) else None

@@ -146,7 +146,49 @@ _OUTBOX_3: Final = (
     """,
 )
 
+_RETRAIN_4: Final = (
+    # ``state``: all that the trigger of a model's retraining remembers, as JSON.
+    """
+    CREATE TABLE retrain_trigger (
+        model TEXT PRIMARY KEY NOT NULL,
+        state TEXT NOT NULL,
+        updated_ns INTEGER NOT NULL
+    )
+    """,
+)
+
+_ROLLOUTS_5: Final = (
+    # One row for each rollout that ever began. ``template``: the SHA-256 of the section that asked for it. ``open``:
+    # a process works on it; what finds it so at its start knows that the last one died. Times are Unix nanoseconds.
+    """
+    CREATE TABLE rollout_state (
+        id TEXT PRIMARY KEY NOT NULL,
+        name TEXT NOT NULL,
+        template TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        began_ns INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        failed_ns INTEGER,
+        cooldown_ns INTEGER NOT NULL,
+        cleared INTEGER NOT NULL DEFAULT 0,
+        open INTEGER NOT NULL,
+        document TEXT NOT NULL
+    )
+    """,
+    "CREATE INDEX rollout_state_by_name ON rollout_state (name, began_ns)",
+    """
+    CREATE TRIGGER rollout_state_stays BEFORE DELETE ON rollout_state
+    BEGIN SELECT RAISE(ABORT, 'the id of a rollout is never used again'); END
+    """,
+)
+
 Migration = tuple[str, ...]
 
 #: Each is one transaction, statement by statement.
-MIGRATIONS: Final[tuple[Migration, ...]] = ((*_META_1, *_AUDIT_1, *REGISTRY_1), _HISTORY_2, _OUTBOX_3)
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    (*_META_1, *_AUDIT_1, *REGISTRY_1),
+    _HISTORY_2,
+    _OUTBOX_3,
+    _RETRAIN_4,
+    _ROLLOUTS_5,
+)

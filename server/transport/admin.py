@@ -22,6 +22,7 @@ from server.config.problems import InvalidConfig, Problem
 from server.errors import ConfigError, InvalidArgument, ModelLoadError, NotFound
 from server.history import Stale
 from server.pages import drift_page
+from server.transport.admin_rollouts import RolloutViews, rollout_routes
 from server.transport.answers import (
     Answer,
     BodyReader,
@@ -105,6 +106,8 @@ class AdminViews:
 
     #: The last events of the audit trail, at most so many, oldest first. Called off the event loop.
     audit: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
+    #: The last deliveries of events to other systems, at most so many, newest first. Called off the event loop.
+    hooks: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
     shadows: Callable[[], Mapping[str, Any]] | None = None
     experiments: Callable[[], Mapping[str, Any]] | None = None
     #: One experiment by its id; raises NotFound.
@@ -115,6 +118,7 @@ class AdminViews:
     monitor: Callable[[str, str], Mapping[str, Any]] | None = None
     #: The captured rows of a model's version as an npz file; raises NotFound.
     monitor_sample: Callable[[str, str], bytes] | None = None
+    rollouts: RolloutViews | None = None
 
 
 def is_loopback(host: str) -> bool:
@@ -266,8 +270,12 @@ def _models(catalog: Catalog) -> Endpoint:
 
 def _view_routes(boundary: Boundary, views: AdminViews) -> list[Route]:
     routes = []
+    if views.rollouts is not None:
+        routes += rollout_routes(boundary, views.rollouts, _who, _if_match)
     if views.audit is not None:
-        routes.append(boundary.route("/admin/v1/audit", _audit(views.audit), "GET"))
+        routes.append(boundary.route("/admin/v1/audit", _rows("events", views.audit), "GET"))
+    if views.hooks is not None:
+        routes.append(boundary.route("/admin/v1/hooks", _rows("hooks", views.hooks), "GET"))
     if views.shadows is not None:
         routes.append(boundary.route("/admin/v1/shadows", _shown(views.shadows), "GET"))
     if views.experiments is not None:
@@ -282,12 +290,12 @@ def _view_routes(boundary: Boundary, views: AdminViews) -> list[Route]:
     return routes
 
 
-def _audit(tail: Callable[[int], Sequence[Mapping[str, Any]]]) -> Endpoint:
-    async def audit(request: Request) -> Answer:
+def _rows(name: str, newest: Callable[[int], Sequence[Mapping[str, Any]]]) -> Endpoint:
+    async def rows(request: Request) -> Answer:
         limit = _number(_query(request, "limit"), "limit", _MOST_ROWS, _DEFAULT_ROWS)
-        return json_answer({"events": list(await asyncio.to_thread(tail, limit))})
+        return json_answer({name: list(await asyncio.to_thread(newest, limit))})
 
-    return audit
+    return rows
 
 
 def _shown(view: Callable[[], Mapping[str, Any]]) -> Endpoint:

@@ -1,7 +1,8 @@
 """``POST /v2/models/{m}/feedback``: what became of answered requests, singly or as a list.
 
-Joined by the request's id: the gateway's ``x-tidegate-id`` or the client's own. What cannot be joined (too old, too
-late, or of a model without an experiment) is accepted and said to be so.
+Joined by the request's id: the gateway's ``x-tidegate-id`` or the client's own. An outcome goes to the labels of the
+model and to its experiment; what neither takes (too late, unknown, of a model that has none) is accepted and said to
+be so. Labels are joined by the time they arrive: ``time`` is checked and moves nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from typing import Any, Final, TypeAlias
 from server.errors import InvalidArgument
 
 MAX_ITEMS: Final = 10_000
+MAX_TEXT: Final = 4096
 _KEYS: Final = frozenset({"id", "outcome", "row", "name", "key", "time"})
 _WORDS: Final = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
 @dataclass(slots=True, frozen=True)
 class Feedback:
-    """One outcome. ``id`` or ``key`` says whose it is; ``name`` which outcome, "" the only one."""
+    """One outcome. ``id`` (with ``row``) or ``key`` says whose it is; ``name`` which outcome, "" the only one.
+
+    ``value``: the outcome as a number, None for text that is none. ``text``: the outcome as it was said, if that was
+    text: it may be the name of a class.
+    """
 
     id: str
     key: str
     name: str
-    value: float
+    value: float | None
+    text: str = ""
+    row: int = 0
 
 
 #: ``hear(model, feedback)``: True when it was joined. Raises ModelNotFound or InvalidArgument.
@@ -46,45 +54,60 @@ def _item(item: object, where: str) -> Feedback:
     unknown = sorted(set(item) - _KEYS)
     if unknown:
         raise InvalidArgument(f"{where}unknown key '{unknown[0][:64]}'; known: {', '.join(sorted(_KEYS))}")
+    text = item["outcome"] if isinstance(item.get("outcome"), str) else ""
+    value = number_of(text) if text else _value(item, where)
     found = Feedback(
-        _text(item, "id", where), _text(item, "key", where), _text(item, "name", where), _value(item, where)
+        _text(item, "id", where), _text(item, "key", where), _text(item, "name", where), value, text, _row(item, where)
     )
     if not found.id and not found.key:
         raise InvalidArgument(f"{where}'id' or 'key' must say whose outcome it is")
-    _check_rest(item, where)
+    if len(text) > MAX_TEXT:
+        raise InvalidArgument(f"{where}'outcome' must be text of at most {MAX_TEXT} characters")
+    _check_time(item, where)
     return found
 
 
 def _text(item: dict[str, Any], key: str, where: str) -> str:
     value = item.get(key, "")
-    if not isinstance(value, str) or len(value) > 4096:
-        raise InvalidArgument(f"{where}'{key}' must be text of at most 4096 characters")
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise InvalidArgument(f"{where}'{key}' must be text of at most {MAX_TEXT} characters")
     return value
+
+
+def number_of(text: str) -> float | None:
+    """The number that an outcome as text means, or None."""
+    try:
+        return _WORDS[text.lower()] if text.lower() in _WORDS else float(text)
+    except ValueError:
+        return None
 
 
 def _value(item: dict[str, Any], where: str) -> float:
     outcome = item.get("outcome")
-    if isinstance(outcome, str):
-        try:
-            return _WORDS[outcome.lower()] if outcome.lower() in _WORDS else float(outcome)
-        except ValueError:
-            raise InvalidArgument(
-                f"{where}'outcome' as text must be a number, true, false, yes or no, got '{outcome[:64]}'"
-            ) from None
     if not isinstance(outcome, bool | int | float):
-        raise InvalidArgument(f"{where}'outcome' must be a number or text, got {type(outcome).__name__}")
+        got = "an empty text" if outcome == "" else type(outcome).__name__
+        raise InvalidArgument(f"{where}'outcome' must be a number or text, got {got}")
     try:
         return float(outcome)
     except OverflowError:
         raise InvalidArgument(f"{where}'outcome' is out of range") from None
 
 
-def _check_rest(item: dict[str, Any], where: str) -> None:
+def _row(item: dict[str, Any], where: str) -> int:
     row = item.get("row", 0)
     if isinstance(row, bool) or not isinstance(row, int) or row < 0:
         raise InvalidArgument(f"{where}'row' must be a whole number of 0 or more")
+    return row
+
+
+def _check_time(item: dict[str, Any], where: str) -> None:
     if "time" in item:
-        try:
-            datetime.fromisoformat(item["time"])
-        except (TypeError, ValueError):
-            raise InvalidArgument(f"{where}'time' must be RFC 3339, got {str(item['time'])[:64]!r}") from None
+        check_time(item["time"], where)
+
+
+def check_time(time: object, where: str) -> None:
+    """Raises InvalidArgument when ``time`` is no RFC 3339."""
+    try:
+        datetime.fromisoformat(time)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{where}'time' must be RFC 3339, got {str(time)[:64]!r}") from None

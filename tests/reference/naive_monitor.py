@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +35,19 @@ def ks_distance(reference: Array, window: Array) -> float:
         return math.nan
     points = np.unique(np.concatenate([a, b]))
     return max(abs(float((a <= x).mean()) - float((b <= x).mean())) for x in points)
+
+
+def ks_interval(reference: Sequence[int], window: Sequence[int]) -> tuple[Fraction, Fraction]:
+    """(least, largest) sup |F - G| of values behind cells of one column, the last of which (missing) is left out: in
+    every gap all values of one sample may lie before all of the other."""
+    m, n = sum(reference[:-1]), sum(window[:-1])
+    low = high = f = g = Fraction(0)
+    for cell, (r, w) in enumerate(zip(reference[:-1], window[:-1], strict=True)):
+        if cell % 2 == 0:
+            high = max(high, abs(f + Fraction(r, m) - g), abs(g + Fraction(w, n) - f))
+        f, g = f + Fraction(r, m), g + Fraction(w, n)
+        low = max(low, abs(f - g))
+    return low, max(low, high)
 
 
 def psi(reference: Sequence[int], window: Sequence[int]) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -101,18 +102,35 @@ def test_the_profile_is_that_of_the_data_as_the_model_gets_them() -> None:
         assert column["mean"] == pytest.approx(other.mean, abs=1e-6)
 
 
-def test_several_files_are_one_table_and_parquet_of_other_columns_is_refused() -> None:
-    halves = [csv("one.csv", values()[:1000]), csv("two.csv", values()[1000:])]
+def parquet(source: str, path: str) -> str:
+    """The same table as a Parquet file."""
+    duckdb.read_csv(source).write_parquet(path)
+    return path
+
+
+def test_several_files_are_one_table_and_one_of_other_columns_is_refused() -> None:
+    halves = [parquet(csv("one.csv", values()[:1000]), "one.parquet"), csv("two.csv", values()[1000:])]
     csv("all.csv", values())
     model = models.affine(Path("m.onnx"))
     ok("monitor", "profile", *halves, "--model", model, "-o", "p.tgp")
     ok("monitor", "profile", "all.csv", "--model", model, "-o", "q.tgp")
     assert ReferenceProfile.load(Path("p.tgp")).sha256 == ReferenceProfile.load(Path("q.tgp")).sha256
-    csv("odd.csv", values(), ("a", "b", "c", "e"))
-    assert "odd.csv has other columns than one.csv: d, e" in refused(
-        "monitor", "profile", "one.csv", "odd.csv", "-o", "r.tgp"
+    parquet(csv("odd.csv", values(), ("a", "b", "c", "e")), "odd.parquet")
+    assert "odd.parquet has other columns than one.csv: d, e" in refused(
+        "monitor", "profile", "one.csv", "odd.parquet", "-o", "r.tgp"
     )
     assert not Path("r.tgp").exists()
+
+
+def test_segments_are_counted_by_themselves() -> None:
+    csv("d.csv", np.column_stack([values(), np.arange(ROWS) % 4]), (*NAMES, "code"))
+    ok("monitor", "profile", "d.csv", "--kind", "code=categorical", "--segment", "code=0,3", "-o", "p.tgp")
+    segments = ReferenceProfile.load(Path("p.tgp")).segments
+    assert segments is not None
+    assert (segments.column, segments.values) == ("code", (0.0, 3.0))
+    assert segments.counts.sum(axis=1).tolist() == [5 * ROWS // 4] * 2
+    for wrong, words in (("what=1", "a column of the profile"), ("code=a", "holds numbers"), ("code=9", "no row")):
+        assert words in refused("monitor", "profile", "d.csv", "--segment", wrong, "-o", "q.tgp")
 
 
 def test_columns_are_mapped_and_kinds_given() -> None:

@@ -7,12 +7,11 @@ from typing import Final
 
 from server._pb import feedback_pb2 as pb
 from server.errors import InvalidArgument
-from server.transport.feedback import MAX_ITEMS, Feedback
+from server.transport.feedback import MAX_ITEMS, MAX_TEXT, Feedback, check_time, number_of
 from server.transport.port import Services
 from server.transport.rpc.unary import Method, parse
 
 SERVICE: Final = "tidegate.v1.Feedback"
-_MAX_TEXT: Final = 4096
 
 
 class FeedbackRpcs:
@@ -35,9 +34,14 @@ class FeedbackRpcs:
 
 
 def _feedback(number: int, outcome: pb.Outcome) -> Feedback:
+    where = f"item {number}: "
     if not outcome.id and not outcome.key:
-        raise InvalidArgument(f"item {number}: 'id' or 'key' must say whose outcome it is")
-    for name in ("id", "key", "name"):
-        if len(getattr(outcome, name)) > _MAX_TEXT:
-            raise InvalidArgument(f"item {number}: '{name}' must be text of at most {_MAX_TEXT} characters")
-    return Feedback(outcome.id, outcome.key, outcome.name, outcome.value)
+        raise InvalidArgument(f"{where}'id' or 'key' must say whose outcome it is")
+    for name in ("id", "key", "name", "text"):
+        if len(getattr(outcome, name)) > MAX_TEXT:
+            raise InvalidArgument(f"{where}'{name}' must be text of at most {MAX_TEXT} characters")
+    if outcome.time:
+        check_time(outcome.time, where)
+    # A value of 0 that is not sent is a value of 0 to older clients.
+    value = number_of(outcome.text) if outcome.text else outcome.value
+    return Feedback(outcome.id, outcome.key, outcome.name, value, outcome.text, outcome.row)

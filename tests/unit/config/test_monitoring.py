@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from monitor.types import AlarmRules, Settings, rows_window, time_window
+from monitor.outcomes import LabelRules, LabelSettings
+from monitor.types import AlarmRules, ColumnRule, Segment, Settings, rows_window, time_window
 from server.config.load import parse_config
 from server.config.model import Config
 from server.config.monitor_kinds import parse_expected_run, parse_persistence, parse_window
@@ -45,19 +46,107 @@ def test_nothing_said_watches_what_brings_a_profile() -> None:
 def test_a_whole_section() -> None:
     found = spec_of(
         '{profile: p.tgp, profiles: {"7": /abs/seven.tgp}, windows: [2000, 200000, 5m], expected_run: 7d, '
-        "min_effect: {psi: 0.1, ks: 0.2}, persistence: 3 of 5, reference: hour_of_week, "
-        "ring: {rows: 1000, bytes: 1MiB}, calibration: c.json, metrics: {top: 5}}"
+        "min_effect: {psi: 0.1, ks: 0.2, rate: 5%}, persistence: 3 of 5, reference: hour_of_week, "
+        "ring: {rows: 1000, bytes: 1MiB}, calibration: c.json, metrics: {top: 5}, history: 64, "
+        "segment: {column: country, values: [DE, FR, 3]}, sample: {rows: 100, bytes: 2MiB}, "
+        "schema: [{column: age, min: 0, max: 120, missing: 5%}, {column: c, range: profile, action: reject}]}"
     )
-    rules = AlarmRules(ert_hours=168.0, min_psi=0.1, min_ks=0.2, k=3, m=5)
+    rules = AlarmRules(ert_hours=168.0, min_psi=0.1, min_ks=0.2, min_rate=0.05, k=3, m=5)
     windows = (rows_window(2000), rows_window(200_000, 10_000), time_window(300))
     assert found == MonitorSpec(
         True,
         Path("/conf/p.tgp"),
         {"7": Path("/abs/seven.tgp")},
-        Settings(windows, rules, "hour_of_week", 1000, 1 << 20),
+        Settings(
+            windows, rules, "hour_of_week", 1000, 1 << 20,
+            segment=Segment("country", ("DE", "FR", 3.0)),
+            schema=(
+                ColumnRule("age", min=0.0, max=120.0, missing=0.05),
+                ColumnRule("c", range="profile", action="reject"),
+            ),
+            keep_rows=100, keep_bytes=2 << 20, history_looks=64,
+        ),
         Path("/conf/c.json"),
         5,
+    )  # fmt: skip
+
+
+def test_labels() -> None:
+    assert spec_of("{}").labels is None
+    found = spec_of("{labels: {task: binary, output: p}}")
+    assert found.labels == LabelSettings("binary", "p")
+    found = spec_of(
+        "{labels: {task: multiclass, output: p, index: 1, name: truth, form: logit, classes: [a, b, c], slice: 'x[1]', "
+        "windows: [500, 1h], expected_run: 7d, persistence: 1 of 1, reference: {accuracy: 0.9}, reference_rows: 50, "
+        "margins: {log_loss: 0.2}, learn_rows: 0, capacity: 10, max_age: 1d, late: 1m, hold: 2s}}"
     )
+    alarm = AlarmRules(ert_rows=AlarmRules().ert_rows, ert_hours=168.0, k=1, m=1)
+    second = 1_000_000_000
+    assert found.labels == LabelSettings(
+        "multiclass",
+        "p",
+        index=1,
+        name="truth",
+        form="logit",
+        classes=("a", "b", "c"),
+        windows=(rows_window(500), time_window(3600)),
+        rules=LabelRules(alarm, {"accuracy": 0.9}, 50, 0, {"log_loss": 0.2}),
+        capacity_rows=10,
+        max_age_ns=24 * 3600 * second,
+        late_ns=60 * second,
+        hold_ns=2 * second,
+    )
+    assert found.label_slice == "x[1]"
+
+
+def test_mistakes_within_the_parts() -> None:
+    inside = "models.m.monitor"
+    text = (
+        f"models:\n  m:\n    {SOURCE}\n    monitor:\n"
+        "      segment: {column: c, values: [a, a]}\n"
+        "      min_effect: {rate: 0%}\n"
+        "      schema: [{column: a}, {column: b, min: 2, max: 1}, {column: c, max: x, categories: [true]}]\n"
+        "      sample: {rows: -1, byte: 1}\n"
+        "      history: 0\n"
+        "      labels: {task: binary, output: p, windows: [500, 500], classes: [only], learn_rows: -1,\n"
+        "        reference: {calibration: 1, mae: 2, what: 3}, margins: {auc: 0.1, rmse: 1}, late: 0s}\n"
+    )
+    found = said(text)
+    assert set(found) == {
+        f"{inside}.segment.values",
+        f"{inside}.min_effect.rate",
+        f"{inside}.schema[2].max",
+        f"{inside}.schema[2].categories[0]",
+        f"{inside}.sample.rows",
+        f"{inside}.sample.byte",
+        f"{inside}.history",
+        f"{inside}.labels.learn_rows",
+        f"{inside}.labels.late",
+        f"{inside}.labels.windows[1]",
+        f"{inside}.labels.classes",
+        f"{inside}.labels.reference.calibration",
+        f"{inside}.labels.reference.mae",
+        f"{inside}.labels.reference.what",
+        f"{inside}.labels.margins.rmse",
+    }
+    assert "'mae' is no signal of binary" in found[f"{inside}.labels.reference.mae"]
+    with pytest.raises(InvalidConfig) as caught:
+        parse(f"models: {{m: {{{SOURCE}, monitor: {{schema: [{{column: a}}, {{column: b, min: 2, max: 1}}]}}}}}}\n")
+    rules = {problem.key: problem for problem in caught.value.problems}
+    assert set(rules) == {f"{inside}.schema[0]", f"{inside}.schema[1].min"}
+    assert "demands nothing" in rules[f"{inside}.schema[0]"].message
+    assert all(problem.line == 2 and problem.column > 60 for problem in rules.values())
+
+
+def test_an_unknown_key_of_a_rule_is_told_what_is_known() -> None:
+    found = said(f"models: {{m: {{{SOURCE}, monitor: {{schema: [{{column: a, maxi: 2}}]}}}}}}\n")
+    assert "did you mean max?" in found["models.m.monitor.schema[0].maxi"]
+
+
+def test_a_change_of_labels_or_rules_counts_anew() -> None:
+    plain = model("{}")
+    for changed in ("{labels: {task: binary, output: p}}", "{schema: [{column: a, min: 0}]}", "{sample: {rows: 5}}"):
+        assert plan_reload(plain, model(changed)).recounts == ("m",)
 
 
 def test_a_model_goes_over_the_defaults_key_by_key() -> None:

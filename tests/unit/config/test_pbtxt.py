@@ -364,3 +364,17 @@ def test_no_text_raises_anything_else(text: str) -> None:
 def test_no_damaged_text_raises_anything_else(at: int, length: int, piece: str) -> None:
     with contextlib.suppress(InvalidConfig):
         parse_pbtxt(FULL[:at] + piece + FULL[at + length :], model="resnet")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [('# "\\m"\nname: "a\\mb"', (2, 9)), ("name: 'x' platform: '\\\\\\q'", (1, 24))]
+)
+def test_an_unknown_escape_is_a_mistake_in_its_place(text: str, place: tuple[int, int]) -> None:
+    with pytest.raises(InvalidConfig, match="is no escape") as caught:
+        parse_pbtxt(text, model="m")
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == place
+
+
+def test_known_escapes_are_taken() -> None:
+    assert parse_pbtxt(r'default_model_filename: "a\x62\143.onnx" # "\m"', model="m").filename == "abc.onnx"

@@ -70,7 +70,8 @@ def test_independent_rows_are_not_inflated() -> None:
     one = layout()
     found = calibrate(one, table(np.random.default_rng(1).standard_normal((60_000, 4))))
     assert (found.ks < 1.5).all()
-    assert (found.psi < 2.2).all()  # the largest of nine eigenvalues estimated from 128 blocks
+    assert (found.psi < 1.5).all()
+    assert (found.psi_mean < 1.2).all()
     assert found.settled.all()
     assert found.block_rows == 60_000 // 128
 
@@ -81,6 +82,26 @@ def test_inflation_of_an_autoregressive_stream_is_the_known_one() -> None:
     found = calibrate(layout(), table(autoregressive(phi, 120_000, 4, 2)))
     assert found.ks.mean() == pytest.approx(known, rel=0.2)
     assert found.settled.all()
+    # Hermite polynomials are the eigenfunctions; the first has the largest weight. Deciles and blocks see a bit less.
+    assert found.psi.mean() == pytest.approx((1 + phi) / (1 - phi), rel=0.15)
+
+
+def test_the_largest_weight_of_independent_rows_is_not_that_of_a_random_matrix() -> None:
+    one = layout(30)
+    found = calibrate(one, table(np.random.default_rng(5).standard_normal((20_000, 30))))
+    assert found.psi.mean() < 1.1  # the largest of nine eigenvalues estimated from 128 blocks would be over 1.4
+    assert found.psi.max() < 1.5
+    assert found.psi_degrees.mean() > 0.9
+
+
+def test_live_dependence_is_held_against_the_mean_weight() -> None:
+    one = layout()
+    for found in (None, calibrate(one, table(autoregressive(0.9, 60_000, 4, 8)))):
+        judge = Judge(one, Settings(), found)
+        known = judge.calibration.psi_mean
+        assert judge.warnings({"stable": known * 1.3}) == ()
+        (warning,) = judge.warnings({"stable": known * 1.7})
+        assert "NOT calibrated for arm stable" in warning
 
 
 def test_dependence_longer_than_a_block_is_noticed() -> None:

@@ -643,3 +643,74 @@ def test_a_killed_process_goes_on_from_its_last_snapshot(tmp_path: Path) -> None
 def _no_warnings_of_numpy() -> Iterator[None]:
     with np.errstate(all="raise", under="ignore"):
         yield
+
+
+def test_what_fails_is_refused_and_starves_nobody() -> None:
+    """The receiver of alarms fails: in one monitor, in the midst of counting."""
+    told: list[str] = []
+
+    def tell(monitor: Monitor, _: Alarm) -> None:
+        told.append(monitor.version)
+        if monitor.version == "bad":
+            raise RuntimeError("nobody is there")
+
+    monitors = MonitorSet(on_alarm=tell)
+    quick = Settings(windows=(rows_window(200),), rules=AlarmRules(k=1, m=1, ert_rows=1_000_000))
+    taps = {}
+    for version in ("bad", "good"):
+        monitors.attach("m", version, profile(), quick)
+        taps[version] = monitors.tap("m", version, ["x"], ["score"])
+    for tap in taps.values():
+        assert tap is not None
+        offer(tap, normal(1, 5000) + 3.0)
+    with pytest.raises(ExceptionGroup) as caught:
+        monitors.drain(1)
+    assert [str(error) for error in caught.value.exceptions] == ["5000 rows of m:bad were not counted: nobody is there"]
+    assert monitors.drain(2) == 0
+    assert set(told) == {"bad", "good"}
+    good, bad = monitors.get("m", "good"), monitors.get("m", "bad")
+    assert good is not None
+    assert bad is not None
+    assert good.report().counted == {"stable": 5000}
+    assert bad.report().refused == {"stable": 5000}
+    assert monitors.gauges() == {"offered": 10_000, "taken": 5000, "dropped": 0, "refused": 5000, "waiting": 0}
+
+
+def test_a_mirror_fails_by_itself() -> None:
+    def tell(monitor: Monitor, _: Alarm) -> None:
+        if monitor.version == "1":
+            raise RuntimeError("nobody is there")
+
+    monitors = MonitorSet(on_alarm=tell)
+    quick = Settings(windows=(rows_window(200),), rules=AlarmRules(k=1, m=1, ert_rows=1_000_000))
+    for version in ("1", "2"):
+        monitors.attach("m", version, profile(), quick)
+    tap = monitors.tap("m", "2", ["x"], ["score"])
+    assert tap is not None
+    monitors.mirror("m", "2", "1", "canary")
+    offer(tap, normal(1, 1000) + 3.0, arm="canary")
+    with pytest.raises(ExceptionGroup):
+        monitors.drain(1)
+    candidate = monitors.get("m", "2")
+    assert candidate is not None
+    assert candidate.report().counted == {"canary": 1000}
+    assert (tap.taken, tap.refused) == (1000, 0)
+
+
+def test_a_mirror_leaves_out_what_a_shadow_was_given(monitors: MonitorSet) -> None:
+    tight = replace(ROWS_ONLY, ring_rows=100)
+    for version in ("1", "2"):
+        monitors.attach("m", version, profile(), tight)
+    tap = monitors.tap("m", "2", ["x"], ["score"])
+    assert tap is not None
+    monitors.mirror("m", "2", "1", "canary")
+    offer(tap, normal(1, 40), arm="canary")
+    offer(tap, normal(2, 50), arm="shadow")
+    assert not offer(tap, normal(3, 30), arm="shadow")
+    monitors.drain(1)
+    own, onto = monitors.get("m", "2"), monitors.get("m", "1")
+    assert own is not None
+    assert onto is not None
+    assert own.report().counted == {"canary": 40, "shadow": 50}
+    assert own.report().dropped == {"canary": 0, "shadow": 30}
+    assert (onto.report().counted, onto.report().dropped) == ({"canary": 40}, {"canary": 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,6 +72,42 @@ def test_cells_are_those_of_the_naive_search(name: str, dtype: str) -> None:
         assert found.reference.tolist() == naive.cell_counts(reference.tolist(), own)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 1023, 1025, 4096, 4097, 9000])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 33])
+def test_cells_are_the_same_however_rows_and_columns_fall_into_tiles(rows: int, columns: int) -> None:
+    rng = np.random.default_rng(rows + columns)
+    kinds = [make for name, make in ODD.items() if name != "all missing"]
+    window = np.stack([kinds[i % len(kinds)](rng, rows) for i in range(columns)], axis=1).astype("f4")
+    reference = np.stack([kinds[i % len(kinds)](rng, 800) for i in range(columns)], axis=1).astype("f4")
+    layout = Layout(ReferenceProfile.from_arrays({"x": reference}, knots=64))
+    counts = np.zeros(layout.cells, "i4")
+    layout.count([window], counts)
+    assert counts.tolist() == layout.count_table(dict(zip(layout.names, window.T, strict=True))).tolist()
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        list(range(5, 23)),
+        list(range(5, 59, 3)),
+        list(range(22, 4, -1)),
+        [5, 7, 6, *range(8, 23)],  # the first and the last of sixteen lie as far apart as neighbours would
+    ],
+    ids=["neighbours", "scattered", "backwards", "two exchanged"],
+)
+def test_some_columns_of_wide_rows_are_counted_in_any_order(places: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    reference, window = rng.standard_normal((500, 60)).astype("f4"), rng.standard_normal((5000, 60)).astype("f4")
+    window += np.arange(60, dtype="f4") / 60
+    whole = ReferenceProfile.from_arrays({"x": reference}, knots=64)
+    by_index = {found.column.index: found for found in whole.columns}
+    layout = Layout(ReferenceProfile(tuple([by_index[place] for place in places])))
+    assert layout.tensors[0].columns == places
+    counts = np.zeros(layout.cells, "i4")
+    layout.count([window], counts)
+    assert counts.tolist() == layout.count_table({f"x[{i}]": window[:, i] for i in places}).tolist()
+
+
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("name", [name for name in ODD if name != "all missing"])
 def test_ks_with_all_knots_is_scipys(name: str, dtype: str) -> None:
@@ -92,6 +129,18 @@ def test_ks_with_few_knots_is_bracketed(name: str) -> None:
     assert low[0] <= exact + 1e-15
     assert exact <= high[0] + 1e-15
     assert high[0] - low[0] <= found.layout.columns[0].ks_resolution + 1e-15
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ks_interval_is_the_naive_one_for_any_counts(seed: int) -> None:
+    """Also for a reference that is not the profile's own, which may lie outside the knots."""
+    rng = np.random.default_rng(seed)
+    layout = Layout(ReferenceProfile.from_arrays({"x": rng.standard_normal((200, 3))}, knots=8))
+    reference, window = (rng.integers(0, 30, layout.cells) * (rng.random(layout.cells) < 0.4) for _ in range(2))
+    low, high = KolmogorovSmirnov().interval(Pair(layout, reference, window))
+    for i, (start, stop) in enumerate(pairwise(layout.start.tolist())):
+        expected = naive.ks_interval(reference[start:stop].tolist(), window[start:stop].tolist())
+        assert (low[i], high[i]) == pytest.approx([float(bound) for bound in expected], abs=1e-14)
 
 
 @pytest.mark.parametrize("name", ODD)

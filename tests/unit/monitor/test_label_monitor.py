@@ -238,3 +238,15 @@ def test_samples_are_few_and_finite() -> None:
     assert not any("slice" in s.labels for s in samples if s.name == "performance")
     alarms = [s for s in samples if s.name == "performance_alarm"]
     assert len(alarms) == 2 * len(monitor.settings.signals)
+
+
+def test_samples_follow_every_pane_that_closes() -> None:
+    monitor = monitor_of(windows=(rows_window(200),))
+    traffic = Traffic(monitor)
+    for noise in (0.0, 1.0, 0.0):
+        traffic.send(300, noise=noise)
+        for _ in range(2):  # the second time from what was made the first time
+            shown = {s.labels["metric"]: s.value for s in monitor.samples() if s.name == "performance"}
+            (window,) = monitor.report()["windows"]
+            assert shown["auc"] == window["metrics"]["auc"]
+            assert shown["accuracy"] == window["metrics"]["accuracy"]

@@ -67,6 +67,20 @@ def test_no_rows_are_no_evidence() -> None:
     assert found.quiet.all()
 
 
+def test_a_reference_without_rows_is_no_evidence() -> None:
+    """Another arm's window may hold nothing yet: even where all rows are missing, no share exceeds its share."""
+    columns = [np.full(100, np.nan), np.full(100, 3.0), np.arange(100.0) % 5, np.linspace(0, 1, 100)]
+    layout = Layout(ReferenceProfile.from_arrays({"x": np.stack(columns, axis=1)}))
+    checks = checks_of(layout, [])
+    empty = np.zeros(layout.cells, "i8")
+    for reference, window in ((empty, layout.reference), (layout.reference, empty), (empty, empty)):
+        found = judge_quality(
+            checks, Pair(layout, reference, window), np.empty(0), AlarmRules(), math.log(1e-6), np.ones(4)
+        )
+        assert not found.log_p.any()
+        assert not found.over.any()
+
+
 @pytest.mark.parametrize("tolerated", [0.01, 0.2])
 def test_a_tolerated_share_is_tested_by_a_bound_on_the_binomial(tolerated: float) -> None:
     for k in (int(tolerated * 1000), int(tolerated * 1000) + 80):

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from monitor.decay import Signal
 from monitor.engine import Monitor
+from monitor.label_monitor import LabelAlarm
 from monitor.profile import ReferenceProfile
 from monitor.tap import Item
-from monitor.types import Alarm, AlarmRules, Settings, rows_window
-from server.monitoring.events import alarm_event
+from monitor.types import Alarm, AlarmRules, QualityScore, Settings, rows_window
+from server.monitoring.events import alarm_event, label_event
 
 
 def alarms() -> list[Alarm]:
@@ -31,7 +33,7 @@ def alarms() -> list[Alarm]:
 def test_a_raise_and_its_end_have_one_key() -> None:
     raised, cleared = (alarm_event("m", "1", "0123456789abcdef", alarm) for alarm in alarms())
     assert (raised["event"], cleared["event"]) == ("drift.raised", "drift.cleared")
-    assert raised["key"] == cleared["key"] == "m:1/0123456789ab/stable/x/1"
+    assert raised["key"] == cleared["key"] == "m:1/0123456789ab/stable//x/drift/1"
     assert raised["psi"] > cleared["psi"]
 
 
@@ -41,3 +43,35 @@ def test_values_are_plain_and_finite() -> None:
     event = alarm_event("m", "1", "ab", replace(alarm, score=replace(alarm.score, **odd)))
     assert (event["ks"], event["psi_p"], event["rows"]) == (None, None, 7)
     assert json.loads(json.dumps(event, allow_nan=False)) == event
+
+
+def test_alarms_of_a_column_never_share_a_key() -> None:
+    alarm = alarms()[0]
+    quality = QualityScore("x", "missing", 30, 200, 0.15, 0.01, 1e-9, over=True)
+    kinds = [
+        alarm,
+        replace(alarm, segment="DE"),
+        replace(alarm, check="missing", quality=quality),
+        replace(alarm, check="above", quality=replace(quality, check="above")),
+        replace(alarm, episode=2),
+        replace(alarm, arm="canary"),
+    ]
+    events = [alarm_event("m", "1", "ab" * 32, kind) for kind in kinds]
+    assert len({event["key"] for event in events}) == len(kinds)
+    assert [event["event"] for event in events[:3]] == ["drift.raised", "drift.raised", "quality.raised"]
+    assert events[1]["segment"] == "DE"
+    assert "share" not in events[0]
+    found = {name: events[2][name] for name in ("check", "feature", "count", "rows", "share", "allowed")}
+    assert found == {"check": "missing", "feature": "x", "count": 30, "rows": 200, "share": 0.15, "allowed": 0.01}
+    assert alarm_event("m", "1", "ab" * 32, alarm, "other")["key"] != events[0]["key"]
+
+
+def test_label_alarms_are_of_performance_or_of_calibration() -> None:
+    signal = Signal("auc", "label", 0.6, 0.8, 0.2, 0.02, -30.0, 1e-6, True, True, True, False)
+    alarm = LabelAlarm("raised", "m", "1", "stable", "DE", "1000rows", 3, 7, 1, 2, signal)
+    event = label_event(alarm, "r")
+    assert (event["event"], event["key"]) == ("performance.raised", "m:1/r/stable/DE/auc/3")
+    assert (event["value"], event["reference"], event["window"], event["slice"]) == (0.6, 0.8, "1000rows", "DE")
+    odd = replace(alarm, signal=replace(signal, name="calibration", reference=math.nan))
+    assert label_event(odd, "r")["event"] == "calibration.raised"
+    assert json.loads(json.dumps(label_event(odd, "r"), allow_nan=False))["reference"] is None

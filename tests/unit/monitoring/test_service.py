@@ -14,12 +14,23 @@ import numpy as np
 import pytest
 import structlog
 
+from monitor.outcomes import LabelSettings
 from monitor.profile import ReferenceProfile
-from monitor.types import AlarmRules, Settings, rows_window
+from monitor.types import AlarmRules, ColumnRule, Settings, rows_window
 from server.batching.batcher import Batcher, Work
 from server.errors import ModelLoadError, NotFound
+from server.monitoring.labels import LabelWatch
 from server.monitoring.service import Mirror, MonitorService, Timing
-from server.monitoring.watch import MonitoredRuntime, Watch, WatchedEngine, WatchedRequest, taps_of
+from server.monitoring.views import MonitorViews
+from server.monitoring.watch import (
+    MonitoredRuntime,
+    Watch,
+    WatchedEngine,
+    WatchedRequest,
+    labels_of,
+    rules_of,
+    taps_of,
+)
 from server.runtime.base import Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.types import Tensor
@@ -52,10 +63,17 @@ class Rig:
             **{"on_alarm": self.events.append, "timing": QUICK, **options},
         )
 
-    def load(self, watch: Watch | None, version: str = "1", script: Script | None = None, instances: int = 1) -> Engine:
+    def load(
+        self,
+        watch: Watch | None,
+        version: str = "1",
+        script: Script | None = None,
+        instances: int = 1,
+        labels: LabelWatch | None = None,
+    ) -> Engine:
         request = LoadRequest("m", version, Path(), ModelOptions(instances=instances))
-        if watch is not None:
-            request = WatchedRequest.of(request, watch)
+        if watch is not None or labels is not None:
+            request = WatchedRequest.of(request, watch, labels)
         return MonitoredRuntime(FakeRuntime(script or Script()), self.service).load(request)
 
     def follow(self, *engines: Engine, mirrors: tuple[Mirror, ...] = ()) -> None:
@@ -341,3 +359,106 @@ def test_a_profile_that_cannot_be_used_refuses_the_version(rig: Rig, profile: Pa
         rig.load(watch)
     assert rig.service.list() == []
     assert rig.service._monitored == []
+
+
+LABELS = LabelWatch(LabelSettings("binary", "y", windows=(rows_window(20),)))
+
+
+def test_labels_are_joined_without_a_profile_and_end_with_the_engine(rig: Rig) -> None:
+    engine = rig.load(None, labels=LABELS)
+    rig.follow(engine)
+    assert taps_of(engine) is None
+    assert rules_of(engine) is None
+    tap = labels_of(engine)
+    assert tap is not None
+    serve(engine, normal(20, 2))
+    tap.answered(("a",), "stable", 2, [], [Tensor("y", "FP32", (2, 1), np.array([0.9, 0.1], "f4").tobytes())], 0, 1)
+    assert tap.label("a", 1, 0.0, "", "", 2)
+    views = MonitorViews(rig.service)
+
+    def joined() -> int:
+        return sum(group["joined"] for group in views.one("m", "1")["performance"]["join"]["groups"])
+
+    until(lambda: joined() == 1)
+    assert views.one("m", "1")["report"] == {"model": "m", "version": "1", "windows": []}
+    with pytest.raises(NotFound, match="not monitored"):
+        views.sample("m", "1")
+    until(lambda: any(family.name == "tidegate_label_rows_total" for family in rig.service.families()))
+    engine.close()
+    engine.close()
+    until(lambda: rig.service.labels.all() == [])
+    with pytest.raises(NotFound):
+        views.one("m", "1")
+
+
+def test_labels_of_an_output_that_is_none_refuse_the_version(rig: Rig, profile: Path) -> None:
+    wrong = LabelWatch(LabelSettings("binary", "score"))
+    with pytest.raises(ModelLoadError, match="labels are of output 'score', but the outputs are y"):
+        rig.load(Watch(profile, SETTINGS), labels=wrong)
+    with pytest.raises(ModelLoadError, match="labels are cut by 'what'"):
+        rig.load(Watch(profile, SETTINGS), labels=replace(LABELS, slice="what"))
+    until(lambda: rig.service._monitored == [])
+    assert rig.service.labels.all() == []
+
+
+def test_refused_requests_are_counted_over_engines(rig: Rig, profile: Path) -> None:
+    settings = replace(SETTINGS, schema=(ColumnRule("x[0]", max=1.0, action="reject"),))
+
+    def refused() -> float:
+        families = {family.name: family for family in rig.service.families()}
+        return sum(families["tidegate_monitor_requests_rejected_total"].points.values())
+
+    engines = [rig.load(Watch(profile, settings)) for _ in range(2)]
+    rig.follow(*engines)
+    high = [Tensor("x", "FP32", (1, WIDTH), np.full(WIDTH, 2, "f4").tobytes())]
+    for engine in engines:
+        rules = rules_of(engine)
+        assert rules is not None
+        assert "rule max" in str(rules.refusal(high))
+    assert refused() == 2
+    engines[0].close()
+    rig.follow(engines[1])
+    until(lambda: len(rig.service._monitored[0].leases) == 1)
+    assert refused() == 2
+    plain = rig.load(Watch(profile, SETTINGS), version="2")
+    assert rules_of(plain) is None
+
+
+def test_a_rule_that_does_not_fit_refuses_the_version(rig: Rig, profile: Path) -> None:
+    for rule in (ColumnRule("what", min=0.0), ColumnRule("what", min=0.0, action="reject")):
+        with pytest.raises(ModelLoadError, match="what"):
+            rig.load(Watch(profile, replace(SETTINGS, schema=(rule,))))
+
+
+def test_a_broken_listener_of_labels_keeps_no_row_from_being_counted(rig: Rig, profile: Path) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("no")
+
+    rig.service.labels.subscribe(broken)
+    engine = rig.load(Watch(profile, SETTINGS), labels=LABELS)
+    rig.follow(engine)
+    tap = labels_of(engine)
+    assert tap is not None
+    tap.answered(("a",), "stable", 1, [], [Tensor("y", "FP32", (1, 1), np.array([0.9], "f4").tobytes())], 0, 1)
+    tap.label("a", 0, 1.0, "", "", 2)
+    serve(engine, normal(200, 2))
+    rig.settled(200)
+    rig.counted("1", stable=200)
+
+
+def test_an_alarm_is_on_disk_before_long(tmp_path: Path, profile: Path) -> None:
+    first = Rig(tmp_path / "monitors")
+    engine = first.load(Watch(profile, SETTINGS))
+    first.follow(engine)
+    serve(engine, normal(400, 3, shift=1.0))
+    until(lambda: len(first.events) == WIDTH)
+    until(lambda: list((tmp_path / "monitors").glob("m/1-*.state")) != [])
+    second = Rig(tmp_path / "monitors")  # the first is not closed: as after a crash
+    again = second.load(Watch(profile, SETTINGS))
+    second.follow(again)
+    serve(again, normal(400, 4, shift=1.0))
+    second.counted("1", stable=800)
+    assert second.events == []
+    assert set(MonitorViews(first.service).one("m", "1")["alarms"][0]) >= {"column", "check", "state", "end_ns"}
+    for rig in (first, second):
+        rig.service.close()

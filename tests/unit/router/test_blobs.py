@@ -267,10 +267,11 @@ def test_too_many_files(tmp_path: Path) -> None:
 
 
 def test_roles() -> None:
-    paths = ["model.onnx", "w.data", "config.pbtxt", "labels.txt", "sub/x", "other.onnx"]
+    paths = ["model.onnx", "w.data", "config.pbtxt", "labels.txt", "sub/x", "other.onnx", "drift.tgp"]
     assert roles_of(paths, {"sub/x": "profile"}) == {
         "model.onnx": "model",
         "w.data": "data",
+        "drift.tgp": "profile",
         "config.pbtxt": "config",
         "labels.txt": "labels",
         "sub/x": "profile",

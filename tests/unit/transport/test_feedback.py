@@ -11,9 +11,10 @@ from server.transport.feedback import MAX_ITEMS, Feedback, parse
 def test_one_and_many() -> None:
     assert parse({"id": "a", "outcome": 1}) == [Feedback("a", "", "", 1.0)]
     assert parse([{"key": "u", "outcome": "yes", "name": "click"}, {"id": "b", "outcome": "0.5", "row": 2}]) == [
-        Feedback("", "u", "click", 1.0),
-        Feedback("b", "", "", 0.5),
+        Feedback("", "u", "click", 1.0, "yes"),
+        Feedback("b", "", "", 0.5, "0.5", 2),
     ]
+    assert parse({"id": "a", "outcome": "setosa"}) == [Feedback("a", "", "", None, "setosa")]
     assert parse([]) == []
     assert parse({"id": "a", "outcome": False, "time": "2026-01-02T03:04:05Z"})[0].value == 0.0
 
@@ -24,10 +25,12 @@ def test_one_and_many() -> None:
         (3, "must be an object, got int"),
         ({"outcome": 1}, "'id' or 'key'"),
         ({"id": "a"}, "'outcome' must be a number or text"),
-        ({"id": "a", "outcome": "maybe"}, "got 'maybe'"),
+        ({"id": "a", "outcome": ""}, "got an empty text"),
+        ({"id": "a", "outcome": "x" * 4097}, "'outcome' must be text of at most 4096"),
         ({"id": "a", "outcome": [1]}, "got list"),
         ({"id": 1, "outcome": 1}, "'id' must be text"),
         ({"id": "a", "outcome": 1, "row": -1}, "'row'"),
+        ({"id": "a", "outcome": 1, "row": True}, "'row'"),
         ({"id": "a", "outcome": 1, "time": "soon"}, "RFC 3339, got 'soon'"),
         ({"id": "a", "outcome": 1, "more": 1}, "unknown key 'more'"),
         ([{"id": "a", "outcome": 1}, {"id": "a"}], "item 1: 'outcome'"),

@@ -1,0 +1,34 @@
+"""The champion of the embedded registry, moved by compare and set: one transaction, or nothing."""
+
+from __future__ import annotations
+
+from router.registry.base import CHAMPION, RegistryError
+from router.registry.embedded import EmbeddedRegistry
+from server.control.rollouts.run import GATEWAY
+from server.store.base import StoreError
+
+
+class Aliases:
+    """Moves aliases for rollouts. Blocks."""
+
+    def __init__(self, registry: EmbeddedRegistry) -> None:
+        self._registry = registry
+
+    def move(self, entry: str, alias: str, was: str, to: str) -> str:
+        """Point an alias at ``to`` if it is at ``was``; why not, or "". Raises StoreError.
+
+        The champion is promoted: what was champion is previous, and ``to`` no longer challenges it.
+        """
+        try:
+            if alias == CHAMPION:
+                self._registry.promote(entry, int(to), expected_champion=int(was), actor=GATEWAY)
+                return ""
+            now = self._registry.alias(entry, alias)
+            if str(now.version) != was:
+                return f"{alias} of {entry} was expected to be {was} and is {now.version}"
+            self._registry.set_alias(entry, alias, int(to), expected=now.generation, actor=GATEWAY)
+        except StoreError:
+            raise
+        except RegistryError as error:
+            return str(error)
+        return ""

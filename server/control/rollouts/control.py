@@ -1,0 +1,490 @@
+"""Every rollout of the configuration: begun, looked at each second, ordered about by people, and ended.
+
+A rollout belongs to a models entry whose section has steps. It begins when stable and candidate are loaded; where the
+candidate is an alias, each version that the alias comes to name gets a rollout of its own. How it ended stays in force
+until the section changes, over restarts and reloads of an unchanged file. On the loop only; what blocks is done off it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from router.errors import BadRollout, BadRolloutState, RolloutRefused
+from router.rollout import plan
+from router.rollout.events import Order, Ordered, Overridden, Recovered, SpecRemoved, State, Tick
+from router.rollout.machine import Rollout
+from router.rollout.spec import LevelGate, RolloutSpec
+from server.audit import AuditEvent
+from server.config.rollouts import RolloutTemplate, Steering
+from server.config.routing import CONTROL_ARM, Reference
+from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
+from server.control.rollouts.evidence import Levels, Look
+from server.control.rollouts.run import GATEWAY, Run, revived
+from server.control.rollouts.store import StoredRollout
+from server.control.rollouts.traffic import Meter
+from server.control.rollouts.views import expected, families, past_shown, shown
+from server.errors import FailedPrecondition, InvalidArgument, NotFound, TidegateError
+from server.gateway import RolloutBooks, Served
+from server.store.base import StoreError
+from server.telemetry.snapshot import FamilySnapshot
+
+log: Any = structlog.get_logger("rollout")
+
+#: How long an order that is not urgent waits until it is on disk and in force.
+_SETTLE_S: Final = 5.0
+#: States in which a champion that is elsewhere was not moved by the rollout itself.
+_OURS_TO_MOVE: Final = frozenset({State.PROMOTING, State.ROLLING_BACK})
+
+
+class RolloutMoved(FailedPrecondition):
+    """The order was given for a revision that is no longer the rollout's; nothing was done."""
+
+    def __init__(self, rollout: str, expected: int, actual: int) -> None:
+        super().__init__(f"the order was given for revision {expected} of rollout '{rollout}', which is at {actual}")
+        self.actual = actual
+
+
+def no_levels(_model: str, _version: str, _statistic: str) -> float | None:
+    """Where nothing is watched, no level is known."""
+    return None
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is on disk of rollouts that this process does not work on."""
+
+    stored: dict[str, StoredRollout] = field(default_factory=dict)
+
+    def of(self, template: RolloutTemplate) -> StoredRollout | None:
+        """The newest that this very section has asked for."""
+        fingerprint = template.fingerprint()
+        found = [row for row in self.stored.values() if (row.name, row.template) == (template.entry, fingerprint)]
+        return max(found, key=lambda row: row.began_ns, default=None)
+
+    def tries(self, template: RolloutTemplate, candidate: str) -> list[StoredRollout]:
+        """Every rollout of one candidate of a template, oldest first."""
+        first = template.run_id(candidate)
+        found = [row for row in self.stored.values() if row.id == first or row.id.startswith(f"{first}.")]
+        return sorted(found, key=lambda row: row.began_ns)
+
+
+class RolloutControl:
+    """All rollouts of one process. ``levels`` tells drift and may block."""
+
+    def __init__(self, hands: Hands, *, levels: Levels = no_levels) -> None:
+        self._hands = hands
+        self._levels = levels
+        self._templates: Mapping[str, RolloutTemplate] = {}
+        #: By models entry: what runs, or ran last.
+        self._runs: dict[str, Run] = {}
+        #: Rollouts whose section is gone, until all of them is written down.
+        self._leaving: list[Run] = []
+        self._known = _Known()
+        self._waiting: dict[str, str] = {}
+        self._starter = GATEWAY
+        self._meter = Meter()
+
+    # -- the configuration --------------------------------------------------------------------------------------
+
+    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None:
+        """Take up what is on disk, before the first table of the configuration is swapped in. Raises StoreError."""
+        try:
+            rows = await asyncio.to_thread(self._hands.store.all)
+        except BadRolloutState as error:
+            log.error("rollouts_unreadable", error=str(error))
+            rows = []
+        self._known.stored = {row.id: row for row in rows}
+        self.follow(templates, actor)
+        await self._abandon()
+
+    async def _abandon(self) -> None:
+        """What is open on disk and asked for by no section any more has ended with the process that worked on it."""
+        taken = {run.id for run in self._runs.values()}
+        for row in tuple(self._known.stored.values()):
+            if row.open and row.id not in taken:
+                ended = StoredRollout(
+                    row.id, row.name, row.template, row.digest, row.began_ns, State.ABORTED.value, row.failed_ns,
+                    row.cooldown_ns, row.cleared, False, row.document,
+                )  # fmt: skip
+                detail = {"id": row.id, "reason": "its section was removed while no process ran"}
+                event = AuditEvent(GATEWAY, "rollout.aborted", row.name, detail)
+                await asyncio.to_thread(self._hands.store.save, ended, (event,))
+                self._known.stored[row.id] = ended
+
+    def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]:
+        """Why these sections cannot be put in the place of those in force."""
+        wrong = []
+        for entry, template in templates.items():
+            run = self._runs.get(entry)
+            if run is not None and run.template.id == template.id and not run.machine.ended:
+                wrong += [f"{entry}: {text}" for text in _changes(run, template)]
+            elif not template.follows and (used := self._used(template)):
+                wrong.append(f"{entry}: {used}")
+        return wrong
+
+    def _used(self, template: RolloutTemplate) -> str:
+        """Why a section cannot have its id; "" when it can."""
+        row = self._known.stored.get(template.id)
+        if row is None or (row.name, row.template) == (template.entry, template.fingerprint()):
+            return ""
+        return f"rollout '{template.id}' has been used ({row.state}); give the new one an id of its own"
+
+    def follow(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None:
+        """Sections of a configuration that is about to be swapped in."""
+        for entry, run in tuple(self._runs.items()):
+            template = templates.get(entry)
+            if template is None or template.fingerprint() != run.template.fingerprint():
+                self._drop(entry, run, actor)
+        self._templates, self._starter = templates, actor
+        self._waiting.clear()
+        for entry, template in templates.items():
+            if entry not in self._runs and not self._restored(entry, template):
+                # Until it begins, nothing leads to its candidate, rules included.
+                self._hands.publisher.set_course(entry, Steering(template.candidate.version), None)
+
+    def _drop(self, entry: str, run: Run, actor: str) -> None:
+        if not run.machine.ended:
+            self._hands.tell(run, SpecRemoved(actor))
+        del self._runs[entry]
+        self._leaving.append(run)
+        self._known.stored[run.id] = run.stored(is_open=False)
+        self._hands.publisher.set_course(entry, None, None)
+
+    def _restored(self, entry: str, template: RolloutTemplate) -> bool:
+        stored = self._known.of(template)
+        if stored is None:
+            return False
+        try:
+            run = revived(template, stored)
+        except (BadRolloutState, ValueError, KeyError, TypeError) as error:
+            log.error("rollout_unreadable", id=stored.id, error=str(error))
+            return False
+        promoted = run.machine.state is State.PROMOTED
+        run.stable = run.machine.spec.candidate if promoted and not template.stable.is_alias else ""
+        run.books.enter("", "stable", 0.0)
+        self._runs[entry] = run
+        self._hands.publisher.set_course(entry, run.steering(), None if run.machine.ended else run.books)
+        if not run.machine.ended:
+            self._hands.tell(run, Recovered(stored.open))
+            self._set_to_work(run)
+        return True
+
+    def _set_to_work(self, run: Run) -> None:
+        run.task = asyncio.get_running_loop().create_task(self._hands.work(run))
+        if run.machine.state is State.PENDING:
+            run.admitting = asyncio.get_running_loop().create_task(self._hands.admit(run))
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look at everything, again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval_s())
+            for look in (*[self._look_at(entry) for entry in tuple(self._templates)], self._bury()):
+                try:
+                    await look
+                except Exception:  # the boundary: one rollout's fault must not end the others
+                    log.exception("rollout_look_failed")
+
+    def _interval_s(self) -> float:
+        return min((template.every_ns for template in self._templates.values()), default=10**9) / 1e9
+
+    async def _bury(self) -> None:
+        """Let go of rollouts whose section is gone and that are all done and written down."""
+        for run in tuple(self._leaving):
+            if run.machine.ended and run.idle.is_set():
+                await _ended(run)
+                self._leaving.remove(run)
+            elif not run.machine.ended:
+                self._hands.tell(run, Tick())
+
+    async def _look_at(self, entry: str) -> None:
+        template, run = self._templates[entry], self._runs.get(entry)
+        self._meter.note(entry, self._stable_of(template), self._hands.clock())
+        if run is not None and not run.machine.ended:
+            await self._look(run)
+        elif run is not None:
+            self._settle(run)
+        if run is None or (run.machine.ended and template.follows):
+            await self._begin(entry, template)
+
+    async def _look(self, run: Run) -> None:
+        await self._watch_aliases(run)
+        if run.machine.ended:
+            return
+        self._hands.try_to_load(run)
+        lane = self._hands.publisher.lanes.get((run.template.entry, f"rollout:{run.id}"))
+        report = None if lane is None else lane.comparison.report()
+        levels = await self._levels_of(run)
+        taken = run.books.take()
+        look = Look(run.machine.spec, run.template.model, taken, lambda *asked: levels.get(asked[2]), run.pairs, report)
+        self._hands.tell(run, Tick(look.evidence(), taken.attempts))
+        if self._hands.clock() - run.saved_at_ns >= SAVE_EVERY_NS:
+            run.dirty = True
+            run.idle.clear()
+            run.wake.set()
+
+    async def _levels_of(self, run: Run) -> dict[str, float | None]:
+        spec = run.machine.spec
+        asked = {gate.source for _, gate in spec.gates if isinstance(gate, LevelGate)}
+        if not asked or not run.weight:
+            return {}
+        model, version = run.template.model, spec.candidate
+        return await asyncio.to_thread(lambda: {name: self._levels(model, version, name) for name in asked})
+
+    def _settle(self, run: Run) -> None:
+        """After the end: nothing is counted any more, and an alias decides again once it has been seen to have moved.
+
+        Until then the registry's last known word would take a promotion back.
+        """
+        stable = run.template.stable
+        free = bool(run.stable) and stable.is_alias and self._alias_of(stable) != run.machine.spec.stable
+        if free:
+            run.stable = ""
+        if free or (run.counting and not run.queue):
+            run.counting = False
+            self._hands.publisher.steer(run.template.entry, run.steering(), None)
+
+    # -- aliases ------------------------------------------------------------------------------------------------
+
+    def _alias_of(self, reference: Reference) -> str:
+        return self._hands.publisher.alias(reference.model, reference.version.removeprefix("@"))
+
+    async def _watch_aliases(self, run: Run) -> None:
+        """People who move the champion decide; the candidate goes when it is challenger no more."""
+        template, state = run.template, run.machine.state
+        if template.stable.is_alias:
+            now, spec = self._alias_of(template.stable), run.machine.spec
+            if state is State.PROMOTED:
+                run.seen_moved = run.seen_moved or now == spec.candidate
+                moved = run.seen_moved and now != spec.candidate
+            else:
+                moved = state not in _OURS_TO_MOVE and now not in {"", spec.stable}
+            if moved:
+                actor = await self._setter(template, template.stable)
+                self._hands.tell(run, Overridden(actor, f"the champion was moved to {now or 'nowhere'}"))
+        if template.follows and state not in {*_OURS_TO_MOVE, State.PROMOTED} and not run.machine.ended:
+            now = self._alias_of(template.candidate)
+            if now != run.machine.spec.candidate:
+                actor = await self._setter(template, template.candidate)
+                self._hands.tell(run, SpecRemoved(actor))
+
+    async def _setter(self, template: RolloutTemplate, reference: Reference) -> str:
+        alias = reference.version.removeprefix("@")
+        store = self._hands.store
+        try:
+            return await asyncio.to_thread(store.setter, template.registered, alias) or "registry"
+        except StoreError:
+            return "registry"
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    async def _begin(self, entry: str, template: RolloutTemplate) -> None:
+        try:
+            spec = self._wanted(template)
+            if spec is None:
+                return
+            starter = await self._setter(template, template.candidate) if template.follows else self._starter
+            machine = Rollout(spec, starter)
+        except (RolloutRefused, BadRollout) as error:
+            self._wait(entry, str(error))
+            return
+        run = Run(template, machine, RolloutBooks(CONTROL_ARM if template.matched else ""), time.time_ns())
+        event = AuditEvent(starter, "rollout.begun", f"{template.model}:{spec.candidate}", {"spec": spec.to_dict()})
+        stored = run.stored(is_open=True)
+        await asyncio.to_thread(self._hands.store.save, stored, (event,))
+        if self._templates.get(entry) is not template:  # a reload was faster
+            self._known.stored[run.id] = stored
+            return
+        before = self._runs.get(entry)
+        if before is not None:
+            self._leaving.append(before)
+        self._known.stored[run.id] = stored
+        self._waiting.pop(entry, None)
+        self._runs[entry] = run
+        self._hands.publisher.steer(entry, run.steering(), run.books)
+        run.books.enter("", "stable", 0.0)
+        self._set_to_work(run)
+        log.info("rollout_begun", id=run.id, stable=spec.stable, candidate=spec.candidate, starter=starter)
+
+    def _wanted(self, template: RolloutTemplate) -> RolloutSpec | None:
+        """What is to begin now; None when nothing is, or not yet. Raises RolloutRefused."""
+        find = self._hands.publisher.find
+        stable, candidate = find(template.stable), find(template.candidate)
+        if template.follows and not self._alias_of(template.candidate):
+            self._wait(template.entry, f"nobody is {template.candidate}")
+            return None
+        for reference, found in ((template.stable, stable), (template.candidate, candidate)):
+            if found is None:
+                self._wait(template.entry, f"{reference} is not loaded")
+        if stable is None or candidate is None:
+            return None
+        (stable_number, _), (number, served) = stable, candidate
+        if stable_number == number:
+            self._wait(template.entry, f"{template.candidate} is stable itself")
+            return None
+        run_id = self._free_id(template, number)
+        if run_id is None:
+            return None
+        digest = served.spec.digest or f"{template.model}:{number}"
+        spec = template.spec(run_id, stable_number, number, digest)
+        failed = (row.failed_attempt() for row in self._known.stored.values())
+        plan.admit(spec, [attempt for attempt in failed if attempt is not None], time.time_ns())
+        return spec
+
+    def _free_id(self, template: RolloutTemplate, number: str) -> str | None:
+        """An id for a rollout of this candidate; None when it was tried and nobody has said to try it again."""
+        if not template.follows:
+            if used := self._used(template):
+                raise RolloutRefused(template.id, used)
+            return template.id
+        tries = self._known.tries(template, number)
+        if tries and not tries[-1].cleared:
+            self._wait(template.entry, f"version {number} was tried in '{tries[-1].id}' ({tries[-1].state}); clear it")
+            return None
+        return template.run_id(number, len(tries))
+
+    def _wait(self, entry: str, why: str) -> None:
+        if self._waiting.get(entry) != why:
+            self._waiting[entry] = why
+            log.info("rollout_waits", name=entry, reason=why)
+
+    # -- people -------------------------------------------------------------------------------------------------
+
+    async def order(
+        self, rollout_id: str, wanted: str, *, actor: str, reason: str, expected: int | None = None
+    ) -> dict[str, Any]:
+        """Do what a person wants: one of the orders, or ``clear``. Raises NotFound, FailedPrecondition, RolloutMoved.
+
+        What takes traffic away is in force when this returns; everything else is on disk, too.
+        """
+        if wanted == "clear":
+            return await self._clear(rollout_id, actor, reason)
+        try:
+            order = Order(wanted)
+        except ValueError:
+            known = ", ".join([*(known.value for known in Order), "clear"])
+            raise InvalidArgument(f"wanted one of {known}, got {wanted[:64]!r}") from None
+        run = self._run(rollout_id)
+        if expected is not None and expected != run.revision:
+            raise RolloutMoved(run.id, expected, run.revision)
+        try:
+            self._hands.tell(run, Ordered(order, actor, reason))
+        except RolloutRefused as error:
+            raise FailedPrecondition(str(error)) from None
+        log.info("rollout_ordered", id=run.id, order=wanted, actor=actor, state=run.machine.state.value)
+        if order not in {Order.ABORT, Order.ROLLBACK}:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLE_S):
+                    await run.idle.wait()
+        return shown(run)
+
+    async def _clear(self, rollout_id: str, actor: str, reason: str) -> dict[str, Any]:
+        await asyncio.to_thread(self._hands.store.clear, rollout_id, actor, reason)
+        rows = await asyncio.to_thread(self._hands.store.all)
+        self._known.stored |= {row.id: row for row in rows if row.id == rollout_id}
+        for run in (*self._runs.values(), *self._leaving):
+            run.cleared = run.cleared or run.id == rollout_id
+        return self.status(rollout_id)
+
+    def _run(self, rollout_id: str) -> Run:
+        for run in (*self._runs.values(), *self._leaving):
+            if run.id == rollout_id:
+                return run
+        row = self._known.stored.get(rollout_id)
+        if row is not None:
+            raise FailedPrecondition(f"rollout '{rollout_id}' has ended ({row.state})")
+        raise NotFound(f"there is no rollout '{rollout_id[:128]}'")
+
+    # -- shown --------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every rollout that is known, those of the configuration first; and sections that wait to begin."""
+        running = [shown(run, self._expected(run)) for run in self._runs.values()]
+        waiting = [
+            {"id": self._templates[entry].id, "name": entry, "state": "waiting", "reason": why, "ended": False}
+            for entry, why in self._waiting.items()
+            if entry in self._templates
+        ]
+        ids = {row["id"] for row in running}
+        past = sorted(self._known.stored.values(), key=lambda row: -row.began_ns)
+        return running + waiting + [past_shown(row) for row in past if row.id not in ids]
+
+    def status(self, rollout_id: str) -> dict[str, Any]:
+        """One rollout. Raises NotFound."""
+        for row in self.all():
+            if row["id"] == rollout_id:
+                return row
+        raise NotFound(f"there is no rollout '{rollout_id[:128]}'")
+
+    def planned(self, templates: Mapping[str, RolloutTemplate]) -> dict[str, list[dict[str, Any]]]:
+        """For each section that would begin: its steps with the seconds that they are expected to take."""
+        found = {}
+        for entry, template in templates.items():
+            run = self._runs.get(entry)
+            if run is None or run.template.fingerprint() != template.fingerprint():
+                rps, errors = self._meter.read(entry)
+                steps = expected(template.base, rps, errors, matched=template.matched)
+                found[entry] = [
+                    {"weight": s.weight / 100, "median_s": s.median_s, "p90_s": s.p90_s, "gate": s.gate} for s in steps
+                ]
+        return found
+
+    def _expected(self, run: Run) -> Any:
+        rps, errors = self._meter.read(run.template.entry)
+        return expected(run.machine.spec, rps, errors, matched=run.template.matched)
+
+    def families(self) -> Iterator[FamilySnapshot]:
+        """The metrics."""
+        return families(tuple(self._runs.values()))
+
+    def outcome(self, entry: str, arm: str, name: str, value: float) -> None:
+        """An outcome was joined with an answer of an arm of an entry."""
+        run = self._runs.get(entry)
+        if run is not None and not run.machine.ended:
+            run.books.outcome(arm, name, value)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Write everything down as left in order."""
+        for run in (*self._runs.values(), *self._leaving):
+            await _ended(run)
+            try:
+                await asyncio.to_thread(self._hands.store.save, run.stored(is_open=False))
+            except TidegateError as error:
+                log.error("rollout_not_written", id=run.id, error=error.message)
+
+    def _stable_of(self, template: RolloutTemplate) -> Served | None:
+        found = self._hands.publisher.find(template.stable)
+        return None if found is None else found[1]
+
+
+async def _ended(run: Run) -> None:
+    """Cancel and await what works on it."""
+    tasks = [task for task in (run.task, run.loading, run.admitting) if task is not None]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _changes(run: Run, template: RolloutTemplate) -> Iterator[str]:
+    """Why a section cannot take the place of the one that a running rollout has begun by."""
+    if template.fingerprint() == run.template.fingerprint():
+        return
+    spec = run.machine.spec
+    stable = spec.stable if template.stable == run.template.stable else str(template.stable)
+    candidate = spec.candidate if template.candidate == run.template.candidate else str(template.candidate)
+    try:
+        run.machine.check_unchanged(template.spec(run.id, stable, candidate, spec.digest))
+    except RolloutRefused as error:
+        yield str(error)
+        return
+    yield f"rollout '{run.id}': its section cannot change while it runs; give the new rollout a new id"

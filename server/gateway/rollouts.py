@@ -1,0 +1,228 @@
+"""What a rollout counts on the request path: attempts of the candidate and of what it is compared with.
+
+Only first attempts of requests that the split has spread are counted, when they end and before a retry or a fallback is
+decided. Requests with a key count an event once per key and step (``router.rollout.first_events``), requests without
+one by themselves. Latency is the compute time of the batch, judged against what stable took for batches of about the
+same size: a small arm is gathered in smaller batches, and is not to win or lose by that.
+
+Everything here is on the loop: plain numbers that grow, of which the control takes what has come since it last did.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from router.rollout.evidence import OneArm, TwoArms
+from router.rollout.first_events import FirstEvents
+from router.rollout.gates import Keys
+from router.rollout.latency import TailThreshold
+from router.rollout.spec import SLOW
+from server.batching.batcher import Work
+
+ERROR: Final = "error"
+TIMEOUT: Final = "timeout"
+EVENTS: Final = (ERROR, TIMEOUT, SLOW)
+
+#: Ends that say nothing of the version at all, and are no attempts.
+_NOTHING: Final = frozenset({"draining"})
+#: Ends that are no error of the version: the request was wrong for every version, or its caller has left.
+_NO_ERROR: Final = frozenset({"ok", "cancelled", "invalid_argument"})
+#: Ends by some limit of time; a caller who leaves has waited long enough.
+_LATE: Final = frozenset({"cancelled", "deadline_exceeded", "queue_timeout", "version_timeout"})
+
+#: Distinct keys of a step, and outcomes that wait to be taken, that are remembered; over it no more are counted.
+MAX_KEYS: Final = 1 << 18
+MAX_OUTCOMES: Final = 100_000
+#: Keys with events that are written down; more are counted anew after a restart.
+_STORED_KEYS: Final = 10_000
+
+
+@dataclass(slots=True)
+class Tally:
+    """Attempts, and how many of them had each event. ``judged``: those whose latency could be."""
+
+    attempts: int = 0
+    errors: int = 0
+    timeouts: int = 0
+    judged: int = 0
+    slow: int = 0
+
+    def take(self) -> Tally:
+        """What was counted; from nothing again."""
+        taken = Tally(self.attempts, self.errors, self.timeouts, self.judged, self.slow)
+        self.attempts = self.errors = self.timeouts = self.judged = self.slow = 0
+        return taken
+
+    def of(self, event: str) -> tuple[int, int]:
+        """(units, those with the event)."""
+        if event == SLOW:
+            return self.judged, self.slow
+        return self.attempts, self.errors if event == ERROR else self.timeouts
+
+
+@dataclass(slots=True, eq=False)
+class ArmBook:
+    """One side of the comparison: requests with a key and without, and distinct keys not told of yet."""
+
+    is_candidate: bool
+    keyed: Tally = field(default_factory=Tally)
+    keyless: Tally = field(default_factory=Tally)
+    new_keys: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Taken:
+    """What has come since the last look. ``rows`` compare the arms, ``alone`` is the candidate's own, by event."""
+
+    attempts: int
+    compared: int
+    rows: Mapping[str, tuple[TwoArms, ...]]
+    alone: Mapping[str, OneArm]
+    keys: Keys
+    outcomes: tuple[tuple[bool, str, float], ...] = ()
+
+
+class RolloutBooks:
+    """The counts of one running rollout. ``attempt`` is on the path of every request of its model."""
+
+    __slots__ = (
+        "_apart", "_arms", "_candidate", "_first", "_keys", "_outcomes", "_share", "_stable", "_tails", "lost_keys",
+        "lost_outcomes",
+    )  # fmt: skip
+
+    def __init__(self, apart: str = "") -> None:
+        """``apart``: the arm that is batched by itself, as the candidate is, so that equal is compared with equal."""
+        self._apart = apart
+        self._candidate = ArmBook(True)
+        self._stable = ArmBook(False)
+        self._arms: Mapping[str, ArmBook] = {}
+        self._first = {event: FirstEvents() for event in EVENTS}
+        #: By the size of the batch, in powers of two.
+        self._tails: dict[int, TailThreshold] = {}
+        self._keys: set[int] = set()
+        self._share = 0.0
+        self._outcomes: deque[tuple[bool, str, float]] = deque()
+        self.lost_keys = 0
+        self.lost_outcomes = 0
+
+    def enter(self, candidate: str, stable: str, share: float) -> None:
+        """Other arms, or other weights, are in force: ``share`` of the keys of both arms are the candidate's.
+
+        ``candidate`` or ``stable`` "": that side gets nothing.
+        """
+        named = ((candidate, self._candidate), (stable, self._stable))
+        self._arms = {name: book for name, book in named if name}
+        self._share = share
+        self._keys.clear()
+        self._candidate.new_keys = self._stable.new_keys = 0
+        for first in self._first.values():
+            first.enter(share)
+
+    # -- on the path --------------------------------------------------------------------------------------------
+
+    def lane(self, arm: str) -> str:
+        """The mark under which the requests of an arm are batched."""
+        return arm if arm == self._apart else ""
+
+    def attempt(self, arm: str, key: int, code: str, work: Work | None) -> None:
+        """The first attempt of a counted request has ended. ``key`` 0: it had none."""
+        book = self._arms.get(arm)
+        if book is None or code in _NOTHING:
+            return
+        tally = book.keyed if key else book.keyless
+        tally.attempts += 1
+        if key and key not in self._keys:
+            self._new_key(book, key)
+        if code != "ok":
+            if code not in _NO_ERROR:
+                tally.errors += 1
+                self._event(ERROR, book, key)
+            if code in _LATE:
+                tally.timeouts += 1
+                self._event(TIMEOUT, book, key)
+        elif work is not None and work.computed_ns:
+            self._judge(book, tally, key, work.computed_ns - work.assembled_ns, work.batch_rows.bit_length())
+
+    def _new_key(self, book: ArmBook, key: int) -> None:
+        if len(self._keys) >= MAX_KEYS:
+            self.lost_keys += 1
+            return
+        self._keys.add(key)
+        book.new_keys += 1
+
+    def _event(self, event: str, book: ArmBook, key: int) -> None:
+        if key:
+            self._first[event].add(key, book.is_candidate)
+
+    def _judge(self, book: ArmBook, tally: Tally, key: int, took_ns: int, size: int) -> None:
+        tail = self._tails.get(size)
+        if tail is None:
+            tail = self._tails[size] = TailThreshold()
+        if tail.threshold_ns is not None:
+            tally.judged += 1
+            if took_ns > tail.threshold_ns:
+                tally.slow += 1
+                self._event(SLOW, book, key)
+        if not book.is_candidate:
+            tail.add(took_ns)
+
+    # -- feedback -----------------------------------------------------------------------------------------------
+
+    def outcome(self, arm: str, name: str, value: float) -> None:
+        """An outcome was joined with a counted request of an arm."""
+        book = self._arms.get(arm)
+        if book is None:
+            return
+        if len(self._outcomes) >= MAX_OUTCOMES:
+            self.lost_outcomes += 1
+        else:
+            self._outcomes.append((book.is_candidate, name, value))
+
+    # -- for the control ----------------------------------------------------------------------------------------
+
+    def take(self) -> Taken:
+        """Everything since the last call."""
+        ours, theirs = self._candidate, self._stable
+        keyed, keyless = (ours.keyed.take(), theirs.keyed.take()), (ours.keyless.take(), theirs.keyless.take())
+        keys = Keys(ours.new_keys, theirs.new_keys, self._share)
+        ours.new_keys = theirs.new_keys = 0
+        outcomes = tuple(self._outcomes)
+        self._outcomes.clear()
+        return Taken(
+            keyed[0].attempts + keyless[0].attempts,
+            keyed[1].attempts + keyless[1].attempts,
+            {event: (*_compared(*keyless, event), *self._first[event].take()) for event in EVENTS},
+            {event: _alone((keyed[0], keyless[0]), event) for event in EVENTS},
+            keys,
+            outcomes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a restart needs to go on; to be called right after ``take``."""
+        stored = {event: first.to_dict() for event, first in self._first.items()}
+        kept = {event: found for event, found in stored.items() if len(found["seen"]) <= _STORED_KEYS}
+        return {"first": kept, "tails": {str(size): tail.to_dict() for size, tail in self._tails.items()}}
+
+    def restore(self, found: Mapping[str, Any]) -> None:
+        """Go on from ``to_dict``. Raises BadRolloutState."""
+        for event, stored in found.get("first", {}).items():
+            if event in self._first:
+                self._first[event].restore(stored)
+        for size, stored in found.get("tails", {}).items():
+            tail = self._tails[int(size)] = TailThreshold()
+            tail.restore(stored)
+
+
+def _compared(ours: Tally, theirs: Tally, event: str) -> Iterable[TwoArms]:
+    """The row of requests without a key, whose share is the realised one; none when there were none."""
+    n_c, k_c = ours.of(event)
+    n_s, k_s = theirs.of(event)
+    return (TwoArms(n_c, k_c, n_s, k_s),) if n_c or n_s else ()
+
+
+def _alone(tallies: Iterable[Tally], event: str) -> OneArm:
+    counted = [tally.of(event) for tally in tallies]
+    return OneArm(sum(units for units, _ in counted), float(sum(events for _, events in counted)))

@@ -1,0 +1,279 @@
+"""Labels of every model that joins them: one end of the join for the request path, the other for the drain thread.
+
+A model has one ``ModelLabels`` for all its versions, made when the first of them is loaded, so that a label finds its
+prediction whichever version made it and whichever serves by now. It ends with the last version that is loaded under
+these settings; under other settings another one is made beside it, and what the old one remembers goes with it.
+
+**Threads.** ``answered`` and ``label`` are the loop's: they append to a bounded queue. ``drain``, ``families`` and
+``take_alarms`` are the drain thread's. ``acquire`` is the loader's, and compiles.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import structlog
+
+from monitor.outcomes import ALL, Joined, LabelSettings
+from server.errors import ModelLoadError
+from server.telemetry.snapshot import FamilySnapshot, Kind, Points
+from server.types import ModelSpec, Tensor
+
+if TYPE_CHECKING:
+    from monitor.label_monitor import LabelAlarm, LabelMonitor
+
+log: Any = structlog.get_logger("monitor")
+
+OnJoined: TypeAlias = Callable[[Sequence[Joined]], object]
+
+#: Of a value that names a slice.
+_SLICE_CHARS: Final = 64
+#: Of the names of samples; the others are counters.
+_GAUGES: Final = frozenset({"label_remembered_rows", "label_remembered_ids", "label_held_labels", "label_queued",
+                            "label_join_ratio", "performance", "performance_alarm"})  # fmt: skip
+_TEXTS: Final = {
+    "tidegate_label_rows_total": "Predicted rows by what became of them.",
+    "tidegate_label_join_ratio": "Share of all predicted rows that have their label by now.",
+    "tidegate_label_unknown_labels_total": "Labels whose prediction is not known, or has no such row.",
+    "tidegate_performance": "A metric of the rows in a window whose labels came.",
+    "tidegate_performance_alarm": "1 while a signal of the labels is in alarm.",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class LabelWatch:
+    """How a model's labels are joined. ``slice``: the input, or element of it (``x[3]``), that metrics are cut by."""
+
+    settings: LabelSettings
+    slice: str = ""
+
+
+class ModelLabels:
+    """The labels of one model under one ``LabelWatch``. ``leases``: the engines that hold it, by version."""
+
+    def __init__(self, model: str, watch: LabelWatch, on_alarm: Callable[[ModelLabels, LabelAlarm], None]) -> None:
+        from monitor.label_monitor import LabelMonitor
+
+        self.model, self.watch = model, watch
+        #: Tells the episodes of this life of the windows from those of another: they are numbered from 1 in each.
+        self.run = f"{time.time_ns():x}"
+        self.monitor: LabelMonitor = LabelMonitor(model, watch.settings, lambda alarm: on_alarm(self, alarm))
+        self.leases: Counter[str] = Counter()
+        self._classes = frozenset(watch.settings.classes)
+
+    def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
+        """Hand in an outcome: its number, if it is one, and its text, if it was one. False when it was not taken."""
+        outcome = text if text in self._classes or value is None else value
+        return self.monitor.join.label(request_id, row, outcome, name, now_ns)
+
+    def tap(self, spec: ModelSpec) -> LabelTap:
+        """What a version of the model hands its answers to. Raises ModelLoadError when there is nothing to slice by."""
+        return LabelTap(self, spec.version, _slicer(spec, self.watch.slice))
+
+
+class LabelTap:
+    """One version's way into its model's labels. For the loop's thread: never waits, never raises."""
+
+    __slots__ = ("_remember", "_slicer", "label", "labels", "version")
+
+    def __init__(self, labels: ModelLabels, version: str, slicer: Slicer | None) -> None:
+        self.labels = labels
+        self.label = labels.label
+        self.version, self._slicer = version, slicer
+        self._remember = labels.monitor.join.remember
+
+    def answered(
+        self,
+        ids: Sequence[str],
+        arm: str,
+        rows: int,
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        unit: int,
+        now_ns: int,
+    ) -> None:
+        """Remember an answered request by ``ids``. ``inputs`` stand in spec order; ``now_ns`` is wall time."""
+        value = ALL if self._slicer is None else self._slicer.value(inputs, rows or 1)
+        self._remember(ids, self.version, arm, rows, outputs, value, now_ns, unit)
+
+
+class Slicer:
+    """Says which slice a request belongs to: that of the value which all its rows have in one element of an input."""
+
+    def __init__(self, place: int, element: int) -> None:
+        self._place, self._element = place, element
+
+    def value(self, inputs: Sequence[Tensor | None], rows: int) -> str:
+        """The value as text; "" (not sliced) when it is absent, or differs from row to row."""
+        tensor = inputs[self._place]
+        try:
+            if tensor is None:
+                return ALL
+            values = tensor.array().reshape(rows, -1)[:, self._element]
+            first = values[0]
+            if rows > 1 and not (values == first).all():
+                return ALL
+            return _named(first)
+        except (ValueError, IndexError, TypeError):
+            return ALL
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value[:_SLICE_CHARS].decode("utf-8", "replace")
+    return f"{value.item():.12g}" if hasattr(value, "item") else str(value)
+
+
+def _slicer(spec: ModelSpec, wanted: str) -> Slicer | None:
+    if not wanted:
+        return None
+    names = [tensor.name for tensor in spec.inputs]
+    if wanted in names:
+        return Slicer(names.index(wanted), 0)
+    name, bracket, index = wanted.removesuffix("]").rpartition("[")
+    if bracket and wanted.endswith("]") and name in names and index.isascii() and index.isdecimal():
+        return Slicer(names.index(name), int(index))
+    raise ModelLoadError(f"labels are cut by '{wanted}', but the model's inputs are {', '.join(names)}")
+
+
+class LabelService:
+    """The labels of all models. See the module's text for who may call what."""
+
+    def __init__(self) -> None:
+        self._making = threading.Lock()
+        self._lock = threading.Lock()  # guards the list; only ever held for a moment
+        self._all: list[ModelLabels] = []
+        self._alarms: deque[tuple[ModelLabels, LabelAlarm]] = deque()
+        self._listeners: tuple[OnJoined, ...] = ()
+
+    def acquire(self, model: str, version: str, watch: LabelWatch) -> ModelLabels:
+        """The model's labels under these settings, one lease more. Blocks: compiles kernels."""
+        with self._making:
+            found = self._held(model, version, watch)
+            if found is None:
+                found = ModelLabels(model, watch, lambda labels, alarm: self._alarms.append((labels, alarm)))
+                found.monitor.join.subscribe(self._tell)
+                with self._lock:
+                    found.leases[version] += 1
+                    self._all.append(found)
+        return found
+
+    def _held(self, model: str, version: str, watch: LabelWatch) -> ModelLabels | None:
+        with self._lock:
+            for found in self._all:
+                if found.model == model and found.watch == watch:
+                    found.leases[version] += 1
+                    return found
+        return None
+
+    def release(self, labels: ModelLabels, version: str) -> None:
+        """One lease less; without one the labels end."""
+        with self._lock:
+            labels.leases[version] -= 1
+            if not labels.leases.total():
+                self._all.remove(labels)
+
+    def all(self) -> list[ModelLabels]:
+        """By model, the newest last."""
+        with self._lock:
+            return sorted(self._all, key=lambda labels: labels.model)
+
+    def subscribe(self, listener: OnJoined) -> Callable[[], None]:
+        """Have the rows that got their label handed to ``listener``, on the drain thread. Call the result to end it.
+
+        They are those of one model at a time, in the order their labels came. A listener must not wait; what it raises
+        is logged.
+        """
+
+        def heard(joined: Sequence[Joined]) -> None:
+            try:
+                listener(joined)
+            except Exception as error:  # the boundary: a listener must not end the counting
+                log.error("joined_not_passed_on", model=joined[0].model, rows=len(joined), exc_info=error)
+
+        self._listeners = (*self._listeners, heard)
+
+        def end() -> None:
+            self._listeners = tuple([other for other in self._listeners if other is not heard])
+
+        return end
+
+    def _tell(self, joined: Sequence[Joined]) -> None:
+        for listener in self._listeners:
+            listener(joined)
+
+    # --- the drain thread --------------------------------------------------------------------------------------------
+
+    def drain(self, now_ns: int) -> None:
+        """Join and judge what waits, of all models. Raises ExceptionGroup at the end of what went wrong."""
+        failures: list[Exception] = []
+        for labels in self.all():
+            try:
+                labels.monitor.drain(now_ns)
+            except Exception as error:  # noqa: BLE001 - the boundary of one model: the others go on
+                failures.append(error)
+        if failures:
+            raise ExceptionGroup("labels failed", failures)
+
+    def take_alarms(self) -> Iterator[tuple[ModelLabels, LabelAlarm]]:
+        """Changes of alarms since the last call."""
+        while self._alarms:
+            yield self._alarms.popleft()
+
+    def families(self) -> tuple[FamilySnapshot, ...]:
+        """All metrics as they are now. Takes milliseconds."""
+        found: dict[str, tuple[tuple[str, ...], Points]] = {}
+        seen: set[str] = set()
+        for labels in reversed(self.all()):
+            if labels.model in seen:  # under older settings, until their last version is gone
+                continue
+            seen.add(labels.model)
+            for sample in labels.monitor.samples():
+                names, points = found.setdefault(sample.name, (tuple(sample.labels), {}))
+                points[tuple([sample.labels[name] for name in names])] = sample.value
+        return tuple([_family(name, names, points) for name, (names, points) in sorted(found.items())])
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def report_of(self, model: str, version: str) -> dict[str, Any] | None:
+        """What is known of the labels of one version now; None when they are not joined. Not on the loop."""
+        found = [labels for labels in self.all() if labels.model == model and labels.leases[version]]
+        if not found:
+            return None
+        report = found[-1].monitor.report()
+        groups = [group for group in report["join"]["groups"] if group["version"] == version]
+        parts = {
+            part: [entry for entry in report[part] if entry["version"] == version]
+            for part in ("windows", "learning", "estimates")
+        }
+        return {**report, **parts, "join": {**report["join"], "groups": groups}}
+
+
+def _family(name: str, label_names: tuple[str, ...], points: Points) -> FamilySnapshot:
+    kind: Kind = "gauge" if name in _GAUGES else "counter"
+    public = f"tidegate_{name}" if kind == "gauge" or name.endswith("_total") else f"tidegate_{name}_total"
+    text = _TEXTS.get(public, f"Labels of a model: {name.removeprefix('label_').replace('_', ' ')}.")
+    return FamilySnapshot(public, text, kind, label_names, points, "max" if kind == "gauge" else "sum")
+
+
+def alarm_row(alarm: LabelAlarm) -> dict[str, Any]:
+    """An alarm of labels as the alarm history shows it beside those of columns."""
+    signal = alarm.signal
+    return {
+        "state": alarm.state,
+        "arm": alarm.arm,
+        "segment": alarm.slice,
+        "column": signal.name,
+        "check": signal.kind,
+        "window": alarm.window,
+        "episode": alarm.episode,
+        "start_ns": alarm.start_ns,
+        "end_ns": alarm.end_ns,
+        "verdict": {"test": signal.name, "level": signal.level},
+        "signal": signal.to_dict(),
+    }

@@ -1,0 +1,291 @@
+"""Labels, alerts and request rules on live traffic: real servers, real sockets, a real receiver of webhooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
+
+from monitor.profile import ReferenceProfile
+from server._pb import feedback_pb2, inference_pb2
+from tests.support import models
+from tests.support.cli import cli
+from tests.support.metrics import samples, total
+from tests.support.receiver import KEY, SECRET, Receiver, receiving
+from tests.support.server import Server, serving
+from tests.support.v2 import call, infer, tensor
+
+
+def eventually(check: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
+
+
+class Place:
+    """A folder with version 1 of ``m``, which answers ``y = x`` of two columns, and its configuration."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.state, self.path = root, root / "state", root / "config.yaml"
+        models.identity(root / "m.onnx", width=2)
+
+    def serve(self, monitor: str, more: str = "") -> Any:
+        self.path.write_text(
+            "apiVersion: tidegate/v1\nmodels:\n  m:\n"
+            f'    versions: {{"1": {{source: {self.root}/m.onnx}}}}\n    monitor: {monitor}\n{more}'
+        )
+        return serving(str(self.path), "--state-dir", str(self.state), env={"HOOK_SECRET": SECRET})
+
+    def admin(self, server: Server, path: str) -> tuple[int, Any]:
+        status, answer, _ = call(server.admin, "GET", f"/admin/v1/{path}")
+        return status, answer
+
+    def performance(self, server: Server) -> dict[str, Any]:
+        status, answer = self.admin(server, "monitors/m/1")
+        assert status == 200, answer
+        return dict(answer["performance"])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def ask(server: Server, rows: Sequence[Sequence[float]], request_id: str = "") -> str:
+    """One answered request; its ``x-tidegate-id``."""
+    flat = [value for row in rows for value in row]
+    body: dict[str, Any] = {"inputs": [tensor("x", "FP32", [len(rows), 2], flat)]}
+    if request_id:
+        body["id"] = request_id
+    status, answer, headers = call(server.http, "POST", "/v2/models/m/infer", body)
+    assert status == 200, answer
+    return headers["x-tidegate-id"]
+
+
+def tell(server: Server, items: list[dict[str, Any]]) -> dict[str, Any]:
+    status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", items)
+    assert status == 200, answer
+    return dict(answer)
+
+
+@pytest.fixture
+def stream() -> Any:
+    return np.random.default_rng(5)
+
+
+def test_labels_late_twice_early_and_of_nobody_over_both_protocols(place: Place, stream: Any) -> None:
+    scores = stream.random(420).astype("f4")
+    truth = (stream.random(420) < scores).astype(int)
+    labels = "{labels: {task: binary, output: y, windows: [200], slice: 'x[1]', classes: [bad, good]}}"
+    with place.serve(labels) as server, grpc.insecure_channel(server.grpc) as channel:
+        report = channel.unary_unary(
+            "/tidegate.v1.Feedback/Report",
+            request_serializer=feedback_pb2.ReportRequest.SerializeToString,
+            response_deserializer=feedback_pb2.ReportResponse.FromString,
+        )
+        early = [{"id": "late-0", "row": row, "outcome": int(truth[row])} for row in range(20)]
+        assert tell(server, early) == {"accepted": 20, "joined": 20}
+        ids = []
+        for n in range(0, 400, 20):  # the first one's labels wait for it
+            part = scores[n : n + 20]
+            ids.append(ask(server, [[float(score), n // 20 % 2] for score in part], f"late-{n}"))
+        order = stream.permutation(np.arange(20, 400)).tolist()
+        halves = order[:190], order[190:]
+        items = [
+            {"id": ids[n // 20], "row": n % 20, "outcome": "good" if truth[n] else "bad",
+             "time": "2026-01-02T03:04:05Z"} for n in halves[0]
+        ]  # fmt: skip
+        tell(server, items)
+        tell(server, items[:30])  # again
+        tell(server, [{**items[0], "outcome": 1 - int(truth[halves[0][0]])}])  # otherwise
+        assert tell(server, [{"id": "nobody", "outcome": 1}, {"id": ids[3], "row": 99, "outcome": 1}])["accepted"] == 2
+        request = feedback_pb2.ReportRequest(model_name="m")
+        for n in halves[1]:
+            request.outcomes.add(id=f"late-{n // 20 * 20}", row=n % 20, text="good" if truth[n] else "bad")
+        assert report(request, timeout=20).joined == 190
+        request = feedback_pb2.ReportRequest(model_name="m")
+        request.outcomes.add(id=ids[0], row=1, value=float(truth[1]))
+        report(request, timeout=20)
+
+        eventually(
+            lambda: (
+                place.performance(server)["join"]["groups"] != []
+                and sum(group["joined"] for group in place.performance(server)["join"]["groups"]) == 400
+                and sum(group["duplicate"] for group in place.performance(server)["join"]["groups"]) == 31
+            ),
+            "not all labels were joined",
+        )
+        found = place.performance(server)
+        groups = {group["slice"]: group for group in found["join"]["groups"]}
+        assert {name: group["joined"] for name, group in groups.items()} == {"0": 200, "1": 200}
+        assert sum(group["conflicting"] for group in groups.values()) == 1
+        assert found["join"]["unknown_labels"] == 1  # a row that the request has not; "nobody" still waits
+        assert found["join"]["held_labels"] == 1
+        (window,) = [entry for entry in found["windows"] if entry["slice"] == ""]
+        joined = [*range(20), *order]  # early labels joined as their prediction came, before all others
+        last = joined[-window["rows"] :]
+        y, p = truth[last], scores[last].astype("f8")
+        assert window["rows"] == 200
+        metrics = window["metrics"]
+        assert metrics["accuracy"] == pytest.approx(accuracy_score(y, p >= 0.5), abs=1e-9)
+        assert metrics["auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-9)
+        assert metrics["brier"] == pytest.approx(brier_score_loss(y, p), abs=1e-9)
+        assert metrics["log_loss"] == pytest.approx(log_loss(y, p), abs=1e-9)
+
+        label = '{model="m",version="1",arm="stable",window="200rows",metric="accuracy"}'
+        eventually(
+            lambda: samples(server, "tidegate_performance").get(label) == pytest.approx(metrics["accuracy"]),
+            "the gauge does not show the accuracy",
+        )
+        assert total(server, "tidegate_label_unknown_labels_total") == 1
+        status, page = place.admin(server, "monitors/m/1?format=html")
+        assert status == 200
+        assert b"Performance, from labels" in page
+
+
+def test_a_text_that_nobody_knows_is_refused(place: Place) -> None:
+    with place.serve("{}") as server:
+        name = ask(server, [[0.5, 0]])
+        status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", {"id": name, "outcome": "setosa"})
+        assert status == 400
+        assert "got 'setosa'" in answer["error"]
+        assert tell(server, [{"id": name, "outcome": 1}]) == {"accepted": 1, "joined": 0}
+
+
+def test_memory_is_bounded_under_requests_without_labels(place: Place) -> None:
+    labels = "{labels: {task: binary, output: y, capacity: 500}}"
+    with place.serve(labels) as server:
+        rows = [[0.5, 0.0]] * 50
+        for _ in range(40):
+            ask(server, rows)
+
+        def settled() -> bool:
+            groups = place.performance(server)["join"]["groups"]
+            return [group["predicted"] for group in groups] == [2000]
+
+        eventually(lambda: place.admin(server, "monitors/m/1")[0] == 200 and settled(), "not all were remembered")
+        join = place.performance(server)["join"]
+        assert join["remembered_rows"] == 500
+        assert join["remembered_ids"] == 10
+        assert join["groups"][0]["expired"] == 1500
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as made:
+        yield made
+
+
+def hook(receiver: Receiver) -> str:
+    return (
+        f"alerts:\n  sinks:\n    ops: {{webhook: {{url: '{receiver.url}', secrets: ['${{HOOK_SECRET}}'], "
+        "allow: [127.0.0.1]}}\n"
+    )
+
+
+def test_a_flapping_signal_is_one_signed_alert(place: Place, receiver: Receiver) -> None:
+    labels = (
+        "{labels: {task: binary, form: class, output: y, windows: [200], learn_rows: 400, persistence: 1 of 1, "
+        "expected_run: 1k}}"
+    )
+    with place.serve(labels, hook(receiver)) as server:
+
+        def rows(right: bool, batches: int) -> None:
+            for _ in range(batches):
+                name = ask(server, [[n % 2, 0] for n in range(50)])
+                tell(server, [{"id": name, "row": n, "outcome": n % 2 if right else 1 - n % 2} for n in range(50)])
+
+        rows(True, 12)
+        rows(False, 4)
+        got = receiver.wait(lambda got: len(got) >= 1)
+        for _ in range(4):  # over and under again and again: never calm for long enough to end
+            rows(True, 2)
+            rows(False, 2)
+        rows(True, 20)
+        got = receiver.wait(lambda got: len(got) >= 2)
+        raised, cleared = (one.event for one in got)
+        assert raised["type"] == "io.tidegate.alert.performance.raised"
+        assert cleared["type"] == "io.tidegate.alert.performance.cleared"
+        assert raised["subject"] == "m:1"
+        assert raised["data"]["name"] == "accuracy"
+        assert raised["data"]["key"] == cleared["data"]["key"]
+        assert all(one.signed_by(KEY) for one in got)
+        server.wait_for("performance_raised", name="accuracy")
+        status, hooks = place.admin(server, "hooks?limit=10")
+        assert status == 200
+        assert [row["type"] for row in hooks["hooks"]] == [cleared["type"], raised["type"]]
+        assert {row["sink"] for row in hooks["hooks"]} == {"ops"}
+        _, document = place.admin(server, "monitors/m/1")
+        assert [alarm["state"] for alarm in document["alarms"]] == ["raised", "cleared"]
+        assert total(server, "tidegate_outbox_delivered_total") == 2
+    assert len(receiver.got) == 2
+
+
+def uniform(rows: int, seed: int) -> Any:
+    return np.random.default_rng(seed).random((rows, 2)).astype("f4")
+
+
+def test_rules_refuse_and_count_and_the_sample_makes_a_profile(place: Place, receiver: Receiver) -> None:
+    ReferenceProfile.from_arrays({"x": uniform(20_000, 1)}).save(place.root / "p.tgp")
+    rules = (
+        f"{{profile: {place.root}/p.tgp, sample: {{rows: 500}}, history: 32, schema: ["
+        "{column: 'x[0]', min: 0, max: 1, action: reject}, {column: 'x[1]', max: 0.5, tolerate: 1%}]}"
+    )
+    with place.serve(rules, hook(receiver)) as server, grpc.insecure_channel(server.grpc) as channel:
+        good = uniform(3000, 2)
+        for start in range(0, 3000, 50):
+            ask(server, good[start : start + 50].tolist())
+        status, answer = infer(server.http, "m", [tensor("x", "FP32", [2, 2], [0.5, 0.5, 7, 0.5])])
+        assert status == 400
+        assert "x[0]" in answer["error"]
+        assert "rule max" in answer["error"]
+        rpc = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=inference_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=inference_pb2.ModelInferResponse.FromString,
+        )
+        request = inference_pb2.ModelInferRequest(model_name="m")
+        request.inputs.add(name="x", datatype="FP32", shape=[1, 2]).contents.fp32_contents.extend([-1.0, 0.5])
+        with pytest.raises(grpc.RpcError) as refused:
+            rpc(request, timeout=20)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert total(server, "tidegate_monitor_requests_rejected_total") == 2
+        got = receiver.wait(lambda got: len(got) >= 1)
+        event = got[0].event
+        assert event["type"] == "io.tidegate.alert.quality.raised"
+        assert (event["data"]["check"], event["data"]["feature"]) == ("rule max", "x[1]")
+        assert event["data"]["count"] > 0.4 * event["data"]["rows"]
+        assert event["data"]["allowed"] == 0.01
+
+        eventually(
+            lambda: place.admin(server, "monitors/m/1")[1]["report"]["counted"] == {"stable": 3000},
+            "not all rows were counted",
+        )
+        _, document = place.admin(server, "monitors/m/1")
+        checks = [check for window in document["report"]["windows"] for check in window["quality"]]
+        assert any((check["check"], check["in_alarm"]) == ("rule max", True) for check in checks)
+        assert len(document["distributions"]) == 2
+        assert document["history"]["windows"]
+        assert document["alarms"][0]["check"] == "rule max"
+        assert json.loads(json.dumps(document, allow_nan=False)) == document
+        status, page = place.admin(server, "monitors/m/1?format=html")
+        assert status == 200
+        assert b"<svg" in page
+        status, kept = place.admin(server, "monitors/m/1?format=npz")
+        assert status == 200
+        np.testing.assert_array_equal(np.load(io.BytesIO(kept))["x[0]"], good[-500:, 0])
+        assert place.admin(server, "monitors/m/7")[0] == 404
+        assert place.admin(server, "monitors")[1]["monitors"][0]["model"] == "m"
+        (place.root / "kept.npz").write_bytes(kept)
+    made = place.root / "made.tgp"
+    cli("monitor", "profile", str(place.root / "kept.npz"), "--model", str(place.root / "m.onnx"), "-o", str(made))
+    assert ReferenceProfile.load(made).rows == 500

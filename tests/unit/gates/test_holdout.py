@@ -1,0 +1,118 @@
+"""server.gates.holdout: digests, samples, which columns are inputs, labels and groups."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.config.gates import GatePolicy
+from server.config.kinds import Context
+from server.errors import InvalidArgument
+from server.gates.holdout import (
+    Holdout,
+    arranged,
+    digest_files,
+    groups_of,
+    input_tensors,
+    label_numbers,
+    label_texts,
+    one_column,
+    read_holdout,
+)
+from server.types import ModelSpec, TensorSpec
+
+SPEC = ModelSpec("m", "1", (TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 1)),))
+
+
+def policy(folder: Path, path: object = "h.csv", **asked: Any) -> GatePolicy:
+    holdout = {"path": path} | asked.pop("holdout", {})
+    return GatePolicy.model_validate({"holdout": holdout, **asked}, context=Context(folder))
+
+
+def held(**columns: list[Any]) -> Holdout:
+    table = {name: np.array(values, object if None in values else None) for name, values in columns.items()}
+    return Holdout(table, len(next(iter(table.values()))), 0, "")
+
+
+def names(found: Holdout, asked: GatePolicy, spec: ModelSpec = SPEC) -> list[str]:
+    return [column.name for column in arranged(found, asked, spec).columns]
+
+
+def test_files_are_read_in_order_and_pinned_by_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "b.csv").write_text("a,b\n3,4\n5,6\n")
+    asked = policy(tmp_path, ["a.csv", "b.csv"])
+    sha256 = digest_files(asked.paths())
+    assert sha256 == hashlib.sha256(b"a,b\n1,2\na,b\n3,4\n5,6\n").hexdigest()
+    found = read_holdout(asked, sha256)
+    assert (found.rows, found.table["a"].tolist()) == (3, [1, 3, 5])
+    assert found.told() == {"sha256": sha256, "rows": 3, "of": 3}
+    with pytest.raises(InvalidArgument, match=r"gone\.csv cannot be read"):
+        digest_files([tmp_path / "gone.csv"])
+
+
+def test_a_sample_is_the_same_every_time(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("a\n" + "\n".join(map(str, range(1000))))
+    asked = policy(tmp_path, holdout={"max_rows": 100})
+    first, second = (read_holdout(asked, "").table["a"].tolist() for _ in range(2))
+    assert first == second == sorted(set(first))
+    assert len(first) == 100
+    assert read_holdout(policy(tmp_path, holdout={"max_rows": 100}, seed=1), "").table["a"].tolist() != first
+
+
+def test_inputs_are_what_is_neither_label_nor_group_unless_needed(tmp_path: Path) -> None:
+    three = held(a=[1.0], b=[2.0], city=["x"], label=[1])
+    cut = {"slices": [{"column": "city", "min": 0.5}], "holdout": {"label": "label"}}
+    assert names(three, policy(tmp_path, **cut)) == ["a", "b"]
+    two = held(a=[1.0], city=[2.0], label=[1])
+    assert names(two, policy(tmp_path, **cut)) == ["a", "city"]
+    assert names(three, policy(tmp_path, holdout={"columns": ["b", "a"]})) == ["b", "a"]
+    mapped = {"map": ["b=x[0]", "a=x[1]"]}
+    tensor = input_tensors(arranged(three, policy(tmp_path, holdout=mapped), SPEC), SPEC)[0]
+    assert tensor.tolist() == [[2.0, 1.0]]
+    assert tensor.dtype == np.float32
+    with pytest.raises(InvalidArgument, match="no column 'z'; it has a, b, city, label"):
+        names(three, policy(tmp_path, holdout={"columns": ["z"]}))
+
+
+def test_labels(tmp_path: Path) -> None:
+    asked = policy(tmp_path, holdout={"label": "label"})
+    texts = label_texts(held(label=["yes", None, "no"]), asked)
+    assert texts is not None
+    assert texts.tolist() == ["yes", "", "no"]
+    numbers = label_numbers(held(label=[1.0, float("nan")]), asked)
+    assert numbers is not None
+    assert np.isnan(numbers[1])
+    assert label_texts(held(other=[1]), asked) is None
+    assert label_texts(held(label=[None, None]), asked) is None
+    assert label_numbers(held(label=[float("nan")]), asked) is None
+    assert label_numbers(held(label=[1]), policy(tmp_path)) is None
+    with pytest.raises(InvalidArgument, match="not all numbers"):
+        label_numbers(held(label=["a", "b"]), asked)
+
+
+def test_groups_by_value_and_by_bins() -> None:
+    found = held(city=["a", None], age=[17.0, 30.0], many=[0, 1])
+    assert groups_of(found, "city", ()).tolist() == ["a", "missing"]
+    assert groups_of(found, "age", (18, 30)).tolist() == ["under 18", "from 30"]
+    assert groups_of(held(age=[18.0, 29.9, float("nan")]), "age", (18, 30)).tolist() == [
+        "18 to 30",
+        "18 to 30",
+        "missing",
+    ]
+    with pytest.raises(InvalidArgument, match="use bins"):
+        groups_of(held(many=list(range(300))), "many", ())
+    with pytest.raises(InvalidArgument, match="which bins are of"):
+        groups_of(found, "city", (1,))
+    with pytest.raises(InvalidArgument, match="wanted one a row"):
+        one_column(Holdout({"x": np.zeros((2, 3))}, 2, 2, ""), "x")
+
+
+def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "h.npz", a=np.zeros(3), b=np.zeros(2))
+    with pytest.raises(InvalidArgument, match=r"different lengths: \[2, 3\]"):
+        read_holdout(policy(tmp_path, "h.npz"), "")
