@@ -279,7 +279,7 @@ class Delivery:
 
 
 def _delivery(settings: ServerSettings, state: State, audit: Audit, telemetry: Telemetry) -> Delivery:
-    sinks = make_sinks(settings.delivery.sinks)
+    sinks = make_sinks(settings.delivery.sinks, settings.state_dir / "commands")
     names = [sink.name for sink in sinks]
     outbox = Outbox(state.store, state.audit, sinks=names, limits=settings.delivery.limits)
     dispatcher = Dispatcher(outbox, sinks, retry=settings.delivery.retry)

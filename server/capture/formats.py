@@ -74,6 +74,17 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def with_missing(values: Any) -> Array:
+    """What duckdb answers as numpy: missing floats become NaN, and what else is missing None among objects."""
+    if not np.ma.is_masked(values):
+        return np.asarray(np.ma.getdata(values))
+    if values.dtype.kind == "f":
+        return np.asarray(values.filled(np.nan))
+    out = np.ma.getdata(values).astype(object)
+    out[np.ma.getmaskarray(values)] = None
+    return out
+
+
 # --- types -----------------------------------------------------------------------------------------------------------
 
 

@@ -159,9 +159,9 @@ class Capture:
     ) -> bool:
         """Capture what became of a request, if that was in the sample; whether it was taken. Never raises.
 
-        ``request_id``: the client's id or ``x-tidegate-id``. ``time_ns``: since the epoch, None: now. NaN and infinities
-        are no labels. A label under the gateway's id of a request that had one of its own is known for as long as the
-        request is remembered.
+        ``request_id``: the client's id or ``x-tidegate-id``. ``time_ns``: since the epoch, None: now. NaN and
+        infinities are no labels. A label under the gateway's id of a request that had one of its own is known for as
+        long as the request is remembered.
         """
         edge = self._edges.get(model, self._edge)
         if not edge or self._closed or not request_id or not math.isfinite(value):

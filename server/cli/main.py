@@ -19,6 +19,7 @@ from server.cli.gate import gate
 from server.cli.hooks import hook
 from server.cli.monitor import monitor
 from server.cli.registry import registry
+from server.cli.retrain import retrain
 from server.cli.rollouts import rollout
 from server.cli.routes import explain_route
 from server.errors import ConfigError, TidegateError
@@ -36,6 +37,7 @@ registry.add_command(card)
 cli.add_command(registry)
 cli.add_command(audit)
 cli.add_command(hook)
+cli.add_command(retrain)
 cli.add_command(monitor)
 cli.add_command(gate)
 cli.add_command(rollout)

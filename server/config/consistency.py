@@ -20,6 +20,7 @@ from server.config.model import (
 )
 from server.config.monitoring import monitor_contradictions
 from server.config.problems import Contradiction
+from server.config.retrain import retrain_contradictions
 from server.config.rollouts import rollout_contradictions
 from server.config.routing_rules import routing_contradictions
 from server.config.settings import Address
@@ -46,6 +47,8 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
             yield from _version(entry, (*path, "versions", version))
         yield from _behaviour(model, path)
         yield from _warmups(model, path)
+        if model.retrain is not None:
+            yield from retrain_contradictions(model.retrain, (*path, "retrain"), config.alerts.sinks)
     yield from routing_contradictions(config, repository_given=repository_given)
     yield from rollout_contradictions(config)
     yield from alert_contradictions(config.alerts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -19,6 +20,20 @@ from server.config.section import Section
 
 Metric: TypeAlias = Literal[
     "accuracy", "selection_rate", "true_positive_rate", "false_positive_rate", "precision", "loss"
+]
+_NAME_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+_NAME: Final = re.compile(_NAME_PATTERN, re.ASCII)
+
+
+def _policy_name(value: object) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        wanted = "letters, digits, '_', '.' or '-', at most 63"
+        raise ValueError(f"a policy's name must be {wanted}, got {units.show(value)}")
+    return value
+
+
+PolicyName = Annotated[
+    str, BeforeValidator(_policy_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"})
 ]
 _Percent = Annotated[
     float,
@@ -212,7 +227,7 @@ class GatePolicy(Section):
     output: Text = ""
     classes: Many[_Label] = ()
     positive: _Label | None = None
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     loss: Literal["brier", "log_loss", "zero_one", "squared", "absolute"] | None = None
     seed: Count = 0
     time_limit: Timeout = default("10m", units.parse_duration)

@@ -69,6 +69,7 @@ from server.config.monitor_kinds import (
     parse_window,
 )
 from server.config.monitor_sections import LabelJoin, RowSample, SchemaRule, TrafficSegment
+from server.config.retrain import Retrain
 from server.config.rollout_section import GateRules, Rollout
 from server.config.section import Section
 from server.config.sinks import Alerts
@@ -687,6 +688,7 @@ class Model(Defaults):
     experiment: Experiment | None = None
     shadow: Many[Shadow] = ()
     resilience: Resilience = Field(default_factory=Resilience)
+    retrain: Retrain | None = None
     #: Allow a reload to take keys from an arm that goes on.
     reshuffle: bool = False
 

@@ -17,7 +17,10 @@ from server.config.kinds import FilePath, Interval, Many, PositiveInt, Secret, T
 from server.config.problems import Contradiction
 from server.config.section import Section
 from server.config.tree import KeyPath
+from server.delivery.airflow import AirflowOptions
 from server.delivery.backoff import RetryPolicy
+from server.delivery.command import CommandOptions
+from server.delivery.exchange import Endpoint
 from server.delivery.options import DeliverySettings, LogOptions, SinkOptions, WebhookOptions
 from server.delivery.signature import SigningSecret
 from server.delivery.targets import AllowList
@@ -25,6 +28,7 @@ from server.errors import ConfigError
 from server.outbox import Limits
 
 MAX_PENDING: Final = 100_000
+_KINDS: Final = ("webhook", "command", "airflow", "log")
 
 _NAME_PATTERN: Final = "[a-z][a-z0-9_-]{0,62}"
 _NAME: Final = re.compile(_NAME_PATTERN, re.ASCII)
@@ -79,6 +83,19 @@ def _duration(low: str, high: str) -> Callable[[object], int]:
     return parse
 
 
+def _size(low: str, high: str) -> Callable[[object], int]:
+    """A parser of sizes from ``low`` to ``high``."""
+    lowest, highest = units.parse_size(low), units.parse_size(high)
+
+    def parse(value: object) -> int:
+        size = units.parse_size(value)
+        if not lowest <= size <= highest:
+            raise ValueError(f"wanted {low} to {high}, got {value}")
+        return size
+
+    return parse
+
+
 SinkName = Annotated[
     str, BeforeValidator(_sink_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"})
 ]
@@ -90,6 +107,13 @@ AllowedTarget = Annotated[Text, AfterValidator(_target), WithJsonSchema({"type":
 _DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
 #: A lease and a thread are held that long: a receiver that needs longer has to answer before it works.
 SendTime = Annotated[int, BeforeValidator(_duration("100ms", "1m")), _DURATION_SCHEMA]
+CommandTime = Annotated[int, BeforeValidator(_duration("1s", "23h")), _DURATION_SCHEMA]
+GraceTime = Annotated[int, BeforeValidator(_duration("0s", "10m")), _DURATION_SCHEMA]
+_SIZE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.SIZE_PATTERN})
+MemorySize = Annotated[int, BeforeValidator(_size("16MiB", "1024GiB")), _SIZE_SCHEMA]
+LogSize = Annotated[int, BeforeValidator(_size("4KiB", "1GiB")), _SIZE_SCHEMA]
+_VARIABLE_PATTERN: Final = "[A-Za-z_][A-Za-z0-9_]{0,127}"
+VariableName = Annotated[str, Field(pattern=f"^{_VARIABLE_PATTERN}$")]
 KeepTime = Annotated[int, BeforeValidator(_duration("1m", "3650d")), _DURATION_SCHEMA]
 
 
@@ -108,6 +132,38 @@ class Webhook(Section):
     ca_file: FilePath | None = None
 
 
+class Command(Section):
+    """A local command with the event on its standard input; see ``server.delivery.command``.
+
+    ``memory`` (address space) and ``cpu`` are limits per process. ``grace``: between SIGTERM and SIGKILL. ``queue``:
+    how long an event waits for another one of its model. ``log``: how much of what it prints is kept. ``secrets`` are
+    further variables of its environment.
+    """
+
+    argv: Annotated[Many[Text], Field(min_length=1, max_length=1000)]
+    cwd: FilePath | None = None
+    environment: dict[VariableName, Text] = Field(default_factory=dict)
+    secrets: dict[VariableName, Secret] = Field(default_factory=dict, repr=False)
+    timeout: CommandTime = default("1h", units.parse_duration)
+    grace: GraceTime = default("5s", units.parse_duration)
+    queue: GraceTime = default("30s", units.parse_duration)
+    memory: MemorySize | None = None
+    cpu: CommandTime | None = None
+    log: LogSize = default("1MiB", units.parse_size)
+
+
+class Airflow(Section):
+    """A DAG of Airflow 3, run once for each event. ``allow`` and ``ca_file`` are those of a webhook."""
+
+    url: WebhookUrl = Field(repr=False)
+    dag: Text
+    username: Text
+    password: Annotated[Secret, Field(repr=False)]
+    allow: Many[AllowedTarget] = ()
+    timeout: SendTime = default("10s", units.parse_duration)
+    ca_file: FilePath | None = None
+
+
 class LogLines(Section):
     """Events become lines of the server's own log. By default warnings: an alert is seen where information is not."""
 
@@ -120,6 +176,8 @@ class Sink(Section):
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
     webhook: Webhook | None = None
+    command: Command | None = None
+    airflow: Airflow | None = None
     log: LogLines | None = None
 
 
@@ -162,18 +220,20 @@ def alert_contradictions(alerts: Alerts) -> Iterator[Contradiction]:
         yield Contradiction((*path, "first"), "the first wait is longer than cap, the longest", ((*path, "cap"),))
     for name, sink in alerts.sinks.items():
         path = ("alerts", "sinks", name)
-        if (sink.webhook is None) == (sink.log is None):
-            both = ((*path, "log"), (*path, "webhook"))
-            yield Contradiction(path, "wanted exactly one of log and webhook", both)
-        elif sink.webhook is not None:
-            yield from _unreachable(sink.webhook, (*path, "webhook"))
+        given = [kind for kind in _KINDS if getattr(sink, kind) is not None]
+        if len(given) != 1:
+            text = f"wanted exactly one of {', '.join(_KINDS[:-1])} and {_KINDS[-1]}"
+            yield Contradiction(path, text, tuple((*path, kind) for kind in _KINDS))
+        else:
+            yield from _impossible(sink, (*path, given[0]))
 
 
-def _unreachable(webhook: Webhook, path: KeyPath) -> Iterator[Contradiction]:
+def _impossible(sink: Sink, path: KeyPath) -> Iterator[Contradiction]:
     try:
-        _webhook_options(webhook)
+        _options(sink)
     except ConfigError as error:
-        yield Contradiction((*path, "url"), error.message, ((*path, "allow"), (*path, "secrets")))
+        place, *more = ("argv", "timeout") if sink.command is not None else ("url", "allow", "secrets", "dag")
+        yield Contradiction((*path, place), error.message, tuple((*path, key) for key in more))
 
 
 def compile_alerts(alerts: Alerts) -> DeliverySettings:
@@ -197,6 +257,10 @@ def compile_alerts(alerts: Alerts) -> DeliverySettings:
 def _options(sink: Sink) -> SinkOptions:
     if sink.webhook is not None:
         return _webhook_options(sink.webhook)
+    if sink.command is not None:
+        return _command_options(sink.command)
+    if sink.airflow is not None:
+        return _airflow_options(sink.airflow)
     return LogOptions() if sink.log is None else LogOptions(sink.log.level)
 
 
@@ -208,3 +272,24 @@ def _webhook_options(webhook: Webhook) -> WebhookOptions:
         timeout_s=webhook.timeout / units.NS_PER_S,
         ca_file="" if webhook.ca_file is None else str(webhook.ca_file),
     )
+
+
+def _command_options(command: Command) -> CommandOptions:
+    return CommandOptions(
+        argv=command.argv,
+        cwd="" if command.cwd is None else str(command.cwd),
+        environment={**command.environment, **command.secrets},
+        timeout_s=command.timeout / units.NS_PER_S,
+        grace_s=command.grace / units.NS_PER_S,
+        queue_s=command.queue / units.NS_PER_S,
+        memory_bytes=command.memory or 0,
+        cpu_s=-(-(command.cpu or 0) // units.NS_PER_S),
+        log_bytes=command.log,
+    )
+
+
+def _airflow_options(airflow: Airflow) -> AirflowOptions:
+    ca_file = "" if airflow.ca_file is None else str(airflow.ca_file)
+    allow = AllowList.parse(airflow.allow)
+    endpoint = Endpoint(airflow.url, allow, airflow.timeout / units.NS_PER_S, ca_file, "Airflow server")
+    return AirflowOptions(endpoint, airflow.dag, airflow.username, airflow.password)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
-from urllib.parse import SplitResult, urlsplit
 
+from server.delivery.airflow import AirflowOptions
 from server.delivery.backoff import RetryPolicy
+from server.delivery.command import CommandOptions
+from server.delivery.exchange import Endpoint
 from server.delivery.signature import SigningSecret
-from server.delivery.targets import AllowList, literal
+from server.delivery.targets import AllowList
 from server.errors import ConfigError
 from server.outbox import Limits
 
@@ -38,30 +40,17 @@ class WebhookOptions:
     ca_file: str = ""
 
     def __post_init__(self) -> None:
-        host = self.parts.hostname or ""
-        if self.parts.scheme not in ("http", "https") or not host or not _has_port_or_default(self.parts):
-            raise ConfigError("a webhook's address must be http://HOST or https://HOST, perhaps with port and path")
-        if (
-            self.parts.username is not None
-            or self.parts.fragment
-            or not (self.url.isascii() and self.url.isprintable())
-        ):
-            raise ConfigError("a webhook's address must be ASCII without spaces, a user or a fragment")
         if not 1 <= len(self.secrets) <= 2:
             raise ConfigError(f"a webhook has one signing secret, or two while they change, got {len(self.secrets)}")
-        address = literal(host)
-        if address is not None and (refusal := self.allow.refusal(host, address)):
-            raise ConfigError(f"the webhook's address can never be called: {refusal}")
-        if address is None and self.allow.hosts and not self.allow.networks and not self.allow.names(host):
-            raise ConfigError(f"the webhook's host {host[:128]} is not among the allowed ones")
+        _ = self.endpoint
 
     @property
-    def parts(self) -> SplitResult:
-        """The address in parts."""
-        return urlsplit(self.url)
+    def endpoint(self) -> Endpoint:
+        """Where it is. Raises ConfigError."""
+        return Endpoint(self.url, self.allow, self.timeout_s, self.ca_file)
 
 
-SinkOptions: TypeAlias = LogOptions | WebhookOptions
+SinkOptions: TypeAlias = LogOptions | WebhookOptions | CommandOptions | AirflowOptions
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,10 +60,3 @@ class DeliverySettings:
     sinks: Mapping[str, SinkOptions] = field(default_factory=lambda: MappingProxyType({"log": LogOptions()}))
     limits: Limits = field(default_factory=Limits)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
-
-
-def _has_port_or_default(parts: SplitResult) -> bool:
-    try:
-        return parts.port != 0
-    except ValueError:
-        return False

@@ -43,7 +43,9 @@ class MlflowOptions:
         if self.token and self.user:
             raise ConfigError("MLflow is given either a token or a user and a password")
         if not all(map(_is_plain, (self.token, self.user, self.password))) or ":" in self.user:
-            raise ConfigError("what MLflow is logged in with must be printable ASCII without spaces, and no ':' in a user")
+            raise ConfigError(
+                "what MLflow is logged in with must be printable ASCII without spaces, and no ':' in a user"
+            )
 
     @property
     def parts(self) -> SplitResult:

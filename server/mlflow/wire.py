@@ -121,7 +121,7 @@ class Wire:
             wire = self._connected(deadline)
             try:
                 client = http.client.HTTPConnection(self._host, self._port)
-                client.sock = wire  # type: ignore[assignment]  # it uses sendall, makefile and close
+                client.sock = wire  # it uses sendall, makefile and close
                 kind = {} if body is None else {"Content-Type": "application/json"}
                 client.request(method, self._base + address, body, {**self._headers, **kind})
                 answer = client.getresponse()
@@ -199,7 +199,7 @@ def parse_json(text: bytes) -> Any:
 def _refusal(answer: http.client.HTTPResponse) -> Exception:
     """What an answer other than 200 means."""
     if 300 <= answer.status < 400:
-        return Unusable(f"MLflow answered {answer.status}: redirects are not followed")
+        return Unreachable(f"MLflow answered {answer.status}: redirects are not followed")
     body = answer.read(65_536)
     code, text = _error_of(body)
     found = Refusal(answer.status, code, text)

@@ -17,7 +17,7 @@ from typing import IO, Any, Final, TypeAlias
 import numpy as np
 import orjson
 
-from server.capture.formats import Array, Table, connect, duckdb_error, literal
+from server.capture.formats import Array, Table, connect, duckdb_error, literal, with_missing
 from server.errors import InvalidArgument
 
 PARQUET, CSV, JSONL, NPZ = "parquet", "csv", "jsonl", "npz"
@@ -74,7 +74,7 @@ def _parquet(path: Path, rows: int, start: int) -> Iterator[Table]:
                 f"SELECT * EXCLUDE file_row_number FROM {source} "  # noqa: S608 - a literal of our own
                 f"WHERE file_row_number >= {start} AND file_row_number < {start + rows} ORDER BY file_row_number"
             ).fetchnumpy()
-            found = {name: _filled(values) for name, values in chunk.items()}
+            found = {name: with_missing(values) for name, values in chunk.items()}
             got = len(next(iter(found.values()), ()))
             if got:
                 yield found
@@ -85,13 +85,6 @@ def _parquet(path: Path, rows: int, start: int) -> Iterator[Table]:
         raise InvalidArgument(f"{path.name} is not readable as parquet: {error}") from error
     finally:
         connection.close()
-
-
-def _filled(values: Any) -> Array:
-    """A masked array with None for what is missing; nothing is missing of any other."""
-    if np.ma.is_masked(values):
-        return np.asarray(values.astype(object).filled(None))
-    return np.asarray(np.ma.getdata(values))
 
 
 def _csv(path: Path, rows: int, start: int) -> Iterator[Table]:

@@ -29,6 +29,7 @@ from server.capture.formats import (
     identifier,
     literal,
     read_json_lines,
+    with_missing,
 )
 from server.capture.segments import Entry, entries, is_whole
 from server.errors import ConfigError, FailedPrecondition, InvalidArgument, NotFound, TidegateError
@@ -148,7 +149,7 @@ def _by_sql(
             publish(temp, target)
         else:
             table = connection.execute(ordered).fetchnumpy()
-            write_part(target, {name: _completed(values) for name, values in table.items()}, form)
+            write_part(target, {name: with_missing(values) for name, values in table.items()}, form)
         return rows, labelled
     except duckdb_error() as error:
         raise StorageError(f"the captured segments could not be joined: {error}") from error
@@ -203,15 +204,6 @@ def _joined(names: Sequence[str], types: Mapping[str, str], wanted: Wanted) -> s
         SELECT {columns}, __label_time{taken} FROM r LEFT JOIN found USING (__id, __row)
         {f"WHERE {' AND '.join(bounds)}" if bounds else ""}
     """  # noqa: S608
-
-
-def _completed(values: Any) -> Array:
-    """Missing floats are NaN, what else is missing is None."""
-    if not np.ma.is_masked(values):
-        return np.asarray(np.ma.getdata(values))
-    if values.dtype.kind == "f":
-        return np.asarray(values.filled(np.nan))
-    return np.asarray(values.astype(object).filled(None))
 
 
 def _require_rows(rows: int) -> None:

@@ -171,7 +171,8 @@ class SqliteStore:
 
     def _schema(self) -> int:
         """The file's schema number, 0 for a file that was only just made; StoreError for one that is not ours."""
-        with self._connection() as connection:
+        # One view: a file that another process is making would else look like a stranger's between two questions.
+        with self.reading() as connection:
             return _schema_number(connection, self._newest)
 
     def _migrate(self, connection: sqlite3.Connection, migrations: Sequence[Migration]) -> None:

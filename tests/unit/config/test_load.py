@@ -256,7 +256,7 @@ def test_a_secret_in_the_wrong_place_is_not_shown(text: str) -> None:
     assert "wanted a mapping, got a value that is not shown" in problem.message
 
 
-@pytest.mark.parametrize("section", ["retrain", "capture"])
+@pytest.mark.parametrize("section", ["capture"])
 def test_sections_that_are_not_built_are_unknown(section: str) -> None:
     found = said(f"models: {{m: {{source: m.onnx, {section}: {{}}}}}}\n")
     assert found[f"models.m.{section}"].startswith("unknown key")

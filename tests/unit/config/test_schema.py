@@ -59,9 +59,9 @@ def test_every_key_of_every_model_is_there() -> None:
 
 
 def _models() -> dict[str, type[BaseModel]]:
-    from server.config import model, sinks
+    from server.config import model, retrain, sinks
 
-    named = [*vars(model).values(), *vars(sinks).values()]
+    named = [*vars(model).values(), *vars(retrain).values(), *vars(sinks).values()]
     kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, BaseModel))
     return {kind.__name__: kind for kind in kinds}
 

@@ -10,10 +10,14 @@ from pydantic import ValidationError
 
 from server.config.kinds import Context
 from server.config.sinks import Alerts, alert_contradictions, compile_alerts
+from server.delivery.airflow import AirflowOptions, AirflowSink
 from server.delivery.backoff import RetryPolicy
 from server.delivery.build import make_sinks
+from server.delivery.command import CommandOptions, CommandSink
+from server.delivery.exchange import Endpoint
 from server.delivery.logged import LogSink
 from server.delivery.options import DeliverySettings, LogOptions, WebhookOptions
+from server.delivery.targets import AllowList
 from server.delivery.webhook import WebhookSink
 from server.outbox import Limits
 from tests.support.receiver import KEY, SECRET
@@ -39,7 +43,7 @@ def test_nothing_said_means_the_log() -> None:
     settings = compile_alerts(read({}))
     assert settings == DeliverySettings()
     assert settings.sinks == {"log": LogOptions()}
-    (sink,) = make_sinks(settings.sinks)
+    (sink,) = make_sinks(settings.sinks, Path("commands"))
     assert isinstance(sink, LogSink)
     assert sink.name == "log"
 
@@ -70,7 +74,7 @@ def test_everything_said(tmp_path: Path) -> None:
 
 def test_a_webhook_becomes_a_sink() -> None:
     settings = compile_alerts(read(with_webhook()))
-    (sink,) = make_sinks(settings.sinks)
+    (sink,) = make_sinks(settings.sinks, Path("commands"))
     assert isinstance(sink, WebhookSink)
     assert (sink.name, sink.timeout_s) == ("ops", 10.0)
 
@@ -130,7 +134,7 @@ def test_names_that_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "path", "words"),
     [
-        ({"sinks": {"a": {}}}, ("alerts", "sinks", "a"), "exactly one of log and webhook"),
+        ({"sinks": {"a": {}}}, ("alerts", "sinks", "a"), "exactly one of webhook, command, airflow and log"),
         ({"sinks": {"a": {"log": {}, "webhook": WEBHOOK}}}, ("alerts", "sinks", "a"), "exactly one"),
         ({"retry": {"first": "1m", "cap": "1s"}}, ("alerts", "retry", "first"), "longer than cap"),
         (with_webhook(url="http://127.0.0.1:9/"), ("alerts", "sinks", "ops", "webhook", "url"), "not a public address"),
@@ -157,3 +161,91 @@ def test_no_secret_is_shown() -> None:
         assert SECRET.removeprefix("whsec_") not in shown
         assert "token-1" not in shown
         assert KEY.decode() not in shown
+
+
+# --- commands and Airflow ---
+
+COMMAND = {"argv": ["/bin/train", "--model", "fraud"]}
+AIRFLOW = {"url": "https://airflow.example.com", "dag": "retrain", "username": "tidegate", "password": "${OPS}"}
+
+
+def sink_of(**kinds: Any) -> dict[str, Any]:
+    return {"sinks": {"train": kinds}}
+
+
+def test_a_command(tmp_path: Path) -> None:
+    section = sink_of(
+        command={
+            **COMMAND,
+            "cwd": "work",
+            "environment": {"RATE": "0.1"},
+            "secrets": {"TOKEN": "${OPS}"},
+            "timeout": "2h",
+            "grace": "1s",
+            "queue": "1m",
+            "memory": "8GiB",
+            "cpu": "90s",
+            "log": "64KiB",
+        }
+    )
+    alerts = read(section, tmp_path)
+    assert list(alert_contradictions(alerts)) == []
+    settings = compile_alerts(alerts)
+    assert settings.sinks["train"] == CommandOptions(
+        ("/bin/train", "--model", "fraud"), str(tmp_path / "work"), {"RATE": "0.1", "TOKEN": SECRET},
+        7200.0, 1.0, 60.0, 8 << 30, 90, 64 << 10,
+    )  # fmt: skip
+    (sink,) = make_sinks(settings.sinks, tmp_path)
+    assert isinstance(sink, CommandSink)
+    assert SECRET not in repr(alerts) + repr(settings)
+
+
+def test_a_command_with_nothing_said() -> None:
+    assert compile_alerts(read(sink_of(command=COMMAND))).sinks["train"] == CommandOptions(
+        ("/bin/train", "--model", "fraud")
+    )
+
+
+def test_airflow() -> None:
+    alerts = read(sink_of(airflow={**AIRFLOW, "allow": ["*.example.com"], "timeout": "3s"}))
+    assert list(alert_contradictions(alerts)) == []
+    settings = compile_alerts(alerts)
+    endpoint = Endpoint(AIRFLOW["url"], AllowList.parse(["*.example.com"]), 3.0, "", "Airflow server")
+    assert settings.sinks["train"] == AirflowOptions(endpoint, "retrain", "tidegate", SECRET)
+    (sink,) = make_sinks(settings.sinks, Path())
+    assert isinstance(sink, AirflowSink)
+    assert SECRET not in repr(alerts) + repr(settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"command": {"argv": []}},
+        {"command": {"argv": "/bin/train --all"}},
+        {"command": {**COMMAND, "timeout": "24h"}},
+        {"command": {**COMMAND, "memory": "1KiB"}},
+        {"command": {**COMMAND, "environment": {"A B": "x"}}},
+        {"command": {**COMMAND, "environment": {"TOKEN": "${OPS}"}}},
+        {"command": {**COMMAND, "secrets": {"TOKEN": "hunter2"}}},
+        {"airflow": {**AIRFLOW, "password": "hunter2"}},
+        {"airflow": {**AIRFLOW, "url": "airflow.example.com"}},
+    ],
+)
+def test_executors_that_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        read(sink_of(**wrong))
+    assert "hunter2" not in str(caught.value).replace("input_value='hunter2'", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ({"command": {"argv": [""]}}, ("command", "argv")),
+        ({"airflow": {**AIRFLOW, "dag": "a/b"}}, ("airflow", "url")),
+        ({"airflow": {**AIRFLOW, "url": "http://10.0.0.1/"}}, ("airflow", "url")),
+        ({"command": COMMAND, "airflow": AIRFLOW}, ()),
+    ],
+)
+def test_executors_that_could_never_work(wrong: dict[str, Any], place: tuple[str, ...]) -> None:
+    (found,) = alert_contradictions(read(sink_of(**wrong)))
+    assert found.path == ("alerts", "sinks", "train", *place)

@@ -134,7 +134,7 @@ def test_no_shell_and_the_event_on_standard_input(tmp_path: Path) -> None:
 
 def test_the_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEGATE_ADMIN_TOKEN", "hunter2")
-    monkeypatch.setenv("HOME", "/home/of/gateway")
+    monkeypatch.setenv("HOME", "/var/lib/gateway")
     code = "import os, sys, json; json.dump([dict(os.environ), os.getcwd()], open(sys.argv[1], 'w'))"
     out, sent = tmp_path / "out", message("key-1")
     to = sink(tmp_path / "jobs", sys.executable, "-c", code, str(out), cwd=str(tmp_path), environment={"RATE": "0.1"})
@@ -142,7 +142,7 @@ def test_the_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     environment, cwd = json.loads(out.read_text())
     assert cwd == str(tmp_path)
     assert environment["RATE"] == "0.1"
-    assert environment["HOME"] == "/home/of/gateway"
+    assert environment["HOME"] == "/var/lib/gateway"
     assert environment["TIDEGATE_EVENT_ID"] == sent.id
     assert environment["TIDEGATE_IDEMPOTENCY_KEY"] == "key-1"
     assert "TIDEGATE_ADMIN_TOKEN" not in environment
@@ -318,7 +318,7 @@ def test_a_gateway_that_comes_back_later_finds_the_outcome(tmp_path: Path, code:
 
 
 def test_a_killed_runner_takes_its_command_with_it_and_the_event_is_tried_again(tmp_path: Path) -> None:
-    script = f"echo $PPID $$ > {tmp_path}/pids; sleep 300"
+    script = f"echo $PPID $$ > {tmp_path}/pids; exec sleep 300"
     to = shell(tmp_path / "jobs", script)
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(to.send, of("m", "k"))
