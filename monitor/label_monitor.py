@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,15 +23,17 @@ from monitor.decay import ReferenceRows, Signal, SignalJudge
 from monitor.errors import CalibrationError, SettingsError, StateError
 from monitor.estimate import Calibrator, Estimate, estimate_accuracy, estimate_binary
 from monitor.kernels._jit import compile_all
+from monitor.label_state import GroupKey, SavedGroup, SavedLabels, from_profile, reference_rows
 from monitor.label_windows import LabelWindows, WindowRows, WindowsState, merge_windows, windows_of
 from monitor.labels import LabelJoin
-from monitor.outcomes import ALL, Joined, LabelSettings
-from monitor.performance import Ranking, scorer_of
+from monitor.outcomes import ALL, Joined, LabelReference, LabelSettings
+from monitor.performance import scorer_of
 from monitor.types import Array
 
-#: (version, arm, slice).
-GroupKey: TypeAlias = tuple[str, str, str]
 LabelState: TypeAlias = Mapping[GroupKey, WindowsState]
+
+#: Rows that a calibrator is fitted on at most, where a reference has cells instead of rows.
+_FITTED: Final = 100_000
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,9 +86,32 @@ class _Group:
         return self._missing
 
     def give(self, reference: ReferenceRows) -> None:
-        """A reference from elsewhere, unless there is one already."""
-        if self.reference is None:
-            self.reference, self._missing, self._first = reference, 0, []
+        """A reference from elsewhere, instead of what was or is being learnt."""
+        self.reference, self._missing, self._first = reference, 0, []
+
+    def saved(self, key: GroupKey) -> SavedGroup:
+        """To be written down at once: the open panes change with the next row."""
+        first = None if not self._first else self._joined_first()
+        return SavedGroup(key, self.windows.unfinished(), self.book.to_dict(), self.reference, first, self._missing)
+
+    def restore(self, saved: SavedGroup) -> None:
+        """Have a new group go on from there. Raises StateError."""
+        self.windows.restore(saved.windows)
+        self.book.restore(saved.alarms)
+        if saved.first is not None:
+            rows, labels = saved.first
+            if rows.ndim != 2 or rows.shape[1] != self._settings.width or labels.shape != rows.shape[:1]:
+                raise StateError("the saved rows of a reference do not fit the settings")
+            self._first = [saved.first]
+        if saved.reference is not None:
+            empty, tally = self._scorer.empty(), saved.reference.tally
+            if tally.counts.shape != empty.counts.shape or len(tally.sums) != len(empty.sums):
+                raise StateError("the saved reference is of another task")
+        self.reference, self._missing = saved.reference, saved.missing
+
+    def _joined_first(self) -> tuple[Array, Array]:
+        rows, labels = map(np.concatenate, zip(*self._first, strict=True))
+        return rows, labels
 
     def add(self, predictions: Array, labels: Array, times: Array) -> list[WindowRows]:
         if self._missing:
@@ -94,23 +119,11 @@ class _Group:
             self._first.append((predictions[:taken], labels[:taken]))
             self._missing -= taken
             if not self._missing:
-                self.reference = reference_rows(self._settings, *map(np.concatenate, zip(*self._first, strict=True)))
-                self._first = []
+                self.give(reference_rows(self._settings, *self._joined_first()))
         return self.windows.add(predictions, labels, times)
 
     def in_alarm(self) -> list[str]:
         return [self._settings.signals[place] for place in np.flatnonzero(self.book.active)]
-
-
-def reference_rows(settings: LabelSettings, predictions: Array, labels: Array) -> ReferenceRows:
-    """A reference from rows (n, width) and labels (n,), all as a ``LabelJoin`` gives them."""
-    scorer = scorer_of(settings)
-    pairs = scorer.pairs(predictions, labels)
-    ranking = None
-    if pairs is not None:
-        ranking = Ranking(len(labels))
-        ranking.add(*pairs)
-    return ReferenceRows(scorer.tally(predictions, labels), ranking)
 
 
 class LabelMonitor:
@@ -132,6 +145,9 @@ class LabelMonitor:
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._given: OrderedDict[str, ReferenceRows] = OrderedDict()
         self._recent: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
+        #: By version and arm, with the reference that it was fitted on; None where that has too little.
+        self._calibrators: dict[tuple[str, str], tuple[ReferenceRows, Calibrator | None]] = {}
+        self._changes = 0
         self._lock = threading.Lock()
 
     @staticmethod
@@ -143,7 +159,9 @@ class LabelMonitor:
     def drain(self, now_ns: int) -> list[Joined]:
         """Join, score and judge what waits, and close what is over at ``now_ns`` (wall). The rows joined."""
         with self._lock:
+            taken = self.join.taken
             joined = self.join.drain(now_ns)
+            self._changes += self.join.taken != taken
             for key, rows in self._by_group(joined):
                 self._score(key, rows)
             for key, group in self._groups.items():
@@ -151,7 +169,7 @@ class LabelMonitor:
         return joined
 
     def learn(self, version: str, predictions: Array, labels: Array) -> None:
-        """Give a version's reference: rows of its own evaluation. For arms as a whole that have none yet.
+        """Give a version's reference: rows of its own evaluation. For arms as a whole, instead of one that was learnt.
 
         Predictions (n, width) as the join gives them (probabilities, not logits). Raises SettingsError for shapes or
         values that do not fit.
@@ -164,8 +182,15 @@ class LabelMonitor:
             )
         if not self._in_range(rows, truth):
             raise SettingsError(f"the reference of {self.model}:{version} holds values that are none of its task")
-        found = reference_rows(self.settings, rows, truth)
+        self._give(version, reference_rows(self.settings, rows, truth))
+
+    def learn_from(self, version: str, reference: LabelReference) -> None:
+        """The same with the reference that a version's profile carries. Raises SettingsError when it does not fit."""
+        self._give(version, from_profile(self.settings, reference))
+
+    def _give(self, version: str, found: ReferenceRows) -> None:
         with self._lock:
+            self._changes += 1
             self._given[version] = found
             if len(self._given) > self.settings.max_groups:
                 self._given.popitem(last=False)
@@ -186,6 +211,7 @@ class LabelMonitor:
     def restart(self) -> None:
         """Forget windows, alarms and learnt references, as after a promotion; the join goes on."""
         with self._lock:
+            self._changes += 1
             self._groups.clear()
             self._recent.clear()
 
@@ -222,6 +248,7 @@ class LabelMonitor:
             over = np.array([signal.over for signal in found])
             quiet = np.array([signal.quiet for signal in found])
             for change in group.book.look(window.window.name, over, quiet):
+                self._changes += 1
                 if self._on_alarm is not None:
                     self._on_alarm(
                         LabelAlarm(
@@ -248,6 +275,42 @@ class LabelMonitor:
             totals = scores.sum(axis=1)
             values = (scores.max(axis=1) / np.where(totals > 0, totals, 1.0)).tolist()
         self._recent[key].extend(values)
+
+    # --- over a restart --------------------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> int:
+        """Goes up whenever there is something to be saved that was not there before."""
+        return self._changes
+
+    def snapshot(self, mark: str, run: str) -> bytes:
+        """Windows, references, alarms and counts, for ``restore``; predictions and labels that wait are left out.
+
+        ``mark`` and ``run``: see ``monitor.label_state``.
+        """
+        with self._lock:
+            groups = [group.saved(key) for key, group in self._groups.items()]
+            saved = SavedLabels(self.model, mark, run, self.join.saved(), groups, self.forgotten_groups)
+            return saved.to_bytes()
+
+    def restore(self, saved: SavedLabels) -> None:
+        """Have a new monitor go on from there. Raises StateError when it does not fit, and then takes nothing."""
+        if len(saved.groups) > self.settings.max_groups:
+            raise StateError(
+                f"the saved labels have {len(saved.groups)} groups, at most {self.settings.max_groups} fit"
+            )
+        groups: OrderedDict[GroupKey, _Group] = OrderedDict()
+        for found in saved.groups:
+            groups[found.key] = _Group(self.settings, None)
+            groups[found.key].restore(found)
+        with self._lock:
+            self._groups, self.forgotten_groups = groups, saved.forgotten_groups
+            self.join.restore(saved.join)
+            for group in groups.values():
+                for window in group.windows.now():
+                    if self._tells(window):
+                        signals = self._judge.signals(window, group.reference, len(groups))
+                        group.signals[window.window.name] = signals
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -329,13 +392,18 @@ class LabelMonitor:
         """Of the arm's reference; None while there is none, or too little in it."""
         group = self._groups.get((version, arm, ALL))
         reference = self._given.get(version) if group is None else group.reference
-        pairs = None if reference is None or reference.ranking is None else reference.ranking.rows()
-        if pairs is None:
+        if reference is None or reference.ranking is None:
             return None
-        try:
-            return Calibrator.fit(*pairs, self.settings.calibrator)
-        except CalibrationError:
-            return None
+        known = self._calibrators.get((version, arm))
+        if known is None or known[0] is not reference:
+            try:
+                fitted = Calibrator.fit(*reference.ranking.sample(_FITTED), self.settings.calibrator)
+            except CalibrationError:
+                fitted = None
+            known = reference, fitted
+            self._calibrators = {key: fit for key, fit in self._calibrators.items() if key in self._recent}
+            self._calibrators[version, arm] = known
+        return known[1]
 
     def _join_samples(self) -> Iterable[Sample]:
         model = {"model": self.model}

@@ -63,15 +63,19 @@ class WindowRows:
 
 @dataclass(slots=True, eq=False)
 class SeriesState:
-    """Closed panes of one series, oldest first, and how many were ever closed."""
+    """Closed panes of one series, oldest first, and how many were ever closed.
+
+    ``open``: the pane that is being filled, in a state to go on from; None in one to look at or to merge.
+    """
 
     unit: Literal["rows", "time"]
     pane: int
     closed: int
     panes: list[Pane]
+    open: Pane | None = None
 
 
-#: Closed panes per series, in the order of the settings' windows.
+#: Panes per series, in the order of the settings' windows.
 WindowsState: TypeAlias = list[SeriesState]
 
 
@@ -145,8 +149,31 @@ class _Series:
         for window, total in zip(self.windows, self._totals, strict=True):
             yield _window(window, total, list(self._panes)[-window.panes :], self.closed)
 
-    def state(self) -> SeriesState:
-        return SeriesState(self.unit, self.pane, self.closed, list(self._panes))
+    def state(self, *, with_open: bool = False) -> SeriesState:
+        return SeriesState(self.unit, self.pane, self.closed, list(self._panes), self._open if with_open else None)
+
+    def restore(self, state: SeriesState) -> None:
+        """Go on from a state of the same pane and scorer."""
+        self._panes.extend(state.panes)
+        self.closed, self._open = state.closed, state.open
+        for place, window in enumerate(self.windows):
+            for pane in state.panes[-window.panes :]:
+                self._totals[place] = self._totals[place].plus(pane.tally)
+
+    def check(self, state: SeriesState) -> None:
+        """Raises StateError for a state that is of another pane or scorer, or holds too much."""
+        empty, panes = self._scorer.empty(), [*state.panes, *([] if state.open is None else [state.open])]
+        fits = all(
+            pane.tally.counts.shape == empty.counts.shape
+            and len(pane.tally.sums) == len(empty.sums)
+            and (pane.ranking is not None) == self._scorer.ranks
+            for pane in panes
+        )
+        most = self._panes.maxlen or 0
+        if (state.unit, state.pane) != (self.unit, self.pane) or not fits:
+            raise StateError("the saved label windows are of other panes or of another task")
+        if len(state.panes) > most or state.closed < len(state.panes):
+            raise StateError(f"the saved label windows hold {len(state.panes)} panes of {most}")
 
 
 def _window(window: Window, total: Tally, panes: Sequence[Pane], closed: int) -> WindowRows:
@@ -185,6 +212,19 @@ class LabelWindows:
     def state(self) -> WindowsState:
         """The closed panes: they are never changed after, so nothing is copied."""
         return [series.state() for series in self._series]
+
+    def unfinished(self) -> WindowsState:
+        """The closed panes and the open ones, which change with the next row: to be written down at once."""
+        return [series.state(with_open=True) for series in self._series]
+
+    def restore(self, state: WindowsState) -> None:
+        """Have windows that hold nothing go on from ``unfinished``. Raises StateError, and then takes nothing."""
+        if len(state) != len(self._series):
+            raise StateError(f"the saved label windows are {len(state)} series, wanted {len(self._series)}")
+        for series, found in zip(self._series, state, strict=True):
+            series.check(found)
+        for series, found in zip(self._series, state, strict=True):
+            series.restore(found)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

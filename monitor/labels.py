@@ -20,7 +20,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import isfinite, isnan, nan
 from typing import Any, Final, NamedTuple, TypeAlias, cast
@@ -94,6 +94,19 @@ class GroupCounts:
     def to_dict(self) -> dict[str, Any]:
         rates = {"waiting": self.waiting, "join_rate": self.join_rate, "settled_join_rate": self.settled_join_rate}
         return {**asdict(self), **rates}
+
+
+#: Of a ``LabelJoin``, by the names of its attributes.
+COUNTERS: Final = ("dropped_rows", "dropped_labels", "refused_rows", "invalid_rows", "invalid_labels", "unknown",
+                   "held_dropped", "repeated_ids")  # fmt: skip
+
+
+@dataclass(slots=True)
+class SavedJoin:
+    """What of a join outlives its process. ``counters`` by the names of ``COUNTERS``."""
+
+    counters: dict[str, int]
+    groups: list[GroupCounts]
 
 
 class _Memory:
@@ -200,7 +213,6 @@ class LabelJoin:
         self._held: OrderedDict[int, _Label] = OrderedDict()
         self._held_ids: dict[int, list[int]] = {}
         self._holds = 0
-        self._class_of = {name: float(place) for place, name in enumerate(settings.classes)}
         self._listeners: list[OnJoined] = []
 
     # --- the serving end -------------------------------------------------------------------------------------------
@@ -330,7 +342,7 @@ class LabelJoin:
             return None
         if found is None or not np.isfinite(found).all() or np.abs(found).max(initial=0.0) > _LARGEST:
             return None
-        checked = self._checked(found)
+        checked = predictions_of(self.settings, found)
         return None if checked is None else cast("list[float]", checked.reshape(-1).tolist())
 
     def _read(self, items: Sequence[_Prediction]) -> Array | None:
@@ -341,7 +353,8 @@ class LabelJoin:
             of = len(texts) // rows
             if of * rows != len(texts) or not 0 <= index < of:
                 return None
-            return np.array([self._class_of[text.decode()] for text in texts[index::of]])
+            places = self.settings.class_of
+            return np.array([places[text.decode()] for text in texts[index::of]])
         data = b"".join([cast("bytes", item.data) for item in items])
         read = np.frombuffer(data, DATATYPES[datatype][0])
         if len(read) % rows or index + width > len(read) // rows:
@@ -350,20 +363,6 @@ class LabelJoin:
         if datatype == "BF16":
             return (picked.astype("u4") << 16).view("f4").astype("f8")
         return picked.astype("f8")
-
-    def _checked(self, found: Array) -> Array | None:
-        """Logits made probabilities; None for what is no probability or no class."""
-        settings = self.settings
-        if settings.task == "regression":
-            return found
-        if settings.form == "class":
-            whole = (found == np.floor(found)) & (found >= 0) & (found < max(2, len(settings.classes)))
-            return found if whole.all() else None
-        if settings.form == "logit":
-            return _softmax(found) if settings.task == "multiclass" else _logistic(found)
-        if found.min(initial=0.0) < 0.0 or found.max(initial=0.0) > 1.0:
-            return None
-        return found
 
     def _group(self, version: str, arm: str, value: str) -> GroupCounts:
         key = (version, arm, value)
@@ -381,7 +380,7 @@ class LabelJoin:
         return sum([(v, a) == (version, arm) and s not in (ALL, OTHER) for v, a, s in self._groups])
 
     def _take_label(self, item: _Label, joined: list[Joined]) -> None:
-        value = self._label_value(item.value)
+        value = label_of(self.settings, item.value)
         if value is None:
             self.invalid_labels += 1
             return
@@ -391,20 +390,6 @@ class LabelJoin:
             self._hold(item)
         else:
             self._join(number, item, value, joined)
-
-    def _label_value(self, value: float | str) -> float | None:
-        """The label as a number of the task, or None."""
-        if isinstance(value, str) and value in self._class_of:
-            return self._class_of[value]
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        if not isfinite(number) or abs(number) > _LARGEST:
-            return None
-        if self.settings.task == "regression":
-            return number
-        return number if number == int(number) and 0 <= number < max(2, len(self.settings.classes)) else None
 
     def _join(self, number: int, item: _Label, value: float, joined: list[Joined]) -> None:
         memory = self._memory
@@ -465,6 +450,31 @@ class LabelJoin:
         while self._held and next(iter(self._held.values())).now_ns < now_ns - self.settings.hold_ns:
             self._give_up()
 
+    # --- over a restart ----------------------------------------------------------------------------------------------
+
+    @property
+    def taken(self) -> int:
+        """Rows and labels that drains have taken so far."""
+        return self._rows_out + self._labels_out
+
+    def saved(self) -> SavedJoin:
+        """What outlives the process: counts. Ids are known to this process alone, so what waits to be joined is lost.
+
+        Rows that wait for their label have expired, and labels that wait for their prediction are unknown. For the
+        draining thread, or under its lock.
+        """
+        lost = {"unknown": self.unknown + len(self._held)}
+        groups = [replace(g, forgotten=g.predicted, expired=g.predicted - g.joined) for g in self._groups.values()]
+        return SavedJoin({name: getattr(self, name) for name in COUNTERS} | lost, groups)
+
+    def restore(self, saved: SavedJoin) -> None:
+        """Go on counting, before anything was handed in."""
+        for name, value in saved.counters.items():
+            setattr(self, name, value)
+        self._groups = OrderedDict(
+            [((g.version, g.arm, g.slice), g) for g in saved.groups[-self.settings.max_groups :]]
+        )
+
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def groups(self) -> list[GroupCounts]:
@@ -490,6 +500,35 @@ class LabelJoin:
             "held_dropped": self.held_dropped,
             "repeated_ids": self.repeated_ids,
         }
+
+
+def predictions_of(settings: LabelSettings, found: Array) -> Array | None:
+    """What an output holds (n, width) as predictions: logits made probabilities; None for no probability or class."""
+    if settings.task == "regression":
+        return found
+    if settings.form == "class":
+        whole = (found == np.floor(found)) & (found >= 0) & (found < max(2, len(settings.classes)))
+        return found if whole.all() else None
+    if settings.form == "logit":
+        return _softmax(found) if settings.task == "multiclass" else _logistic(found)
+    if found.min(initial=0.0) < 0.0 or found.max(initial=0.0) > 1.0:
+        return None
+    return found
+
+
+def label_of(settings: LabelSettings, value: float | str) -> float | None:
+    """An outcome, which may name a class, as a number of the task, or None."""
+    if isinstance(value, str) and value in settings.class_of:
+        return settings.class_of[value]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not isfinite(number) or abs(number) > _LARGEST:
+        return None
+    if settings.task == "regression":
+        return number
+    return number if number == int(number) and 0 <= number < max(2, len(settings.classes)) else None
 
 
 def _logistic(logits: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The nouns of labels: what is joined with what, and the settings of it. stdlib only; times are wall ns."""
+"""The nouns of labels: what is joined with what, the settings of it, what it is held against. Times are wall ns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 from monitor.errors import SettingsError
-from monitor.types import HOUR_NS, SECOND_NS, AlarmRules, Buffer, Window, rows_window
+from monitor.types import HOUR_NS, SECOND_NS, AlarmRules, Array, Buffer, Window, rows_window
 
 Task: TypeAlias = Literal["binary", "multiclass", "regression"]
 #: What the output holds: probabilities, their logits (before the logistic function or softmax), or the class itself.
@@ -149,8 +149,12 @@ class LabelSettings:
     #: Groups (version, arm, slice) followed at most, the one longest without a row forgotten; slices of an arm.
     max_groups: int = 64
     max_slices: int = 16
+    #: The number of each class, by its name.
+    class_of: Mapping[str, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        places = {name: float(place) for place, name in enumerate(self.classes)}
+        object.__setattr__(self, "class_of", places)
         self._check_task()
         if not self.windows or len(set(self.windows)) != len(self.windows):
             raise SettingsError("labels need at least one window, and no two the same")
@@ -197,3 +201,19 @@ class LabelSettings:
     def width(self) -> int:
         """Numbers of one row's prediction."""
         return len(self.classes) if self.task == "multiclass" and self.form != "class" else 1
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class LabelReference:
+    """How good predictions were on labelled rows (``monitor.label_state`` makes and reads it). No row is in it.
+
+    ``basis``: the settings that the numbers depend on, as JSON has them. ``counts`` int64 (k) and ``sums`` uint8
+    (m, bytes) of a ``monitor.performance.Tally``; ``cells`` int64 (2, cells): negatives and positives by score, None
+    for a task without scores.
+    """
+
+    basis: Mapping[str, Any]
+    rows: int
+    counts: Array
+    sums: Array
+    cells: Array | None = None

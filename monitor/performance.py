@@ -84,6 +84,36 @@ class Ranking:
             grid += _cells(scores, positive)
         return grid
 
+    @classmethod
+    def of_rows(cls, scores: Array, positive: Array, limit: int) -> Ranking:
+        """Of scores that were kept: as after adding them, whatever the limit is."""
+        made = cls(limit)
+        made._parts, made._rows = [(scores.astype("f8"), positive.astype(bool))], len(scores)
+        return made
+
+    @classmethod
+    def of_cells(cls, grid: Array, limit: int = 0) -> Ranking:
+        """Of counts (2, GRID) per cell."""
+        made = cls(limit)
+        made.grid = grid.astype("i8")
+        return made
+
+    def sample(self, most: int) -> tuple[Array, Array]:
+        """(scores, positive) to fit something to: every row, or of cells ``most`` rows at most, at their middles.
+
+        Where there are more, each outcome is thinned evenly along the scores: any stretch of them keeps its share of
+        rows to within one.
+        """
+        kept = self.rows()
+        if kept is not None:
+            return kept
+        grid = self.cells()
+        total = max(most, int(grid.sum()))
+        thinned = np.diff(np.cumsum(grid, axis=1) * most // total, axis=1, prepend=0) if total > most else grid
+        middles = (np.arange(GRID) + 0.5) / GRID
+        scores = np.concatenate([np.repeat(middles, counts) for counts in thinned])
+        return scores, np.repeat([False, True], thinned.sum(axis=1))
+
     def rows(self) -> tuple[Array, Array] | None:
         """(scores, positive) of every row, or None when the scores are not kept any more."""
         if self.grid is not None:

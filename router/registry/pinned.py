@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -233,9 +233,12 @@ class PinnedRegistry:
             for model in intents.keys() | self._followed.keys():
                 self._follow(model)
 
-    def settle(self) -> tuple[Settled, ...]:
-        """Take or compare what served aliases point at and nobody has looked at yet. Lasts as long as downloads do."""
-        return tuple(self._settle(*key) for key in self._due())
+    def settle(self) -> Iterator[Settled]:
+        """Take or compare what served aliases point at and nobody has looked at yet: one version for each step.
+
+        A step lasts as long as a download does. Raises StoreError or its like when the database refuses.
+        """
+        return (self._settle(*key) for key in self._due())
 
     def _settle(self, model: str, version: int) -> Settled:
         try:

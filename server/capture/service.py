@@ -221,8 +221,8 @@ class Capture:
         dropped: Points = {(reason,): count for reason, count in found.dropped.items()}
         kinds: Points = {("requests",): found.captured, ("labels",): found.labels}
         return [
-            FamilySnapshot("tidegate_captured", "Captured records.", "counter", ("kind",), kinds),
-            FamilySnapshot("tidegate_capture_dropped", "Records given up.", "counter", ("reason",), dropped),
+            FamilySnapshot("tidegate_captured_total", "Captured records.", "counter", ("kind",), kinds),
+            FamilySnapshot("tidegate_capture_dropped_total", "Records given up.", "counter", ("reason",), dropped),
             FamilySnapshot("tidegate_capture_disk_bytes", "Segments on disk.", "gauge", (), {(): found.disk_bytes}),
             FamilySnapshot("tidegate_capture_held_bytes", "Waiting in memory.", "gauge", (), {(): found.held_bytes}),
         ]

@@ -49,6 +49,9 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
         yield from _warmups(model, path)
         if model.retrain is not None:
             yield from retrain_contradictions(model.retrain, (*path, "retrain"), config.alerts.sinks)
+        if model.gate is not None and model.gate not in config.gates:
+            text = f"there is no policy '{model.gate}' under gates: {', '.join(config.gates) or 'none'}"
+            yield Contradiction((*path, "gate"), text)
     yield from routing_contradictions(config, repository_given=repository_given)
     yield from rollout_contradictions(config)
     yield from alert_contradictions(config.alerts)

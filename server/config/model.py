@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from server.config import units
+from server.config.gates import GatePolicy, PolicyName
 from server.config.kinds import (
     OPTION_SCHEMA,
     VERSION_SCHEMA,
@@ -688,6 +689,8 @@ class Model(Defaults):
     experiment: Experiment | None = None
     shadow: Many[Shadow] = ()
     resilience: Resilience = Field(default_factory=Resilience)
+    #: The quality policy, of ``gates``, that a version must pass before a rollout begins.
+    gate: PolicyName | None = None
     retrain: Retrain | None = None
     #: Allow a reload to take keys from an arm that goes on.
     reshuffle: bool = False
@@ -703,4 +706,5 @@ class Config(Section):
     registry: Registry = Field(default_factory=Registry)
     defaults: FileDefaults = Field(default_factory=FileDefaults)
     alerts: Alerts = Field(default_factory=Alerts)
+    gates: dict[PolicyName, GatePolicy] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})
     models: dict[ModelName, Model] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})

@@ -16,6 +16,7 @@ from server.config.kinds import (
     Share,
     StepTime,
     Target,
+    Text,
     WarmTime,
     default,
     parse_share,
@@ -64,7 +65,7 @@ class RolloutStep(Section):
 
     weight: Share
     min: WarmTime = default("0s", units.parse_duration)
-    certify: dict[RouteId, Level] = Field(default_factory=dict)
+    certify: dict[Text, Level] = Field(default_factory=dict)
     approve: bool = False
 
 
@@ -114,7 +115,7 @@ class Rollout(Section):
     start: RolloutStart = Field(default_factory=RolloutStart)
     shadow: RolloutShadow | None = None
     steps: Many[RolloutStep] = ()
-    gates: dict[RouteId, RolloutGate] = Field(default_factory=dict)
+    gates: dict[Text, RolloutGate] = Field(default_factory=dict)
     inconclusive: Inconclusive = Field(default_factory=Inconclusive)
     on_crash: Literal["rollback", "resume"] = "rollback"
     hold: Literal["keep", "zero"] = "keep"

@@ -37,16 +37,17 @@ class Addresses:
 class ServerProcess:
     """One ``serve`` process. Its log is a file, so that it can outlive the demo (``--keep``)."""
 
-    def __init__(self, repository: Path, state_dir: Path, log: Path) -> None:
+    def __init__(self, target: Path, state_dir: Path, log: Path) -> None:
+        """``target``: a folder of models, or a configuration file."""
         listeners = [part for name in ("http", "grpc", "metrics", "admin") for part in (f"--{name}", _FREE_PORT)]
-        folders = ["--model-repository", str(repository), "--state-dir", str(state_dir)]
-        command = [sys.executable, "-m", "server", "serve", *folders, *listeners, "--log-format", "json"]
+        what = [str(target), "--state-dir", str(state_dir)]
+        command = [sys.executable, "-m", "server", "serve", *what, *listeners, "--log-format", "json"]
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             # Its own session: Ctrl-C goes to the demo alone, which then stops the server in its own order.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=_environment(), start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment(), start_new_session=True
             )
 
     @property
@@ -108,7 +109,7 @@ def _ready_line(log: Path) -> Addresses | None:
     return None
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """``python -m server`` must find this package, not a ``server.py`` of the working directory."""
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:

@@ -43,14 +43,15 @@ def binary_body(inputs: Mapping[str, Array]) -> tuple[bytes, int]:
     """An inference request with all data behind the JSON, and the length of that JSON for the header."""
     heads, contents = [], []
     for name, values in inputs.items():
-        content = _raw(values)
+        content = raw(values)
         heads.append({**_head(name, values), "parameters": {"binary_data_size": len(content)}})
         contents.append(content)
     header = orjson.dumps({"inputs": heads, "parameters": {"binary_data_output": True}})
     return b"".join([header, *contents]), len(header)
 
 
-def _raw(values: Array) -> bytes:
+def raw(values: Array) -> bytes:
+    """An array's contents as V2 sends them behind the JSON, and in gRPC."""
     if values.dtype.kind != "S":
         return values.tobytes()
     return b"".join(struct.pack("<I", len(item)) + item for item in values.ravel().tolist())

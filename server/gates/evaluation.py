@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeAlias
 
 from router.rollout.quality import Finding, Status, within
@@ -30,8 +31,8 @@ from server.gates.judging import (
     values_of,
 )
 from server.gates.running import OutOfTime, Pace, outputs
-from server.gates.stress import judge_latency, judge_robustness, judge_rules
-from server.runtime.base import Engine
+from server.gates.stress import judge_bad_values, judge_bounds, judge_direction, judge_latency, judge_noise
+from server.runtime.base import Engine, WarmupSample
 from server.types import ModelSpec
 
 #: Told which gate is being looked at.
@@ -44,13 +45,15 @@ _RUN: Final = "run"
 class Contest:
     """Who is compared. ``champion`` None: nobody, ``why`` says what there is none of.
 
-    ``declared``: the signature that the candidate was published with.
+    ``declared``: the signature that the candidate was published with; ``warmup`` and ``folder`` are those of its load.
     """
 
     candidate: Engine
     champion: Engine | None
     why: str = "champion"
     declared: ModelSpec | None = None
+    warmup: tuple[WarmupSample, ...] = ()
+    folder: Path | None = None
 
 
 class _Broken(Exception):
@@ -72,18 +75,31 @@ def judge(contest: Contest, policy: GatePolicy, holdout: Holdout, pace: Pace, pr
         known = labelled(case)
     except InvalidArgument as error:
         findings.append(_undecided("labels", error))
-    gates: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
-        ("outputs", lambda: [_finite(case)]),
-        ("quality", lambda: judge_quality(case, known)),
-        ("slices", lambda: judge_slices(case, known)),
-        ("fairness", lambda: judge_fairness(case, known)),
-        ("robustness", lambda: judge_robustness(case)),
-        ("rules", lambda: judge_rules(case)),
-        ("latency", lambda: judge_latency(case)),
-    )
-    for name, gate in gates:
+    for name, gate in _gates(case, known):
         findings += _gate(name, gate, progress)
     return findings
+
+
+def _gates(case: Case, known: Labelled | None) -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
+    """Each gate by itself, so that one which cannot be decided hides no other."""
+    policy = case.policy
+    yield "outputs", partial(_finite, case)
+    yield "quality", partial(judge_quality, case, known)
+    for part in policy.slices:
+        yield f"slices of {part.column}", partial(judge_slices, case, known, part)
+    for group in policy.fairness:
+        yield f"fairness of {group.column}", partial(judge_fairness, case, known, group)
+    if policy.robustness is not None:
+        yield "noise", partial(judge_noise, case, policy.robustness)
+        if policy.robustness.probes:
+            yield "bad values", partial(judge_bad_values, case, policy.robustness)
+    for bounds in policy.rules.bounds:
+        yield f"bounds of {bounds.output or case.output}", partial(judge_bounds, case, bounds)
+    for rule in policy.rules.monotone:
+        yield f"direction of {rule.column}", partial(judge_direction, case, rule)
+    if policy.latency is not None:
+        for rows in policy.latency.batch_sizes:
+            yield f"latency in batches of {rows}", partial(judge_latency, case, policy.latency, rows)
 
 
 def _gate(name: str, gate: Callable[[], Iterable[Finding]], progress: Progress) -> Iterator[Finding]:
@@ -110,7 +126,12 @@ def _admission(contest: Contest) -> Iterator[Finding]:
         return
     champion = None if contest.champion is None else contest.champion.spec
     found: Admission = admit(
-        contest.candidate, inspection, declared_signature=contest.declared, champion=champion, advisory=False
+        contest.candidate,
+        inspection,
+        declared_signature=contest.declared,
+        champion=champion,
+        warmup=contest.warmup,
+        folder=contest.folder,
     )
     status = Status.PASSED if found.admitted else Status.FAILED
     checks = {check.name: {"ok": check.ok, "detail": check.detail} for check in found.report.checks}
@@ -165,8 +186,9 @@ def _predict(side: Side, policy: GatePolicy, output: str, wanted: Collection[str
         probabilities(answers)
 
 
-def _finite(case: Case) -> Finding:
+def _finite(case: Case) -> Iterator[Finding]:
     answers = case.candidate.outputs[case.output]
     if answers.dtype.kind not in "fiu":
-        return Finding("outputs", Status.PASSED, "labels, one for every row", {"values": answers.size})
-    return replace(within(answers), gate="outputs")
+        yield Finding("outputs", Status.PASSED, "labels, one for every row", {"values": answers.size})
+    else:
+        yield replace(within(answers), gate="outputs")

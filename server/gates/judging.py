@@ -218,17 +218,16 @@ def judge_quality(case: Case, known: Labelled | None) -> Iterator[Finding]:
     yield replace(found, evidence=found.evidence | told)
 
 
-def judge_slices(case: Case, known: Labelled | None) -> Iterator[Finding]:
-    """Least metric, gap, and not worse than the champion, for each way to cut the rows."""
-    for asked in case.policy.slices:
-        gate = f"slices of {asked.column}"
-        if known is None:
-            yield missing(gate, "label in the holdout")
-            continue
-        groups = groups_of(case.holdout, asked.column, asked.bins)[known.rows]
-        yield _sliced(known, asked, groups, gate)
-        if asked.max_worse is not None:
-            yield _not_worse(case, known, asked, groups, f"{gate} beside the champion")
+def judge_slices(case: Case, known: Labelled | None, asked: Slices) -> Iterator[Finding]:
+    """Least metric, gap, and not worse than the champion, for one way to cut the rows."""
+    gate = f"slices of {asked.column}"
+    if known is None:
+        yield missing(gate, "label in the holdout")
+        return
+    groups = groups_of(case.holdout, asked.column, asked.bins)[known.rows]
+    yield _sliced(known, asked, groups, gate)
+    if asked.max_worse is not None:
+        yield _not_worse(case, known, asked, groups, f"{gate} beside the champion")
 
 
 def _sliced(known: Labelled, asked: Slices, groups: Array, gate: str) -> Finding:
@@ -270,17 +269,16 @@ def _not_worse(case: Case, known: Labelled, asked: Slices, groups: Array, gate: 
     return replace(found, gate=gate)
 
 
-def judge_fairness(case: Case, known: Labelled | None) -> Iterator[Finding]:
+def judge_fairness(case: Case, known: Labelled | None, asked: Fairness) -> Iterator[Finding]:
     """Gaps between groups of the rate of positive decisions, given the label or not."""
-    for asked in case.policy.fairness:
-        limits = (
-            ("demographic parity", asked.demographic_parity, _PARITY),
-            ("equal opportunity", asked.equal_opportunity, _OPPORTUNITY),
-            ("equalized odds", asked.equalized_odds, _ODDS),
-        )
-        for name, limit, rates in limits:
-            if limit is not None:
-                yield _gap(case, known, asked, f"{name} of {asked.column}", limit, rates)
+    limits = (
+        ("demographic parity", asked.demographic_parity, _PARITY),
+        ("equal opportunity", asked.equal_opportunity, _OPPORTUNITY),
+        ("equalized odds", asked.equalized_odds, _ODDS),
+    )
+    for name, limit, rates in limits:
+        if limit is not None:
+            yield _gap(case, known, asked, f"{name} of {asked.column}", limit, rates)
 
 
 def _gap(case: Case, known: Labelled | None, asked: Fairness, gate: str, limit: float, rates: Sequence[str]) -> Finding:

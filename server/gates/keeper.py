@@ -80,7 +80,7 @@ class Gatekeeper:
         self._record = record
         self._progress = progress
         self._now = now
-        self._kept: OrderedDict[_Key, tuple[Finding, ...]] = OrderedDict()
+        self._kept: OrderedDict[_Key, tuple[Mapping[str, object], tuple[Finding, ...]]] = OrderedDict()
         self._one_at_a_time = threading.Lock()
         self._stopped = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gates")
@@ -157,11 +157,11 @@ class Gatekeeper:
         sha256: str, pace: Pace,
     ) -> GateOutcome:  # fmt: skip
         key = (outcome.candidate, outcome.champion, outcome.policy, sha256)
-        holdout = read_holdout(policy, sha256)
-        outcome = replace(outcome, data=holdout.told())
         if (kept := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
-            return replace(outcome, findings=kept)
+            return replace(outcome, data=kept[0], findings=kept[1])
+        holdout = read_holdout(policy, sha256)
+        outcome = replace(outcome, data=holdout.told())
         with ExitStack() as loaded:
             try:
                 ours = loaded.enter_context(self._loaded(candidate))
@@ -170,11 +170,11 @@ class Gatekeeper:
                 return replace(outcome, findings=(Finding("load", Status.FAILED, error.message),))
             except MemoryError:
                 return replace(outcome, findings=(missing("load", "memory for both models"),))
-            findings = tuple(
-                judge(Contest(ours, theirs, why, candidate.declared), policy, holdout, pace, self._progress)
-            )
+            request = candidate.request
+            contest = Contest(ours, theirs, why, candidate.declared, request.options.warmup, request.folder)
+            findings = tuple(judge(contest, policy, holdout, pace, self._progress))
         if not (self._stopped.is_set() or (pace.until and self._now() >= pace.until)):
-            self._keep(key, findings)
+            self._keep(key, outcome.data, findings)
         return replace(outcome, findings=findings)
 
     def _beside(self, loaded: ExitStack, champion: Found | None, why: str) -> tuple[Engine | None, str]:
@@ -196,8 +196,8 @@ class Gatekeeper:
         finally:
             engine.close()
 
-    def _keep(self, key: _Key, findings: tuple[Finding, ...]) -> None:
-        self._kept[key] = findings
+    def _keep(self, key: _Key, data: Mapping[str, object], findings: tuple[Finding, ...]) -> None:
+        self._kept[key] = (data, findings)
         while len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
 

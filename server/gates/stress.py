@@ -33,33 +33,26 @@ _GRID_ROWS: Final = 20_000
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
-def judge_robustness(case: Case) -> Iterator[Finding]:
-    """Decisions under noise, and answers to bad values."""
-    asked = case.policy.robustness
-    if asked is None:
-        return
-    yield _noise(case, asked)
-    if asked.probes:
-        yield _probed(case, asked)
-
-
-def _noise(case: Case, asked: Robustness) -> Finding:
+def judge_noise(case: Case, asked: Robustness) -> Iterator[Finding]:
+    """How many decisions change when every float column gets a little noise."""
     side = case.candidate
     places = _float_elements(side, asked.columns)
     if not any(found.size for found in places):
-        return missing("noise", "input of floats to disturb")
+        yield missing("noise", "input of floats to disturb")
+        return
     rng = np.random.default_rng(case.policy.seed)
     noisy = [_disturbed(tensor, found, asked.noise, rng) for tensor, found in zip(side.tensors, places, strict=True)]
     after = outputs(side.engine, noisy, {case.output}, case.pace)[case.output]
     before, alpha = side.outputs[case.output], 1 - case.policy.quality.confidence
     bad = int(np.count_nonzero(~np.isfinite(after))) if after.dtype.kind == "f" else 0
     if bad:
-        return Finding("noise", Status.FAILED, f"{bad} values under noise are not finite", {"not_finite": bad})
+        yield Finding("noise", Status.FAILED, f"{bad} values under noise are not finite", {"not_finite": bad})
+        return
     if case.policy.task == "regression":
         found = _shifts(values_of(before), values_of(after), asked, alpha)
     else:
         found = flips(decisions(case.policy, before), decisions(case.policy, after), asked.max_flips, alpha)
-    return replace(found, gate="noise", evidence=found.evidence | {"noise": asked.noise, "seed": case.policy.seed})
+    yield replace(found, gate="noise", evidence=found.evidence | {"noise": asked.noise, "seed": case.policy.seed})
 
 
 def _shifts(before: Array, after: Array, asked: Robustness, alpha: float) -> Finding:
@@ -119,7 +112,7 @@ class _Tally:
             self.first.append({"column": column, "value": repr(value), "answer": what})
 
 
-def _probed(case: Case, asked: Robustness) -> Finding:
+def judge_bad_values(case: Case, asked: Robustness) -> Iterator[Finding]:
     """Each bad value in one column at a time, on a few rows."""
     rng = np.random.default_rng(case.policy.seed)
     rows = rng.choice(case.holdout.rows, min(_PROBED_ROWS, case.holdout.rows), replace=False)
@@ -134,7 +127,8 @@ def _probed(case: Case, asked: Robustness) -> Finding:
         for value in values:
             _probe(case, asked, rows, column, value, tally)
     if not tally.rows:
-        return missing("bad values", "input that could hold one")
+        yield missing("bad values", "input that could hold one")
+        return
     told = {
         "rows": tally.rows,
         "columns": columns_probed,
@@ -146,8 +140,9 @@ def _probed(case: Case, asked: Robustness) -> Finding:
     }
     wrong = tally.not_finite + tally.failed
     if wrong:
-        return Finding("bad values", Status.FAILED, f"{wrong} of {tally.rows} answers are not finite or failed", told)
-    return Finding("bad values", Status.PASSED, f"{tally.rows} answers are finite, or the input was refused", told)
+        yield Finding("bad values", Status.FAILED, f"{wrong} of {tally.rows} answers are not finite or failed", told)
+        return
+    yield Finding("bad values", Status.PASSED, f"{tally.rows} answers are finite, or the input was refused", told)
 
 
 def _bad_values(side: Side, column: Column, asked: Robustness) -> list[float]:
@@ -214,15 +209,8 @@ def _poisoned(side: Side, rows: Array, column: Column, value: float) -> list[Arr
 # --- rules of the business -------------------------------------------------------------------------------------------
 
 
-def judge_rules(case: Case) -> Iterator[Finding]:
-    """Bounds of outputs, and directions."""
-    for bounds in case.policy.rules.bounds:
-        yield _bounded(case, bounds)
-    for rule in case.policy.rules.monotone:
-        yield _monotone(case, rule)
-
-
-def _bounded(case: Case, asked: Bounds) -> Finding:
+def judge_bounds(case: Case, asked: Bounds) -> Iterator[Finding]:
+    """All answers on the holdout."""
     name = asked.output or case.output
     if name not in case.candidate.outputs:
         raise InvalidArgument(f"the model has no output '{name}' that bounds could be of")
@@ -232,10 +220,10 @@ def _bounded(case: Case, asked: Bounds) -> Finding:
     low = -np.inf if asked.low is None else asked.low
     high = np.inf if asked.high is None else asked.high
     found = within(values, low, high)
-    return replace(found, gate=f"bounds of {name}", evidence=found.evidence | {"low": asked.low, "high": asked.high})
+    yield replace(found, gate=f"bounds of {name}", evidence=found.evidence | {"low": asked.low, "high": asked.high})
 
 
-def _monotone(case: Case, asked: Monotone) -> Finding:
+def judge_direction(case: Case, asked: Monotone) -> Iterator[Finding]:
     """Predictions (rows, grid) along the column's quantiles; each step is a pair."""
     gate, side = f"direction of {asked.column}", case.candidate
     column = next((c for c in side.columns.columns if c.name == asked.column and c.source == "input"), None)
@@ -247,16 +235,18 @@ def _monotone(case: Case, asked: Monotone) -> Finding:
     values = tensor[:, column.index]
     known = values[np.isfinite(values.astype("f8"))]
     if not known.size:
-        return missing(gate, "value of the column")
+        yield missing(gate, "value of the column")
+        return
     grid = np.unique(np.quantile(known, np.linspace(0, 1, asked.grid), method="nearest"))
     if len(grid) < 2:
-        return missing(gate, "second value of the column")
+        yield missing(gate, "second value of the column")
+        return
     rng = np.random.default_rng(case.policy.seed)
     rows = rng.choice(case.holdout.rows, min(asked.rows, case.holdout.rows), replace=False)
     found = _along(case, column, rows, grid)
     compared = monotonic(found[:, :-1].ravel(), found[:, 1:].ravel(), asked.direction == "increasing", asked.tolerance)
     told = compared.evidence | {"rows": len(rows), "steps": len(grid) - 1, "column": asked.column}
-    return replace(compared, gate=gate, evidence=told, reason=compared.reason.replace(" rows ", " steps "))
+    yield replace(compared, gate=gate, evidence=told, reason=compared.reason.replace(" rows ", " steps "))
 
 
 def _along(case: Case, column: Column, rows: Array, grid: Array) -> Array:
@@ -274,17 +264,9 @@ def _along(case: Case, column: Column, rows: Array, grid: Array) -> Array:
 # --- run times -------------------------------------------------------------------------------------------------------
 
 
-def judge_latency(case: Case) -> Iterator[Finding]:
-    """Ratios of quantiles of run times, for each batch size."""
-    asked = case.policy.latency
-    if asked is None:
-        return
-    for rows in asked.batch_sizes:
-        yield from _timed(case, asked, rows)
-
-
-def _timed(case: Case, asked: Latency, rows: int) -> Iterator[Finding]:
-    gate = f"latency of {rows} rows" if rows > 1 else "latency of 1 row"
+def judge_latency(case: Case, asked: Latency, rows: int) -> Iterator[Finding]:
+    """Ratios of quantiles of run times of so many rows."""
+    gate = f"latency in batches of {rows}"
     if case.champion is None:
         yield missing(gate, case.why)
         return

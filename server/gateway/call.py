@@ -238,6 +238,9 @@ class Call:
         self._finish_books("ok")
         self._reply.message(response, attempt.decision)
         self._reply.finish(None)
+        policy = self._policy
+        if policy is not None and policy.rollout is not None and attempt.route.counted:
+            policy.rollout.answered(attempt.route.arm, self._permit.tidegate_id, self._request.id)
         if attempt.served.labels is not None:
             self._gateway.remember(
                 attempt.served.labels, attempt.route, work, self._permit.tidegate_id, self._request.id

@@ -256,6 +256,7 @@ class Gateway:
         """
         routes = self.routes(model)
         labelled = bool(request_id) and self._label(routes, request_id, row, value, text, name)
+        labelled = self._judged(model, request_id, name, value) or labelled
         try:
             counted = self._count_outcome(model, routes, request_id, name, value, key, text)
         except InvalidArgument:
@@ -263,6 +264,13 @@ class Gateway:
                 return True
             raise
         return labelled or counted
+
+    def _judged(self, model: str, request_id: str, name: str, value: float | None) -> bool:
+        """Give an outcome to the gates of the rollout that runs, if it is one that they look at."""
+        policy = self.policies.get(model)
+        if policy is None or policy.rollout is None or value is None:
+            return False
+        return policy.rollout.hear(request_id, name, value)
 
     @staticmethod
     def _label(

@@ -10,9 +10,10 @@ Everything here is on the loop: plain numbers that grow, of which the control ta
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Final
 
 from router.rollout.evidence import OneArm, TwoArms
@@ -36,6 +37,8 @@ _LATE: Final = frozenset({"cancelled", "deadline_exceeded", "queue_timeout", "ve
 #: Distinct keys of a step, and outcomes that wait to be taken, that are remembered; over it no more are counted.
 MAX_KEYS: Final = 1 << 18
 MAX_OUTCOMES: Final = 100_000
+#: Ids of answered requests that wait for outcomes; older ones are forgotten.
+MAX_ANSWERED: Final = 200_000
 #: Keys with events that are written down; more are counted anew after a restart.
 _STORED_KEYS: Final = 10_000
 
@@ -89,13 +92,19 @@ class RolloutBooks:
     """The counts of one running rollout. ``attempt`` is on the path of every request of its model."""
 
     __slots__ = (
-        "_apart", "_arms", "_candidate", "_first", "_keys", "_outcomes", "_share", "_stable", "_tails", "lost_keys",
-        "lost_outcomes",
+        "_answered", "_apart", "_arms", "_candidate", "_first", "_keys", "_outcomes", "_share", "_stable", "_tails",
+        "_wanted", "lost_keys", "lost_outcomes",
     )  # fmt: skip
 
-    def __init__(self, apart: str = "") -> None:
-        """``apart``: the arm that is batched by itself, as the candidate is, so that equal is compared with equal."""
+    def __init__(self, apart: str = "", wanted: Iterable[str] = ()) -> None:
+        """``apart``: the arm that is batched by itself, as the candidate is, so that equal is compared with equal.
+
+        ``wanted``: the outcomes that gates look at.
+        """
         self._apart = apart
+        self._wanted = frozenset(wanted)
+        #: Newest last: id of an answered request -> its arm, and the outcomes that were heard of it.
+        self._answered: OrderedDict[str, tuple[ArmBook, set[str]]] = OrderedDict()
         self._candidate = ArmBook(True)
         self._stable = ArmBook(False)
         self._arms: Mapping[str, ArmBook] = {}
@@ -171,11 +180,36 @@ class RolloutBooks:
 
     # -- feedback -----------------------------------------------------------------------------------------------
 
-    def outcome(self, arm: str, name: str, value: float) -> None:
-        """An outcome was joined with a counted request of an arm."""
+    def answered(self, arm: str, tidegate_id: str, request_id: str) -> None:
+        """A counted request was answered: remembered for its outcomes, if any gate looks at one."""
         book = self._arms.get(arm)
-        if book is None:
+        if book is None or not self._wanted:
             return
+        heard: set[str] = set()
+        for one in (tidegate_id, request_id):
+            if one:
+                self._answered[one] = (book, heard)
+                self._answered.move_to_end(one)
+        while len(self._answered) > MAX_ANSWERED:
+            self._answered.popitem(last=False)
+
+    def hear(self, request_id: str, name: str, value: float) -> bool:
+        """An outcome of an answered request; each counts once. False when nobody looks at it or remembers the request.
+
+        ``name`` "": the only one that is looked at.
+        """
+        found = self._answered.get(request_id)
+        if not name and len(self._wanted) == 1:
+            (name,) = self._wanted
+        if found is None or name not in self._wanted or not isfinite(value):
+            return False
+        book, heard = found
+        if name not in heard:
+            heard.add(name)
+            self._outcome(book, name, value)
+        return True
+
+    def _outcome(self, book: ArmBook, name: str, value: float) -> None:
         if len(self._outcomes) >= MAX_OUTCOMES:
             self.lost_outcomes += 1
         else:

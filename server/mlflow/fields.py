@@ -25,7 +25,7 @@ def text_of(found: Mapping[str, Any], key: str) -> str:
 
 def object_of(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """An object, empty when it is absent. Raises Unusable."""
-    value = found.get(key) or {}
+    value = {} if found.get(key) is None else found[key]
     if not isinstance(value, dict):
         raise Unusable(f"{key} in MLflow's answer must be an object")
     return value
@@ -33,7 +33,7 @@ def object_of(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def objects_of(found: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     """A list of objects, empty when it is absent. Raises Unusable."""
-    value = found.get(key) or []
+    value = [] if found.get(key) is None else found[key]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Unusable(f"{key} in MLflow's answer must be a list of objects")
     return value

@@ -28,29 +28,28 @@ _PRUNE_EVERY_S: Final = 3600.0
 
 
 class Follower:
-    """Polls every ``poll_s`` (a tenth more or less) and calls ``changed`` from its threads when something did.
+    """Polls every ``poll_s``, a tenth more or less; what changed shows in the registry's generation.
 
-    ``jitter`` gives numbers in 0..1. Start with ``start``; ``close`` waits for the request that is under way.
+    ``keep_unused_s``: bytes that no alias names and nobody used for so long are deleted. ``jitter`` gives numbers in
+    0..1. Nothing happens before ``start``.
     """
 
     def __init__(
         self,
         registry: PinnedRegistry,
-        changed: Callable[[], None],
         *,
         poll_s: float = 10.0,
         keep_unused_s: float = 7 * 86_400.0,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._registry = registry
-        self._changed = changed
         self._poll_s = poll_s
         self._keep_unused_s = keep_unused_s
         self._jitter = jitter
         self._failures = 0
         self._wake = threading.Condition()
         self._closed = self._hinted = self._polled = False
-        self._told = registry.generation()
+        self._polled_at = -_BETWEEN_HINTS_S
         self._pruned_at = 0.0
         self._threads = [
             threading.Thread(target=self._ask, name="tidegate-registry-poll", daemon=True),
@@ -100,12 +99,12 @@ class Follower:
 
     def _sleep(self) -> bool:
         """Wait for the next poll; False when it is time to end."""
-        began = time.monotonic()
         with self._wake:
-            self._wake.wait_for(lambda: self._closed, _BETWEEN_HINTS_S if self._hinted else 0)
-            left = self._wait_s() - (time.monotonic() - began)
-            self._wake.wait_for(lambda: self._closed or self._hinted, left)
+            self._wake.wait_for(lambda: self._closed or self._hinted, self._wait_s())
+            if self._hinted:
+                self._wake.wait_for(lambda: self._closed, self._polled_at + _BETWEEN_HINTS_S - time.monotonic())
             self._hinted = False
+            self._polled_at = time.monotonic()
             return not self._closed
 
     def _wait_s(self) -> float:
@@ -127,7 +126,6 @@ class Follower:
         if error is None and self._failures:
             log.info("registry_reachable_again", polls_failed=self._failures)
         self._failures = 0 if error is None else self._failures + 1
-        self._tell()
 
     def _settle(self) -> None:
         def settle() -> None:
@@ -135,7 +133,6 @@ class Follower:
                 _log(settled)
 
         self._guarded(settle)
-        self._tell()
 
     def _prune(self) -> None:
         if time.monotonic() - self._pruned_at >= _PRUNE_EVERY_S:
@@ -148,18 +145,10 @@ class Follower:
             work()
         except RegistryError as error:
             return error
-        except Exception as error:
+        except Exception as error:  # the boundary of the threads: the store may refuse, and be back
             log.error("registry_not_followed", error=str(error), exc_info=error)
             return error
         return None
-
-    def _tell(self) -> None:
-        """Say that something changed, if it did."""
-        with self._wake:
-            generation = self._registry.generation()
-            changed, self._told = generation != self._told, generation
-        if changed:
-            self._changed()
 
 
 def _log(settled: Settled) -> None:

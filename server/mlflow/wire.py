@@ -129,7 +129,7 @@ class Wire:
                     raise _refusal(answer)
                 yield answer
             finally:
-                wire.close()
+                wire.end()
         except TimeoutError:
             raise Unreachable(f"MLflow gave no answer within {self._timeout_s:g} s") from None
         except ssl.SSLError as error:
@@ -184,7 +184,10 @@ class _DeadlineSocket(io.RawIOBase):
         return io.BufferedReader(self, _CHUNK_BYTES)
 
     def close(self) -> None:
-        super().close()
+        """What http.client calls once it has the headers of a last answer, whose body is yet to be read."""
+
+    def end(self) -> None:
+        """Close the connection."""
         self._sock.close()
 
 

@@ -4,28 +4,36 @@ A model has one ``ModelLabels`` for all its versions, made when the first of the
 prediction whichever version made it and whichever serves by now. It ends with the last version that is loaded under
 these settings; under other settings another one is made beside it, and what the old one remembers goes with it.
 
-**Threads.** ``answered`` and ``label`` are the loop's: they append to a bounded queue. ``drain``, ``families`` and
-``take_alarms`` are the drain thread's. ``acquire`` is the loader's, and compiles.
+What labels have taught outlives the process: windows, references, alarms and counts are saved, and gone on from under
+the same settings. What is remembered for labels to come is not, as ids are known to one process only.
+
+**Threads.** ``answered`` and ``label`` are the loop's: they append to a bounded queue. ``drain``, ``save``,
+``families`` and ``take_alarms`` are the drain thread's. ``acquire`` is the loader's: it compiles and restores.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
 
-from monitor.outcomes import ALL, Joined, LabelSettings
+from monitor.errors import SettingsError
+from monitor.outcomes import ALL, Joined, LabelReference, LabelSettings
 from server.errors import ModelLoadError
 from server.telemetry.snapshot import FamilySnapshot, Kind, Points
 from server.types import ModelSpec, Tensor
 
 if TYPE_CHECKING:
     from monitor.label_monitor import LabelAlarm, LabelMonitor
+    from monitor.label_state import SavedLabels
+    from server.monitoring.files import LabelFiles
 
 log: Any = structlog.get_logger("monitor")
 
@@ -33,6 +41,7 @@ OnJoined: TypeAlias = Callable[[Sequence[Joined]], object]
 
 #: Of a value that names a slice.
 _SLICE_CHARS: Final = 64
+_MARK_CHARS: Final = 16
 #: Of the names of samples; the others are counters.
 _GAUGES: Final = frozenset({"label_remembered_rows", "label_remembered_ids", "label_held_labels", "label_queued",
                             "label_join_ratio", "performance", "performance_alarm"})  # fmt: skip
@@ -60,16 +69,45 @@ class ModelLabels:
         from monitor.label_monitor import LabelMonitor
 
         self.model, self.watch = model, watch
+        #: The same for labels that go on from each other.
+        self.mark = hashlib.sha256(repr(watch).encode()).hexdigest()[:_MARK_CHARS]
         #: Tells the episodes of this life of the windows from those of another: they are numbered from 1 in each.
         self.run = f"{time.time_ns():x}"
         self.monitor: LabelMonitor = LabelMonitor(model, watch.settings, lambda alarm: on_alarm(self, alarm))
         self.leases: Counter[str] = Counter()
-        self._classes = frozenset(watch.settings.classes)
+        self._saved_changes = 0
+
+    def takes(self, text: str, name: str) -> bool:
+        """Whether an outcome that is no number is a class of these labels."""
+        settings = self.watch.settings
+        return text in settings.class_of and name in ("", settings.name)
 
     def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
         """Hand in an outcome: its number, if it is one, and its text, if it was one. False when it was not taken."""
-        outcome = text if text in self._classes or value is None else value
+        outcome = text if value is None or text in self.watch.settings.class_of else value
         return self.monitor.join.label(request_id, row, outcome, name, now_ns)
+
+    def learn(self, version: str, reference: LabelReference) -> None:
+        """Hold a version against its profile's reference. One that was made otherwise is logged and left aside."""
+        try:
+            self.monitor.learn_from(version, reference)
+        except SettingsError as error:
+            log.warning("label_reference_not_used", model=self.model, version=version, reason=str(error))
+
+    def snapshot(self) -> bytes:
+        """What has been learnt up to now, for ``restore``."""
+        return self.monitor.snapshot(self.mark, self.run)
+
+    def restore(self, saved: SavedLabels) -> None:
+        """Go on from there, in new labels; alarms keep their episodes. Raises StateError."""
+        self.monitor.restore(saved)
+        self.run, self._saved_changes = saved.run, self.monitor.changes
+
+    def save(self, files: LabelFiles) -> None:
+        """Have what is new written."""
+        changes = self.monitor.changes
+        if changes != self._saved_changes and files.save(self):
+            self._saved_changes = changes
 
     def tap(self, spec: ModelSpec) -> LabelTap:
         """What a version of the model hands its answers to. Raises ModelLoadError when there is nothing to slice by."""
@@ -79,11 +117,11 @@ class ModelLabels:
 class LabelTap:
     """One version's way into its model's labels. For the loop's thread: never waits, never raises."""
 
-    __slots__ = ("_remember", "_slicer", "label", "labels", "version")
+    __slots__ = ("_remember", "_slicer", "label", "labels", "takes", "version")
 
     def __init__(self, labels: ModelLabels, version: str, slicer: Slicer | None) -> None:
         self.labels = labels
-        self.label = labels.label
+        self.label, self.takes = labels.label, labels.takes
         self.version, self._slicer = version, slicer
         self._remember = labels.monitor.join.remember
 
@@ -142,9 +180,14 @@ def _slicer(spec: ModelSpec, wanted: str) -> Slicer | None:
 
 
 class LabelService:
-    """The labels of all models. See the module's text for who may call what."""
+    """The labels of all models. See the module's text for who may call what.
 
-    def __init__(self) -> None:
+    ``folder``: where they are kept over restarts; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._files: LabelFiles | None = None
         self._making = threading.Lock()
         self._lock = threading.Lock()  # guards the list; only ever held for a moment
         self._all: list[ModelLabels] = []
@@ -157,6 +200,7 @@ class LabelService:
             found = self._held(model, version, watch)
             if found is None:
                 found = ModelLabels(model, watch, lambda labels, alarm: self._alarms.append((labels, alarm)))
+                self._kept().restore(found)
                 found.monitor.join.subscribe(self._tell)
                 with self._lock:
                     found.leases[version] += 1
@@ -172,11 +216,23 @@ class LabelService:
         return None
 
     def release(self, labels: ModelLabels, version: str) -> None:
-        """One lease less; without one the labels end."""
-        with self._lock:
-            labels.leases[version] -= 1
-            if not labels.leases.total():
-                self._all.remove(labels)
+        """One lease less; without one the labels are saved and end. Blocks: writes a file."""
+        with self._making:  # who asks for them meanwhile gets these, or goes on from what was saved
+            with self._lock:
+                labels.leases[version] -= 1
+                over = not labels.leases.total()
+                if over:
+                    self._all.remove(labels)
+            if over:
+                labels.save(self._kept())
+
+    def _kept(self) -> LabelFiles:
+        """Importing it takes the kernels along, which a process without labels has no use for."""
+        if self._files is None:
+            from server.monitoring.files import LabelFiles
+
+            self._files = LabelFiles(self._folder)
+        return self._files
 
     def all(self) -> list[ModelLabels]:
         """By model, the newest last."""
@@ -220,6 +276,11 @@ class LabelService:
         if failures:
             raise ExceptionGroup("labels failed", failures)
 
+    def save(self) -> None:
+        """Write what is new since the last time. What goes wrong is logged."""
+        for labels in self.all():
+            labels.save(self._kept())
+
     def take_alarms(self) -> Iterator[tuple[ModelLabels, LabelAlarm]]:
         """Changes of alarms since the last call."""
         while self._alarms:
@@ -239,6 +300,18 @@ class LabelService:
         return tuple([_family(name, names, points) for name, (names, points) in sorted(found.items())])
 
     # --- reading -----------------------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[dict[str, Any]]:
+        """Every version whose labels are joined: its windows of labels, and the signals in alarm by arm."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for labels in self.all():  # those under the newest settings stand last
+            alarms = labels.monitor.in_alarm()
+            for version in sorted(name for name, count in labels.leases.items() if count):
+                own = {arm: names for (number, arm, part), names in alarms if number == version and part == ALL}
+                windows = [window.name for window in labels.watch.settings.windows]
+                entry = {"model": labels.model, "version": version, "profile": "", "windows": windows, "alarms": own}
+                found[labels.model, version] = entry
+        return list(found.values())
 
     def report_of(self, model: str, version: str) -> dict[str, Any] | None:
         """What is known of the labels of one version now; None when they are not joined. Not on the loop."""

@@ -12,7 +12,7 @@ from server.control.rollouts.store import RolloutStore
 from server.state import open_state
 from tests.support import models
 from tests.support.cli import cli
-from tests.support.climbing import STANDING, audited, defaults, order, reaches, section, status_of, traffic
+from tests.support.climbing import GATES, STANDING, audited, defaults, order, reaches, section, status_of, traffic
 from tests.support.routed import Place, X, ask, eventually
 from tests.support.server import Server
 from tests.support.upstream import Upstream, refusing, scaled, upstream
@@ -89,7 +89,8 @@ def test_without_traffic_nothing_moves(place: Place) -> None:
 @pytest.mark.parametrize("first", ["step", "paused", "awaiting"])
 def test_a_candidate_that_breaks_is_taken_back_at_once(place: Place, first: str) -> None:
     """From one request to the next everything that reaches it fails; callers see nothing, for stable answers."""
-    steps = "[{weight: 50%, certify: {ceiling: 5%}, approve: true}]" if first == "awaiting" else STANDING
+    standing = STANDING.replace("50%", "5%")
+    steps = "[{weight: 50%, certify: {ceiling: 5%}, approve: true}]" if first == "awaiting" else standing
     with upstream(scaled(3.0), 64) as other:
         write_with_upstream(place, other, section(steps) + "    resilience: {fallback: stable}\n")
         with place.serve() as server, traffic(server) as callers:
@@ -105,6 +106,39 @@ def test_a_candidate_that_breaks_is_taken_back_at_once(place: Place, first: str)
         assert not callers.failures
         assert took_s < 3
         assert found["reason"].startswith("worse by")
+
+
+def test_outcomes_that_callers_report_take_a_candidate_back(place: Place) -> None:
+    gates = GATES.replace("{errors", "{chargeback: {feedback: chargeback, worse_than: 1.1}, errors")
+    write(place, section(STANDING, gates))
+    with place.serve() as server:
+        reaches(place, server, "step")
+        ids: dict[str, list[str]] = {"1": [], "2": []}
+        for number in range(200):
+            _, _, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-user": f"u{number}"})
+            ids[headers["x-tidegate-version"]].append(headers["x-tidegate-id"])
+        bad = [{"id": id_, "outcome": 1} for id_ in ids["2"][:50]] + [
+            {"id": id_, "outcome": 0} for id_ in ids["1"][:50]
+        ]
+        status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", bad)
+        assert (status, answer["joined"]) == (200, 100)
+        found = reaches(place, server, "rolled_back")
+        assert found["reason"] == "worse by chargeback"
+
+
+def test_a_digest_that_failed_is_not_tried_again_until_it_is_cleared(place: Place) -> None:
+    write(place, section(STANDING))
+    with place.serve() as server:
+        reaches(place, server, "step")
+        assert order(place, server, "clear")[0] == 404
+        assert order(place, server, "rollback", x_tidegate_actor="ada")[0] == 200
+        reaches(place, server, "rolled_back")
+        text = place.text(section(STANDING, name="r2")).replace("models:", defaults() + "models:", 1)
+        place.apply(server, text)
+        found = reaches(place, server, "waiting", rollout="r2")
+        assert "failed in rollout 'r1'" in found["reason"]
+        assert order(place, server, "clear", x_tidegate_actor="ada")[0] == 200
+        reaches(place, server, "step", rollout="r2")
 
 
 def write_with_upstream(place: Place, other: Upstream, more: str) -> str:
@@ -202,7 +236,8 @@ def test_two_people_approve_and_the_trail_holds(place: Place) -> None:
         assert json.loads(done)["state"] in {"promoting", "promoted"}
         reaches(place, server, "promoted", rollout="r2")
         done = rollout_command(place, server, "rollback", "r2", "--actor", "cleo", "--reason", "cold feet")
-        assert "rolled_back" in done
+        assert "0% of requests" in done
+        reaches(place, server, "rolled_back", rollout="r2")
         assert {ask(server, f"v{n}")[0] for n in range(50)} == {"1"}
         assert "r2" in cli("rollout", "list", "--url", server.admin).stdout
         assert "ceiling" in cli("rollout", "status", "r2", "--url", server.admin).stdout
@@ -222,7 +257,9 @@ def rollout_command(place: Place, server: Server, *words: str) -> str:
 def test_a_challenger_climbs_to_champion_and_a_person_goes_first(tmp_path: Path) -> None:
     place = Registered(tmp_path)
     place.publish(2.0, "champion")
-    place.write(section(candidate='"@challenger"', more="shadow: {pairs: 50, rps: 1000}", gates=SHADOWED))
+    place.write(
+        section(candidate='"@challenger"', more="keep_warm: 1s, shadow: {pairs: 50, rps: 1000}", gates=SHADOWED)
+    )
     with place.serve() as server, traffic(server) as callers:
         place.publish(2.0, "challenger", shift=1e-9)
         reaches(place, server, "promoted", rollout="r1-2", seconds=40)

@@ -121,7 +121,7 @@ def test_markdown_says_it_and_nobodys_text_is_markup(state: State, tmp_path: Pat
         in text
     )
     assert "from step, reason errors, to rolled\\_back, weight 500" in text
-    assert "eve | champion from 1, champion to 2" in text
+    assert "eve | champion from 1, champion generation 2, champion to 2" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
 

@@ -452,7 +452,7 @@ def test_metrics_in_documents_are_served() -> None:
     page = telemetry.metrics.render().decode()
     served = set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
     # Those that collectors make of what is monitored and delivered, which here is nothing.
-    served |= metrics_named_in("server/monitoring", "server/delivery", "server/wiring.py")
+    served |= metrics_named_in("server/monitoring", "server/delivery", "server/control/rollouts", "server/wiring.py")
     for path in documents():
         for name in re.findall(r"\b((?:tidegate|nv_inference)_[a-z_]*[a-z])\b", code_in(path)):
             assert name in served, f"{path.relative_to(ROOT)} speaks of {name}"

@@ -63,8 +63,8 @@ class Admission:
     evidence: Sequence[Any] = ()
 
 
-#: (models entry, version) -> what its quality gates say. May take long.
-Quality: TypeAlias = Callable[[str, str], Awaitable[Admission]]
+#: (model, candidate, stable) -> what the model's quality gates say of the candidate. May take long.
+Quality: TypeAlias = Callable[[str, str, str], Awaitable[Admission]]
 
 
 class Mover(Protocol):
@@ -81,7 +81,7 @@ class Keeper(Protocol):
     def let_go(self, model: str, version: str) -> None: ...
 
 
-async def no_gates(_entry: str, _version: str) -> Admission:
+async def no_gates(_model: str, _candidate: str, _stable: str) -> Admission:
     """Where no policy asks for anything, everything passes."""
     return Admission()
 
@@ -187,6 +187,8 @@ class Hands:
                 self.try_to_load(run)
             case Shadow(on):
                 run.shadowing = on
+                if run.left:
+                    return True
                 self.publisher.steer(run.template.entry, run.steering(), run.books)
             case KeepWarm(version):
                 self.keeper.hold(run.template.model, version)
@@ -198,6 +200,8 @@ class Hands:
 
     def _publish(self, run: Run, action: Publish) -> bool:
         """Put the table of an action in force; False when something that it leads to is not loaded."""
+        if run.left:
+            return True
         before = run.weight, run.stable
         run.weight, run.stable = action.weight, action.stable
         if action.stable == run.machine.spec.stable and not run.template.stable.is_alias:
@@ -267,7 +271,7 @@ class Hands:
         """Ask the quality gates, and tell the machine."""
         template, version = run.template, run.machine.spec.candidate
         try:
-            found = await self.quality(template.model, version)
+            found = await self.quality(template.model, version, run.machine.spec.stable)
         except TidegateError as error:
             found = Admission("failed", error.message)
         detail = {"id": run.id, "status": found.status, "reason": found.reason, "evidence": list(found.evidence)}

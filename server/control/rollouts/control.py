@@ -23,15 +23,15 @@ from router.rollout.machine import Rollout
 from router.rollout.spec import LevelGate, RolloutSpec
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
-from server.config.routing import CONTROL_ARM, Reference
+from server.config.routing import Reference
 from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
 from server.control.rollouts.evidence import Levels, Look
-from server.control.rollouts.run import GATEWAY, Run, revived
+from server.control.rollouts.run import GATEWAY, Run, books_for, revived
 from server.control.rollouts.store import StoredRollout
 from server.control.rollouts.traffic import Meter
 from server.control.rollouts.views import expected, families, past_shown, shown
 from server.errors import FailedPrecondition, InvalidArgument, NotFound, TidegateError
-from server.gateway import RolloutBooks, Served
+from server.gateway import Served
 from server.store.base import StoreError
 from server.telemetry.snapshot import FamilySnapshot
 
@@ -152,6 +152,7 @@ class RolloutControl:
     def _drop(self, entry: str, run: Run, actor: str) -> None:
         if not run.machine.ended:
             self._hands.tell(run, SpecRemoved(actor))
+        run.left = True
         del self._runs[entry]
         self._leaving.append(run)
         self._known.stored[run.id] = run.stored(is_open=False)
@@ -172,7 +173,8 @@ class RolloutControl:
         self._runs[entry] = run
         self._hands.publisher.set_course(entry, run.steering(), None if run.machine.ended else run.books)
         if not run.machine.ended:
-            self._hands.tell(run, Recovered(stored.open))
+            given_up = stored.state == State.ABORTED.value
+            self._hands.tell(run, SpecRemoved(GATEWAY) if given_up else Recovered(stored.open))
             self._set_to_work(run)
         return True
 
@@ -296,7 +298,7 @@ class RolloutControl:
         except (RolloutRefused, BadRollout) as error:
             self._wait(entry, str(error))
             return
-        run = Run(template, machine, RolloutBooks(CONTROL_ARM if template.matched else ""), time.time_ns())
+        run = Run(template, machine, books_for(template), time.time_ns())
         event = AuditEvent(starter, "rollout.begun", f"{template.model}:{spec.candidate}", {"spec": spec.to_dict()})
         stored = run.stored(is_open=True)
         await asyncio.to_thread(self._hands.store.save, stored, (event,))
@@ -305,6 +307,7 @@ class RolloutControl:
             return
         before = self._runs.get(entry)
         if before is not None:
+            before.left = True
             self._leaving.append(before)
         self._known.stored[run.id] = stored
         self._waiting.pop(entry, None)
@@ -319,7 +322,7 @@ class RolloutControl:
         find = self._hands.publisher.find
         stable, candidate = find(template.stable), find(template.candidate)
         if template.follows and not self._alias_of(template.candidate):
-            self._wait(template.entry, f"nobody is {template.candidate}")
+            self._wait(template.entry, f"no version is {template.candidate}")
             return None
         for reference, found in ((template.stable, stable), (template.candidate, candidate)):
             if found is None:
@@ -444,12 +447,6 @@ class RolloutControl:
     def families(self) -> Iterator[FamilySnapshot]:
         """The metrics."""
         return families(tuple(self._runs.values()))
-
-    def outcome(self, entry: str, arm: str, name: str, value: float) -> None:
-        """An outcome was joined with an answer of an arm of an entry."""
-        run = self._runs.get(entry)
-        if run is not None and not run.machine.ended:
-            run.books.outcome(arm, name, value)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,14 @@ from typing import Any, Final
 
 from router.rollout.events import Action, Record, State
 from router.rollout.machine import AUTOMATIC, Rollout
+from router.rollout.spec import MeanGate, RateGate, RatioGate
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
 from server.config.routing import CANDIDATE_ARM, CONTROL_ARM
 from server.control.rollouts.evidence import PairCounts
 from server.control.rollouts.store import StoredRollout
 from server.gateway import RolloutBooks
+from server.gateway.rollouts import EVENTS
 
 #: Who acts when no person does, in the audit.
 GATEWAY: Final = "tidegate"
@@ -55,6 +57,8 @@ class Run:
     saved_at_ns: int = 0
     seen_moved: bool = False
     shadowing: bool = False
+    #: Its section is gone: the routing of its entry is no longer its to say.
+    left: bool = False
     #: The request path counts for it.
     counting: bool = True
     weight: int = 0
@@ -112,10 +116,17 @@ class Run:
         )  # fmt: skip
 
 
+def books_for(template: RolloutTemplate) -> RolloutBooks:
+    """Empty counts for a rollout, with the outcomes that its gates look at."""
+    judged = [gate for _, gate in template.base.gates if isinstance(gate, MeanGate | RateGate | RatioGate)]
+    sources = {gate.source for gate in judged if not (isinstance(gate, RateGate) and gate.paired)}
+    return RolloutBooks(CONTROL_ARM if template.matched else "", sources - set(EVENTS))
+
+
 def revived(template: RolloutTemplate, stored: StoredRollout) -> Run:
     """A rollout as it was written down. Raises BadRolloutState."""
     machine = Rollout.from_dict(stored.document["machine"])
-    books = RolloutBooks(CONTROL_ARM if template.matched else "")
+    books = books_for(template)
     books.restore(stored.document.get("books", {}))
     revision = int(stored.document.get("revision", 0))
     return Run(template, machine, books, stored.began_ns, revision, stored.failed_ns, stored.cleared)

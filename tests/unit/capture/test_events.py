@@ -38,7 +38,8 @@ def test_a_request_and_its_answer_share_an_id() -> None:
     asked, answered = events_of(record(), plan, SECRET.encode(), "default")
     assert (asked["type"], answered["type"]) == (REQUEST, RESPONSE)
     assert asked["id"] == answered["id"] == "t-1"
-    assert {key: asked[key] for key in ("specversion", "inferenceservicename", "namespace", "component", "endpoint")} == {
+    names = ("specversion", "inferenceservicename", "namespace", "component", "endpoint")
+    assert {key: asked[key] for key in names} == {
         "specversion": "1.0", "inferenceservicename": "m", "namespace": "default", "component": "predictor",
         "endpoint": "stable",
     }  # fmt: skip
@@ -53,8 +54,8 @@ def test_a_request_and_its_answer_share_an_id() -> None:
 
 
 def test_a_failed_request_has_no_answer() -> None:
-    plan = plan_of(SPEC, CaptureSpec(10_000))
-    (asked,) = events_of(record("runtime_failure"), plan, b"", "default")
+    plan = plan_of(SPEC, CaptureSpec(10_000, RULES))
+    (asked,) = events_of(record("runtime_failure"), plan, SECRET.encode(), "default")
     assert asked["type"] == REQUEST
 
 

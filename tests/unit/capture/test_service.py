@@ -276,5 +276,5 @@ def test_counts_are_metrics(tmp_path: Path) -> None:
     with capturing(tmp_path) as capture:
         offer(capture)
         families = {family.name: family.points for family in capture.families()}
-        assert families["tidegate_captured"] == {("requests",): 1, ("labels",): 0}
+        assert families["tidegate_captured_total"] == {("requests",): 1, ("labels",): 0}
         assert families["tidegate_capture_held_bytes"] == {(): capture.report().held_bytes}

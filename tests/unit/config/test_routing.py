@@ -96,7 +96,7 @@ models:
     rollout: {id: r, candidate: "2", weight: 101%, secret: hunter2}
   q:
     versions: {"1": {source: a.onnx}, "2": {source: b.onnx}}
-    rollout: {id: r, candidate: "2", weight: 50%, steps: []}
+    rollout: {id: r, candidate: "2", weight: 50%}
     resilience: {breaker: {open_at: 0%}}
   s:
     model: t
@@ -130,10 +130,11 @@ EXPECTED = [
     (28, 16, "models.o.rules[2].name", "'a' names an earlier rule too"),
     (28, 41, "models.o.rules[2].match.header.X-A", "header x-a is named 2 times"),
     (28, 49, "models.o.rules[2].match.header.x-a", "header x-a is named 2 times"),
+    (29, 33, "models.o.rollout.candidate", "the candidate is stable itself (o:2)"),
     (29, 46, "models.o.rollout.weight", "wanted a percentage from 0% to 100%, got text '101%'"),
     (29, 60, "models.o.rollout.secret", "a secret is given as ${VARIABLE} or file:/path"),
+    (32, 19, "models.q.rollout.id", "'r' is the id of the rollout of 'o' already"),
     (32, 33, "models.q.rollout.candidate", "the candidate is stable itself (q:2)"),
-    (32, 51, "models.q.rollout.steps", "unknown key; known here: candidate, control, id, secret, weight"),
     (33, 37, "models.q.resilience.breaker.open_at", "wanted over 0% to 100%, got 0%"),
     (35, 12, "models.s.model", "'t' is another name of 'q'; name that"),
     (36, 5, "models.s.runtime", "runtime belongs to the model, 't', not to another name of its versions"),

@@ -14,7 +14,7 @@ from server.config.schema import DIALECT, config_schema
 
 _KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "enum",
-    "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
+    "exclusiveMaximum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
     "minProperties", "minimum", "pattern", "patternProperties", "properties", "required", "title", "type",
 }  # fmt: skip
 
@@ -59,9 +59,10 @@ def test_every_key_of_every_model_is_there() -> None:
 
 
 def _models() -> dict[str, type[BaseModel]]:
-    from server.config import model, retrain, sinks
+    from server.config import gates, model, monitor_sections, retrain, rollout_section, sinks
 
-    named = [*vars(model).values(), *vars(retrain).values(), *vars(sinks).values()]
+    modules = (model, gates, monitor_sections, rollout_section, retrain, sinks)
+    named = [found for module in modules for found in vars(module).values()]
     kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, BaseModel))
     return {kind.__name__: kind for kind in kinds}
 

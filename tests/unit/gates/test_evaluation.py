@@ -20,6 +20,7 @@ from server.gates.running import Pace
 from server.runtime.base import Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.runtime.onnx import OnnxRuntime
+from tests.support import models
 
 PASSED, FAILED, UNDECIDED = Status.PASSED, Status.FAILED, Status.UNDECIDED
 COLUMNS = ["age", "income", "debt", "region"]
@@ -135,15 +136,15 @@ def test_without_a_champion_nothing_beside_it_is_decided(made: Path) -> None:
     every = found(made, "good", None, policy(made, slices=[{"column": "region", "max_worse": "5%"}], latency={}))
     assert statuses(every) == {
         "admission": PASSED, "outputs": PASSED, "quality": UNDECIDED, "slices of region": PASSED,
-        "slices of region beside the champion": UNDECIDED, "latency of 1 row": UNDECIDED,
+        "slices of region beside the champion": UNDECIDED, "latency in batches of 1": UNDECIDED,
     }  # fmt: skip
     assert "no champion" in every["quality"].reason
 
 
 def test_a_column_that_is_not_there_is_said(made: Path) -> None:
     every = found(made, "good", "good", policy(made, slices=[{"column": "city", "min": 0.5}]))
-    assert every["slices"].status is UNDECIDED
-    assert "no column 'city'; it has age, income, debt, region, label" in every["slices"].reason
+    assert every["slices of city"].status is UNDECIDED
+    assert "no column 'city'; it has age, income, debt, region, label" in every["slices of city"].reason
     every = found(made, "good", "good", policy(made, holdout={"columns": ["age"]}))
     assert every["run"].status is UNDECIDED
 
@@ -259,10 +260,10 @@ def test_directions_and_bounds(made: Path) -> None:
 
 def test_a_slow_model_is_caught_by_the_ratio(made: Path) -> None:
     asked = policy(made, latency={"p50": 3, "p99": None, "runs": 1000})
-    slow = found(made, "slow", "truth", asked)["latency of 1 row, p50"]
+    slow = found(made, "slow", "truth", asked)["latency in batches of 1, p50"]
     assert slow.status is FAILED
     assert slow.evidence["low"] > 3
-    assert found(made, "truth", "truth", asked)["latency of 1 row, p50"].status is PASSED
+    assert found(made, "truth", "truth", asked)["latency in batches of 1, p50"].status is PASSED
 
 
 # --- models that break -----------------------------------------------------------------------------------------------
@@ -307,3 +308,20 @@ def test_admission_speaks_too(made: Path) -> None:
     every = found(made, "truth", "good", policy(made))
     assert every["admission"].status is FAILED
     assert np.all([check["detail"] for check in every["admission"].evidence.values()])
+
+
+def test_an_index_out_of_range_that_is_refused_is_answered_well(tmp_path: Path) -> None:
+    """The graph refuses indexes that its table does not have, and there are no floats to disturb."""
+    models.lookup(tmp_path / "m.onnx")
+    (tmp_path / "x.csv").write_text("x,label\n" + "\n".join(f"{i % 8},{i % 8 * 10}" for i in range(100)))
+    about = {"path": "x.csv", "label": "label", "columns": ["x"]}
+    every = found(tmp_path, "m", "m", policy(tmp_path, task="regression", holdout=about, robustness={}))
+    assert (every["quality"].status, every["noise"].status) == (PASSED, UNDECIDED)
+    assert every["bad values"].status is PASSED
+    assert (every["bad values"].evidence["rows"], every["bad values"].evidence["refused"]) == (8, 8)
+
+
+def test_a_gate_that_cannot_be_decided_hides_no_other(made: Path) -> None:
+    asked = policy(made, slices=[{"column": "city", "min": 0.5}, {"column": "region", "min": 0.99}])
+    every = found(made, "good", "good", asked)
+    assert (every["slices of city"].status, every["slices of region"].status) == (UNDECIDED, FAILED)

@@ -105,7 +105,7 @@ def test_values_become_the_datatypes(datatype: str, given: Any, wanted: list[Any
     ],
 )
 def test_what_a_datatype_cannot_hold_is_refused(datatype: str, given: Any, message: str) -> None:
-    with pytest.raises(InvalidArgument, match=f"column 'a' has values that {message}"):
+    with pytest.raises(InvalidArgument, match=f"column 'a' has values that .*{message}"):
         values(datatype, given)
 
 

@@ -1,0 +1,61 @@
+"""The audit trail as a timeline: what happened in the loop, by whom, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+#: Rows of the trail that tell the story, by what their action begins with.
+_TOLD: Final = (
+    "registry.publish", "registry.promote", "drift.", "quality.", "performance.", "calibration.", "retrain.",
+    "gate.", "rollout.", "config.",
+)  # fmt: skip
+_MOST_DETAIL: Final = 78
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One line: seconds since the first one."""
+
+    at_s: float
+    action: str
+    subject: str
+    actor: str
+    detail: str
+
+
+def timeline(events: Iterable[Mapping[str, Any]]) -> list[Moment]:
+    """The moments of the trail, in its order; alarms of several signals at once are one line each."""
+    told = [event for event in events if str(event["action"]).startswith(_TOLD)]
+    if not told:
+        return []
+    begun = datetime.fromisoformat(told[0]["ts"])
+    return [
+        Moment(
+            (datetime.fromisoformat(event["ts"]) - begun).total_seconds(),
+            event["action"],
+            event["subject"],
+            event["actor"],
+            _brief(event["detail"]),
+        )
+        for event in told
+    ]
+
+
+def _brief(detail: Mapping[str, Any]) -> str:
+    text = ", ".join(_parts(detail))
+    return text if len(text) <= _MOST_DETAIL else f"{text[: _MOST_DETAIL - 3]}..."
+
+
+def _parts(detail: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader wants of a row: why, of what, how much."""
+    for name in ("reason", "status", "feature", "name", "alias", "trigger_id"):
+        if detail.get(name):
+            yield str(detail[name])[:60]
+    if isinstance(reasons := detail.get("reasons"), list):
+        yield " and ".join(f"{one['kind']}: {one['name']}" for one in reasons)
+    for name in ("psi", "value", "reference", "weight"):
+        if isinstance(value := detail.get(name), int | float):
+            yield f"{name} {value:.3g}"
