@@ -3,9 +3,12 @@
 What a stream is, is decided by its head: gRPC calls go to ``unary`` and ``streams``, everything else to the ASGI app.
 Trouble of one stream never reaches its neighbours: whatever is raised while a stream is handled ends that stream.
 
-**Memory.** What a connection may send before it is read is bounded by windows; bodies that are being gathered count,
-and over ``max_gathered_bytes`` only the oldest of them goes on. Answers that the peer does not take count too: over
-``max_unsent_bytes`` new calls are refused, and after a while without progress the connection is cut.
+**Memory.** What a connection may send before it is read is bounded by windows (see ``windows``). Answers that the peer
+does not take count too: over ``max_unsent_bytes`` new calls are refused, and after a while without progress the
+connection is cut.
+
+**Ends.** Over the last word the socket is only half closed, and what still comes is thrown away for a while: closing at
+once, with bytes unread, would reset the connection and take the last answers from under the peer's hands.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from server.transport.native.session import (
     ConnectionClosed,
     DataReceived,
     Event,
-    PingReceived,
     RequestReceived,
     Session,
     SessionLimits,
@@ -36,12 +38,24 @@ from server.transport.native.session import (
     TrailersReceived,
     WindowUpdated,
 )
+from server.transport.native.windows import ReceiveWindows
 
 if TYPE_CHECKING:
     from server.transport.native.server import NativeServer
 
-#: Frames that carry nothing for a stream: so many at once, so many per second.
+#: Frames that carry nothing for a stream: so many at once, so many per second, and some more for each answer: clients
+#: ask for round-trip times (PING) and give windows back as fast as they are answered.
 _IDLE_FRAMES: Final = (2000, 200.0)
+_EARNED_BY_ANSWER: Final = 4
+_EARNED_PER_BYTE: Final = 1 / 1024
+#: Bytes in a row that bring no event at all (PRIORITY, unknown frames). A header block is the longest honest run.
+_SILENT_BYTES: Final = 1024 * 1024
+#: Events that are taken while the peer does not take what was written: after that it is not read either.
+_UNHEARD_EVENTS: Final = 4096
+#: Handed to the socket at once.
+_PIECE_BYTES: Final = 256 * 1024
+#: After the last answer: how long the peer may take to close.
+_LINGER_S: Final = 1.0
 #: Between the two GOAWAYs: streams opened before the first was read are still taken.
 _GOAWAY_PAUSE_S: Final = 0.1
 
@@ -85,12 +99,12 @@ class Stream(Protocol):
         """Nothing more of the body is wanted until what came was read."""
         ...
 
-    def waiting_since(self) -> float:
-        """When more of the body was last seen, by the server's clock; infinity when none is waited for."""
+    def overdue(self, now: float) -> bool:
+        """More of the body is waited for, and it did not come in time. ``now`` is the server's clock."""
         ...
 
     def give_up(self) -> None:
-        """The body did not come in time."""
+        """It is overdue: answer so."""
         ...
 
     def drain(self) -> None:
@@ -114,9 +128,13 @@ class Http2Connection(asyncio.Protocol):
         self._reading = False
         self._flush_due = False
         self._write_paused = False
-        self._gathered: dict[int, int] = {}  # stream -> bytes of its body that are not used yet, oldest first
-        self._gathered_bytes = 0
-        self._held: dict[int, int] = {}  # stream -> those of them that were not given back to its window
+        self._read_paused = False
+        self._unheard = 0  # events since the peer stopped taking what is written
+        self._silent = 0  # bytes since the last event
+        self._early: set[int] = set()  # answered in full while the peer still sends: see ``end_early``
+        self.windows = ReceiveWindows(self.session.consumed, self._full, server.http2.max_gathered_bytes)
+        #: Tasks of the ASGI app that still run, whether their streams are gone or not.
+        self.tasks: set[asyncio.Task[None]] = set()
         self._answered_bytes = 0  # handed to the session
         self._stalled_at = 0
         self._stalled_since = 0.0
@@ -125,7 +143,10 @@ class Http2Connection(asyncio.Protocol):
         self._idle_frames: float = _IDLE_FRAMES[0]
         self._idle_counted = server.now
         self._greeted = False  # its first SETTINGS has come
-        self._ending = False
+        self._announced = False  # the first GOAWAY is out
+        self._ending = False  # the last one is: no new streams
+        self._linger: float | None = None  # nothing more is said; until then the peer may close
+        self._discarded = 0
         self._log: Any = structlog.get_logger("tidegate.http2")
 
     # --- asyncio ---------------------------------------------------------------------------------------------
@@ -145,10 +166,7 @@ class Http2Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.live.discard(self)
-        streams, self.streams = self.streams, {}
-        for stream in streams.values():
-            self._guard(stream, stream.gone)
-        self.taken.set()
+        self._drop_streams()
         self.server.connection_lost()
 
     def pause_writing(self) -> None:
@@ -156,23 +174,48 @@ class Http2Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        self._unheard = 0
+        if self._read_paused and not self.transport.is_closing():
+            self._read_paused = False
+            self.transport.resume_reading()
         self.flush()
 
     def data_received(self, data: bytes) -> None:
+        if self._linger is not None:
+            self._discard(len(data))
+            return
         self._seen = self.server.now
         self._pinged = 0.0
         self._reading = True
         try:
-            for event in self.session.feed(data):
+            events = self.session.feed(data)
+            for event in events:
                 self._take(event)
+                if self._linger is not None:
+                    return
         except SessionOver:
-            self._ending = True
-            self.flush()
-            self.transport.close()
+            self._finish(self.server.settings.discard_s)
             return
         finally:
             self._reading = False
+        if self._write_paused:
+            self._count_unheard(len(events))
+        if events:
+            self._silent = 0
+        else:
+            self._count_silent(len(data))
         self.flush()
+
+    def _count_unheard(self, events: int) -> None:
+        self._unheard += events
+        if self._unheard > _UNHEARD_EVENTS and not self._read_paused:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def _count_silent(self, size: int) -> None:
+        self._silent += size
+        if self._silent > _SILENT_BYTES:
+            self.end(ENHANCE_YOUR_CALM)
 
     # --- events ----------------------------------------------------------------------------------------------
 
@@ -190,11 +233,12 @@ class Http2Connection(asyncio.Protocol):
                 self._feed(stream, b"", True)
         elif kind is WindowUpdated:
             self.taken.set()
-        elif kind is PingReceived or kind is SettingsReceived:
-            self._greeted = True
             self._idle_frame()
         elif kind is ConnectionClosed:
             self._ending = True
+        else:
+            self._greeted = self._greeted or kind is SettingsReceived
+            self._idle_frame()
 
     def _open(self, event: Any) -> None:
         try:
@@ -214,11 +258,12 @@ class Http2Connection(asyncio.Protocol):
         if stream is None:
             self.session.consumed(stream_id, len(data))
             return
-        if event.end_stream and stream_id not in self._gathered:
-            self.session.consumed(stream_id, len(data))  # the usual request: one frame
-        elif data:
-            self._gather(stream_id, len(data))
-        else:
+        if data:
+            if event.end_stream:
+                self.session.consumed(stream_id, len(data))  # at most a frame: nothing more comes that could add to it
+            else:
+                self.windows.came(stream_id, len(data))
+        elif not event.end_stream:
             self._idle_frame()
         self._feed(stream, data, event.end_stream)
 
@@ -235,10 +280,12 @@ class Http2Connection(asyncio.Protocol):
             self._log.error("stream_failed", stream=type(stream).__name__, exc_info=error)
 
     def _closed(self, stream_id: int) -> None:
-        self.release(stream_id)
+        self.windows.forget(stream_id)
+        self._early.discard(stream_id)
         stream = self.streams.pop(stream_id, None)
         if stream is not None:
             self._guard(stream, stream.gone)
+            self.taken.set()
 
     def _idle_frame(self) -> None:
         """Frames that move nothing are cheap, not free."""
@@ -249,64 +296,41 @@ class Http2Connection(asyncio.Protocol):
         if self._idle_frames < 0:
             self.end(ENHANCE_YOUR_CALM)
 
-    # --- receive windows -------------------------------------------------------------------------------------
-
-    def _gather(self, stream_id: int, size: int) -> None:
-        """Give the window back at once while there is room, else when there is again."""
-        self._gathered[stream_id] = self._gathered.get(stream_id, 0) + size
-        self._gathered_bytes += size
-        if self._may_go_on(stream_id):
-            self.session.consumed(stream_id, size)
-        else:
-            self._held[stream_id] = self._held.get(stream_id, 0) + size
-
-    def _may_go_on(self, stream_id: int) -> bool:
-        """The oldest body goes on whatever it takes: otherwise all could wait for each other."""
+    def _full(self, stream_id: int) -> bool:
         stream = self.streams.get(stream_id)
-        if stream is not None and stream.full():
-            return False
-        return self._gathered_bytes <= self.server.http2.max_gathered_bytes or stream_id == next(iter(self._gathered))
+        return stream is not None and stream.full()
 
-    def release(self, stream_id: int) -> None:
-        """What a stream has gathered was used or thrown away."""
-        self._gathered_bytes -= self._gathered.pop(stream_id, 0)
-        held = self._held.pop(stream_id, 0)
-        if held:
-            self.session.consumed(stream_id, held)
-        if self._held:
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Give held windows back as far as there is room."""
-        for stream_id in [held for held in self._held if self._may_go_on(held)]:
-            self.session.consumed(stream_id, self._held.pop(stream_id))
+    def used(self, stream_id: int, size: int) -> None:
+        """A stream has used so much of its body."""
+        self.windows.used(stream_id, size)
         self.flush_soon()
 
     # --- answers ---------------------------------------------------------------------------------------------
 
     def done(self, stream_id: int) -> None:
         """A stream has said everything."""
-        self.release(stream_id)
+        self.windows.forget(stream_id)
         self.streams.pop(stream_id, None)
+        self._idle_frames += _EARNED_BY_ANSWER
         self.flush_soon()
 
     def end_early(self, stream_id: int) -> None:
-        """The answer is complete and the peer still sends: write it, then say that the rest is not wanted.
+        """The answer is complete and the peer still sends: say that the rest is not wanted, once the answer is out.
 
-        An answer that the peer's window holds back would be lost by that: then the rest is only thrown away.
+        A reset that overtakes an answer takes it away, so one that the peer's window holds back is waited for.
         """
-        self.flush()
-        if not self.session.queued(stream_id):
-            self.session.reset(stream_id, NO_ERROR)
+        self._early.add(stream_id)
 
     def sent(self, size: int) -> None:
         """So many bytes of answers were handed to the session."""
         self._answered_bytes += size
+        self._idle_frames += _EARNED_BY_ANSWER + size * _EARNED_PER_BYTE
         self.flush_soon()
 
     def overfull(self) -> bool:
         """The peer leaves too much of its answers untaken."""
-        return self.session.queued() > self.server.http2.max_unsent_bytes
+        untaken = self.session.queued() + self.transport.get_write_buffer_size()
+        return bool(untaken > self.server.http2.max_unsent_bytes)
 
     def flush_soon(self) -> None:
         """Write once per turn of the loop, and not while a read is being handled: its end writes."""
@@ -320,16 +344,30 @@ class Http2Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Write what the session has to say, while the socket takes it."""
-        transport = self.transport
-        if transport.is_closing():
+        if self._linger is not None or self.transport.is_closing():
             return
-        while not self._write_paused:
-            data = self.session.out()
-            if not data:
-                break
-            transport.write(data)
+        if not self._write() or (self._stop_early() and not self._write()):
+            return
         if (self._ending and not self.streams and not self.session.queued()) or self.session.over():
-            transport.close()
+            self._finish(min(_LINGER_S, self.server.settings.discard_s))
+
+    def _write(self) -> bool:
+        """True when everything is written that may be; False when the socket takes no more now."""
+        while not self._write_paused:
+            data = self.session.out(_PIECE_BYTES)
+            if not data:
+                return True
+            self.transport.write(data)
+            self.taken.set()
+        return False
+
+    def _stop_early(self) -> bool:
+        """Reset streams whose answers are out and whose peer still sends."""
+        out = [stream_id for stream_id in self._early if not self.session.queued(stream_id)] if self._early else []
+        for stream_id in out:
+            self._early.discard(stream_id)
+            self.session.reset(stream_id, NO_ERROR)
+        return bool(out)
 
     async def until_taken(self, stream_id: int) -> None:
         """Wait while the peer leaves more than its share of this stream's answer."""
@@ -340,24 +378,29 @@ class Http2Connection(asyncio.Protocol):
     # --- time, bounds and the end ----------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
-        """Once a second: what has come too late, and who has gone silent."""
-        settings = self.server.settings
-        if not self._greeted and now - self._opened > settings.head_s:
+        """Once in a while: what has come too late, and who has gone silent."""
+        if self._linger is not None:
+            self._check_linger(now, self._linger)
+            return
+        if not self._greeted and now - self._opened > self.server.settings.head_s:
             self.end(NO_ERROR)
             return
-        for stream in [s for s in self.streams.values() if now - s.waiting_since() > settings.body_idle_s]:
+        for stream in [s for s in self.streams.values() if s.overdue(now)]:
             self._guard(stream, stream.give_up)
         self._check_progress(now)
+        self._check_alive(now)
+        age = self.server.http2.max_age_s
+        if age and now - self._opened > age and not self._announced:
+            self.drain()
+        self.flush()
+
+    def _check_alive(self, now: float) -> None:
         if self._pinged:
-            if now - self._pinged > self.server.http2.keepalive_timeout_s:
+            if now - self._pinged > self.server.http2.keepalive_timeout_s and not self._read_paused:
                 self.transport.abort()
         elif now - self._seen > self.server.http2.keepalive_s:
             self._pinged = now
             self.session.ping()
-        age = self.server.http2.max_age_s
-        if age and now - self._opened > age and not self._ending:
-            self.drain()
-        self.flush()
 
     def _check_progress(self, now: float) -> None:
         """A peer that takes nothing of what waits for it is cut off."""
@@ -372,25 +415,60 @@ class Http2Connection(asyncio.Protocol):
 
     def end(self, code: int) -> None:
         """Say why and close, whatever is in flight."""
-        self._ending = True
         self.session.goaway(code)
-        if not self._reading:
-            self.flush()
-        self.transport.close()
+        self._finish(self.server.settings.discard_s)
+
+    def _finish(self, linger_s: float) -> None:
+        """Write the last word, drop what is in flight, and wait a moment for the peer to have read it."""
+        if self._linger is not None or self.transport.is_closing():
+            return
+        data = self.session.out(_PIECE_BYTES)
+        if data:
+            self.transport.write(data)
+        self._linger = self.server.now + linger_s
+        self._drop_streams()
+        if self._read_paused:
+            self._read_paused = False
+            self.transport.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def _drop_streams(self) -> None:
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            self._guard(stream, stream.gone)
+        self.taken.set()
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > self.server.settings.discard_bytes:
+            self.transport.abort()
+
+    def _check_linger(self, now: float, until: float) -> None:
+        if self.transport.get_write_buffer_size():
+            self._check_progress(now)
+        elif now > until:
+            self.transport.abort()
 
     def drain(self) -> None:
         """No new streams after a moment; close when the last one is answered."""
-        self.session.announce_end()
-        self.flush_soon()
+        if not self._announced:
+            self._announced = True
+            self.session.announce_end()
+            self.flush_soon()
         self.loop.call_later(_GOAWAY_PAUSE_S, self._last_call)
 
     def _last_call(self) -> None:
-        if self.transport.is_closing():
+        if self._linger is not None or self.transport.is_closing():
             return
-        self._ending = True
-        self.session.goaway()
-        for stream in tuple(self.streams.values()):
-            self._guard(stream, stream.drain)
+        if not self._ending:
+            self._ending = True
+            self.session.goaway()
+        if self.server.draining:
+            for stream in tuple(self.streams.values()):
+                self._guard(stream, stream.drain)
         self.flush()
 
     # What the listener says to its connections of either protocol when it ends:

@@ -95,6 +95,8 @@ class InferCycle:
             self._permit = self._protocol.server_side.port.admit(head)
         except TidegateError as error:
             self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(error)
 
     def body(self, data: bytes) -> None:
         """A piece of the body."""
@@ -288,11 +290,28 @@ class NativeHttp1(HttpProtocol):
         self._due = 0.0
         self._on_due: Callable[[], None] | None = None
         self._body_from = 0.0
+        self._started: Any = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if isinstance(self.cycle, InferCycle):
-            self.cycle.abandon()
+        self._abandon()
         super().connection_lost(exc)
+
+    def _abandon(self) -> None:
+        """The newest request may wait in the pipeline behind the one that runs."""
+        for cycle in (self.cycle, self._started):
+            if isinstance(cycle, InferCycle):
+                cycle.abandon()
+
+    # A client that does not take its answers is not read either: they would grow without bound.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.flow.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.pipeline and not self.transport.is_closing():
+            self.flow.resume_reading()
 
     # --- parser callbacks ------------------------------------------------------------------------------------
 
@@ -323,6 +342,7 @@ class NativeHttp1(HttpProtocol):
         if (
             (self.cycle is not None and not self.cycle.response_complete)
             or self.expect_100_continue
+            or self.flow.write_paused  # the reference way waits for the client to take what it has
             or self.app is not self.config.loaded_app
             or self.parser.get_method() != b"POST"
         ):
@@ -365,8 +385,18 @@ class NativeHttp1(HttpProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         cycle = self.cycle
+        if self._closing or self._refusal is not None:
+            return
         if isinstance(cycle, InferCycle) and cycle.more_body and not cycle.response_complete:
             self._bound_body(cycle)
+
+    def _send_refusal(self, error: TidegateError) -> None:
+        super()._send_refusal(error)
+        self._abandon()
+
+    def _bound_idleness(self) -> None:
+        if self._on_due is None:
+            super()._bound_idleness()
 
     def _bound_body(self, cycle: InferCycle) -> None:
         """The rest of the body may take so long."""
@@ -380,20 +410,19 @@ class NativeHttp1(HttpProtocol):
 
     def answered(self, cycle: InferCycle) -> None:
         """The answer of ``cycle`` is out: go on, or end."""
-        self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
         if not cycle.keep_alive:
-            if cycle.more_body:
+            if cycle.more_body or self.pipeline:
                 self._close_gently()
-            elif self._refusal is None and not self.pipeline:
-                self.transport.close()
             else:
-                self.on_response_complete()
+                self.transport.close()
         elif self.pipeline or self._refusal is not None or cycle.more_body:
             self.on_response_complete()
         else:
-            self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+            self.server_state.total_requests += 1
+            if not self._head_open:
+                self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
 
     def later(self, work: Any) -> None:
         """An answer that is made off the loop."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
+import structlog
 from starlette.types import ASGIApp
 
 from server.errors import TidegateError, Unimplemented
-from server.transport.answers import Headers, HttpSettings
+from server.transport.answers import Headers, HttpSettings, error_answer
 from server.transport.faults import HeadersTooLarge
 from server.transport.http_infer import InferApp
-from server.transport.native import streams
+from server.transport.native import asgi, streams
 from server.transport.native.asgi import AsgiStream
 from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
 from server.transport.native.http1 import NativeHttp1
-from server.transport.native.session import Header
+from server.transport.native.session import REFUSED_STREAM, Header
 from server.transport.native.streams import Handler, StreamCall
 from server.transport.native.unary import GrpcHead, InferCall, MethodCall, UnknownCall
 from server.transport.port import Catalog, Services
@@ -33,6 +34,9 @@ from server.types import Port, RequestLimits
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER_OVERHEAD: Final = 32
 _TICK_S: Final = 0.5
+#: Connections over their maximum that are told so; more are closed without a word.
+_TOLD: Final = 64
+_T = TypeVar("_T")
 _INFER: Final = f"/{SERVICE}/ModelInfer".encode()
 
 
@@ -86,6 +90,8 @@ class NativeServer(HttpServer):
         self.no_event = asyncio.Event()
         self.status_ok = b""
         self._sweeper: asyncio.TimerHandle | None = None
+        self._offload = asyncio.Semaphore(self.settings.offload_threads)
+        self._log: Any = structlog.get_logger("tidegate.native")
         if tls is not None:
             tls.set_alpn_protocols(["h2", "http/1.1"])
 
@@ -125,9 +131,18 @@ class NativeServer(HttpServer):
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """The server's clock, and the timers of all connections."""
         self.now = loop.time()
-        for connection in tuple(self.live):
-            connection.sweep(self.now)
         self._sweeper = loop.call_later(_TICK_S, self._sweep, loop)
+        for connection in tuple(self.live):
+            try:
+                connection.sweep(self.now)
+            except Exception as error:  # noqa: BLE001 - the boundary of one connection: the others have timers too
+                self._log.error("connection_failed", exc_info=error)
+                connection.transport.abort()
+
+    async def off_loop(self, work: Callable[[], _T]) -> _T:
+        """Run ``work`` in a thread, few at a time: what is cancelled while it waits is never begun."""
+        async with self._offload:
+            return await asyncio.to_thread(work)
 
     def http1(self) -> NativeHttp1:
         """The protocol of a connection that speaks HTTP/1.1."""
@@ -147,11 +162,18 @@ class NativeServer(HttpServer):
                 path = value
             elif name == b"content-type":
                 content_type = value
-        if size > self.limits.max_header_bytes:
+        fits = size <= self.limits.max_header_bytes
+        if not _is_grpc(content_type):
+            if not fits:
+                asgi.refuse(connection, stream_id, error_answer(self._too_large(), self.statuses), ended=ended)
+            elif len(connection.tasks) >= self.http2.max_streams:
+                connection.session.reset(stream_id, REFUSED_STREAM)
+            else:
+                return AsgiStream(connection, stream_id, headers)
+            return None
+        if not fits:
             self._refuse(connection, stream_id, self._too_large(), ended)
             return None
-        if not content_type.startswith(b"application/grpc"):
-            return AsgiStream(connection, stream_id, headers)
         try:
             return self._call(connection, stream_id, path, GrpcHead(headers))
         except TidegateError as error:
@@ -176,8 +198,13 @@ class NativeServer(HttpServer):
         return HeadersTooLarge(f"the request's headers are over the limit of {self.limits.max_header_bytes} bytes")
 
 
+def _is_grpc(content_type: bytes) -> bool:
+    """``application/grpc``, with or without a subtype; ``application/grpc-web`` is another protocol."""
+    return content_type.startswith(b"application/grpc") and content_type[16:17] in b"+;"
+
+
 class Undecided(asyncio.Protocol):
-    """A connection until it is known what it speaks: by ALPN over TLS, by its first bytes in clear."""
+    """A connection until it is known what it speaks: by ALPN, or else by its first bytes."""
 
     def __init__(self, server: NativeServer) -> None:
         self._server = server
@@ -187,11 +214,14 @@ class Undecided(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        server = self._server
+        server.live.add(self)
         tls = transport.get_extra_info("ssl_object")
-        if tls is not None:
-            self._become(tls.selected_alpn_protocol() == "h2", b"")
-        else:
-            self._server.live.add(self)
+        alpn = None if tls is None else tls.selected_alpn_protocol()
+        if len(server.live) > server.settings.max_connections + _TOLD:
+            transport.abort()
+        elif alpn is not None:
+            self._become(alpn == "h2", b"")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.live.discard(self)
@@ -200,10 +230,10 @@ class Undecided(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         seen = self._seen = self._seen + data
         if len(seen) >= len(PREFACE) or not PREFACE.startswith(seen):
-            self._server.live.discard(self)
             self._become(seen.startswith(PREFACE), seen)
 
     def _become(self, http2: bool, data: bytes) -> None:
+        self._server.live.discard(self)
         protocol: Any = Http2Connection(self._server) if http2 else self._server.http1()
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)

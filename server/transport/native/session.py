@@ -35,9 +35,10 @@ ENHANCE_YOUR_CALM: Final = 11
 
 #: Header lists over this many times the limit end the connection; up to it, one request is refused by its own status.
 _HEADER_SLACK: Final = 4
-#: What comes in before it is read: of one stream, and of the connection.
+#: What may come in before it is used: of one stream, and of the connection. Streams whose reader is slow hold their
+#: part of the second too: it has room for many of them before their neighbours wait.
 _STREAM_WINDOW: Final = 1024 * 1024
-_CONNECTION_WINDOW: Final = 16 * 1024 * 1024
+_CONNECTION_WINDOW: Final = 64 * 1024 * 1024
 #: (burst, per second). An honest caller whose thousands of deadlines expire together stays under the first.
 _RESETS: Final = (10_000, 1_000)
 _GLITCHES: Final = (10_000, 330)
@@ -89,10 +90,10 @@ class Session:
             raise SessionOver(str(error)) from None
         return self._connection.events()
 
-    def out(self) -> bytes:
-        """What is to be written now; b"" when there is nothing, or when flow control says wait."""
+    def out(self, size: int) -> bytes:
+        """What is to be written now, up to ``size`` bytes; b"" when there is nothing, or flow control says wait."""
         try:
-            return self._connection.data_to_send()
+            return self._connection.data_to_send(size)
         except ngh2.NGH2Error:  # over some bounds the session fails at once and has no last word
             self._over = True
             return b""
@@ -112,14 +113,7 @@ class Session:
 
     def unary(self, stream_id: int, head: Iterable[Header], body: bytes, trailers: Iterable[Header]) -> bool:
         """A whole answer with trailers."""
-        connection = self._connection
-        try:
-            connection.send_response(stream_id, head)
-            connection.send_data(stream_id, body)
-            connection.send_trailers(stream_id, trailers)
-        except ngh2.NGH2Error:
-            return False
-        return True
+        return self.head(stream_id, head) and self.body(stream_id, body) and self.trailers(stream_id, trailers)
 
     def head(self, stream_id: int, headers: Iterable[Header], *, end: bool = False) -> bool:
         """The head of an answer, or all of it."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
 
-from server.errors import Draining, TidegateError, TooManyRequests
+from server.errors import Draining, InvalidArgument, TidegateError, TooManyRequests
 from server.transport.answers import decision_headers
 from server.transport.faults import Internal, RequestTimeout, new_id
 from server.transport.native import wire
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 _HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK: Final = ((b"grpc-status", b"0"),)
-#: Messages that were received and not read hold the stream's window beyond this size.
+#: Messages that were received and not read hold the stream's window beyond this size; each counts for so much more
+#: than its bytes, since the smallest have none.
 _UNREAD_BYTES: Final = 1024 * 1024
+_OVERHEAD_BYTES: Final = 64
 
 
 class StreamCall:
@@ -39,13 +41,15 @@ class StreamCall:
         self.head = head
         self.permit: Permit | None = None
         self._id = stream_id
-        self._deframer = wire.Deframer(head.coding, connection.server.limits.max_body_bytes)
-        self._messages: deque[bytes] = deque()
+        self._deframer = wire.Deframer(connection.server.limits.max_body_bytes)
+        self._messages: deque[tuple[bool, bytes]] = deque()  # (compressed, payload)
         self._unread = 0
         self._came = asyncio.Event()
-        self._ended = False  # the peer has said everything, or the server ends
+        self._peer_ended = False  # the peer has said everything
+        self._ended = False  # nothing more is read: that, or an error, or the server ends
+        self._cut = False  # by the server's end
         self._headed = False
-        self._seen = connection.server.now
+        self._seen = self._began = connection.server.now  # more of a message, and the message
         self._error: TidegateError | None = None
         self._log: Any = structlog.get_logger("tidegate.grpc")
         self._task = connection.loop.create_task(self._run(handler))
@@ -53,17 +57,24 @@ class StreamCall:
     # --- for the connection ----------------------------------------------------------------------------------
 
     def data(self, data: bytes, end: bool) -> None:
+        self._peer_ended = end
+        if self._ended:
+            return
         self._seen = self.connection.server.now
+        began = self._deframer.partial
         try:
-            for message in self._deframer.feed(data):
-                self._messages.append(message)
-                self._unread += len(message)
+            messages = self._deframer.feed(data)
+            if end and self._deframer.partial:
+                raise InvalidArgument("the call ended before its message was complete")
         except TidegateError as error:
-            self._error, end = error, True
-        self._ended = self._ended or end
+            self._error, self._ended = error, True
+        else:
+            if messages or not began:
+                self._began = self._seen
+            self._messages += messages
+            self._unread += sum([len(payload) + _OVERHEAD_BYTES for _, payload in messages])
+            self._ended = end
         self._came.set()
-        if not self._deframer.partial and not self._messages:
-            self.connection.release(self._id)
 
     def gone(self) -> None:
         self._task.cancel()
@@ -75,8 +86,11 @@ class StreamCall:
     def full(self) -> bool:
         return self._unread > _UNREAD_BYTES
 
-    def waiting_since(self) -> float:
-        return self._seen if self._deframer.partial and not self._ended else math.inf
+    def overdue(self, now: float) -> bool:
+        if self._ended or not self._deframer.partial or self.full():
+            return False
+        settings = self.connection.server.settings
+        return now - self._seen > settings.body_idle_s or now - self._began > settings.body_total_s
 
     def give_up(self) -> None:
         self._error = RequestTimeout("the rest of a message did not arrive in time")
@@ -84,8 +98,9 @@ class StreamCall:
         self._came.set()
 
     def drain(self) -> None:
-        self._ended = True
-        self._came.set()
+        if not self._ended:
+            self._cut = self._ended = True
+            self._came.set()
 
     # --- for the handler -------------------------------------------------------------------------------------
 
@@ -98,14 +113,14 @@ class StreamCall:
                 return None
             self._came.clear()
             await self._came.wait()
-        message = self._messages.popleft()
-        was_full = self.full()
-        self._unread -= len(message)
-        if not self._messages and not self._deframer.partial:
-            self.connection.release(self._id)
-        elif was_full and not self.full():
-            self.connection.let_go()
-        return message
+        compressed, payload = self._messages.popleft()
+        self._unread -= len(payload) + _OVERHEAD_BYTES
+        self.connection.used(self._id, wire.PREFIX_BYTES + len(payload))
+        if not compressed:
+            return payload
+        server = self.connection.server
+        limit = server.limits.max_body_bytes
+        return bytes(await server.off_loop(partial(wire.inflated, payload, self.head.coding, limit)))
 
     def send_head(self, headers: tuple[Header, ...] = ()) -> None:
         """Initial metadata, once; without this the first message sends it."""
@@ -128,8 +143,8 @@ class StreamCall:
         error: TidegateError | None = None
         try:
             await handler(self)
-            if self.connection.server.draining:
-                error = Draining("the server is shutting down")
+            if self._cut:
+                raise _draining()
         except TidegateError as told:
             error = told
         except Exception as unexpected:  # noqa: BLE001 - the boundary of one stream: logged, no text to the caller
@@ -151,9 +166,13 @@ class StreamCall:
             session.head(self._id, (*_HEAD, *trailers), end=True)
         else:
             session.trailers(self._id, trailers)
-        if not self._ended:
+        if not self._peer_ended:
             connection.end_early(self._id)
         connection.done(self._id)
+
+
+def _draining() -> Draining:
+    return Draining("the server is shutting down")
 
 
 Handler: TypeAlias = Callable[[StreamCall], Awaitable[None]]
@@ -191,6 +210,7 @@ def watch(health: HealthRpcs) -> Handler:
     async def handle(call: StreamCall) -> None:
         async for status in health.watch(await call.read() or b""):
             await call.write(status)
+        raise _draining()  # only that ends the states to tell
 
     return handle
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from server.codec import protobuf
-from server.errors import InvalidArgument, TidegateError, TooManyRequests, Unimplemented
+from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
 from server.transport.answers import decision_headers, header_value
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.native import wire
@@ -66,7 +65,19 @@ def _decided(version: str, arm: str, generation: int, reason: str) -> tuple[Head
 class UnaryCall:
     """A call that has one message, and an answer of one. What it is for, ``_start`` says."""
 
-    __slots__ = ("_connection", "_declared", "_ended", "_head", "_id", "_log", "_parts", "_seen", "_size", "_unpacking")
+    __slots__ = (
+        "_began",
+        "_connection",
+        "_declared",
+        "_ended",
+        "_head",
+        "_id",
+        "_log",
+        "_parts",
+        "_seen",
+        "_size",
+        "_unpacking",
+    )
 
     def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead) -> None:
         self._connection = connection
@@ -75,7 +86,7 @@ class UnaryCall:
         self._parts: list[bytes] = []
         self._size = 0
         self._declared = -1
-        self._seen = connection.server.now
+        self._began = self._seen = connection.server.now
         self._ended = False  # the peer has said everything
         self._unpacking: asyncio.Task[None] | None = None
         self._log: Any = structlog.get_logger("tidegate.grpc")
@@ -87,7 +98,7 @@ class UnaryCall:
         try:
             if self._declared < 0 and not self._parts and len(data) >= wire.PREFIX_BYTES:
                 self._begin(data)
-            else:
+            elif data:
                 self._add(data)
             if end:
                 self._complete()
@@ -122,24 +133,28 @@ class UnaryCall:
             )
 
     def _complete(self) -> None:
-        if self._declared != self._size - wire.PREFIX_BYTES:
+        if self._declared < 0 or self._declared != self._size - wire.PREFIX_BYTES:
             raise InvalidArgument(
                 "the call ended before its message was complete"
                 if self._size
                 else "a unary call takes one message, got none"
             )
         parts, self._parts = self._parts, []
-        if parts[0][0]:
-            self._unpacking = self._connection.loop.create_task(self._unpack(b"".join(parts)))
+        compressed = parts[0][0]
+        parts[0] = parts[0][wire.PREFIX_BYTES :]
+        message = b"".join(parts) if len(parts) > 1 else parts[0]
+        if compressed:
+            self._unpacking = self._connection.loop.create_task(self._unpack(message))
         else:
-            parts[0] = parts[0][wire.PREFIX_BYTES :]
-            self._start(b"".join(parts) if len(parts) > 1 else parts[0])
+            self._start(message)
 
-    async def _unpack(self, framed: bytes) -> None:
+    async def _unpack(self, payload: bytes) -> None:
         """A compressed message: a small one may inflate a thousandfold, so that leaves the loop."""
-        limit = self._connection.server.limits.max_body_bytes
+        server = self._connection.server
         try:
-            message = await asyncio.to_thread(wire.unpacked, framed, self._head.coding, limit)
+            message = await server.off_loop(
+                partial(wire.inflated, payload, self._head.coding, server.limits.max_body_bytes)
+            )
             self._admit(len(message))
             self._start(bytes(message))
         except TidegateError as error:
@@ -195,11 +210,21 @@ class UnaryCall:
     def full(self) -> bool:
         return False
 
-    def waiting_since(self) -> float:
-        return math.inf if self._ended else self._seen
+    def overdue(self, now: float) -> bool:
+        if self._ended:
+            return False
+        settings = self._connection.server.settings
+        return now - self._seen > settings.body_idle_s or now - self._began > settings.body_total_s or self._late()
+
+    def _late(self) -> bool:
+        return 0 < self._head.deadline_ns <= time.monotonic_ns()
 
     def give_up(self) -> None:
-        self._fail(RequestTimeout("the message did not arrive in time"))
+        self._fail(
+            DeadlineExceeded("the deadline passed before the message was complete")
+            if self._late()
+            else RequestTimeout("the message did not arrive in time")
+        )
 
     def drain(self) -> None:
         """A unary call ends by itself."""
@@ -234,7 +259,7 @@ class InferCall(UnaryCall):
             raise Internal(new_id())
         request = protobuf.decode_infer(message, server.limits)
         check_version(request.version)
-        self._connection.release(self._id)
+        self._connection.windows.forget(self._id)
         ticket = server.port.handle(permit, request, self)
         if self._permit is not None:
             self._ticket = ticket
@@ -305,7 +330,7 @@ class MethodCall(UnaryCall):
         self._task: asyncio.Task[None] | None = None
 
     def _start(self, message: bytes) -> None:
-        self._connection.release(self._id)
+        self._connection.windows.forget(self._id)
         self._task = self._connection.loop.create_task(self._run(message))
 
     async def _run(self, message: bytes) -> None:

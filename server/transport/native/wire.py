@@ -59,39 +59,38 @@ def check_coding(coding: str) -> None:
         raise UnsupportedEncoding(f"grpc-encoding must be one of gzip, deflate, identity; got {coding[:64]!r}")
 
 
-def unpacked(framed_message: Buffer, coding: str, limit: int) -> Buffer:
-    """The one message in ``framed_message``, whose length was found right. Raises InvalidArgument, PayloadTooLarge."""
-    body = memoryview(framed_message)[PREFIX_BYTES:]
-    if not framed_message[0]:
-        return body
+def inflated(payload: Buffer, coding: str, limit: int) -> Buffer:
+    """A message whose prefix says that it is compressed. Raises InvalidArgument, PayloadTooLarge."""
     if coding in ("", "identity"):
         raise InvalidArgument("a message is marked as compressed, but no grpc-encoding was said")
-    return compression.decompress(body, coding, limit)
+    return compression.decompress(payload, coding, limit)
 
 
 class Deframer:
-    """Cuts a stream of bytes into messages. ``feed`` raises what ``declared`` and ``unpacked`` raise."""
+    """Cuts a stream of bytes into messages, still compressed if they were. ``feed`` raises what ``declared`` raises."""
 
-    __slots__ = ("_buffer", "_coding", "_limit", "_wanted")
+    __slots__ = ("_buffer", "_limit", "_wanted")
 
-    def __init__(self, coding: str, limit: int) -> None:
-        self._coding = coding
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
         self._wanted = 0
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The messages that ``data`` completes."""
+    def feed(self, data: bytes) -> list[tuple[bool, bytes]]:
+        """The messages that ``data`` completes: (compressed, payload)."""
         buffer = self._buffer
         buffer += data
-        messages: list[bytes] = []
-        while len(buffer) >= PREFIX_BYTES:
-            self._wanted = self._wanted or PREFIX_BYTES + declared(buffer, self._limit)
-            if len(buffer) < self._wanted:
-                break
-            messages.append(bytes(unpacked(bytes(buffer[: self._wanted]), self._coding, self._limit)))
-            del buffer[: self._wanted]
-            self._wanted = 0
+        messages: list[tuple[bool, bytes]] = []
+        start = 0
+        with memoryview(buffer) as view:
+            while len(view) - start >= PREFIX_BYTES:
+                self._wanted = self._wanted or PREFIX_BYTES + declared(view[start:], self._limit)
+                if len(view) - start < self._wanted:
+                    break
+                messages.append((bool(view[start]), bytes(view[start + PREFIX_BYTES : start + self._wanted])))
+                start += self._wanted
+                self._wanted = 0
+        del buffer[:start]
         return messages
 
     @property
