@@ -301,7 +301,7 @@ class Running:
         self.grpc_server: GrpcServer | NativeServer
         if options.get("transport", TRANSPORT) == "native":
             served = Served(self.port, self.catalog, app, GrpcMethods(services))
-            bounds = Http2Settings(
+            bounds: Http2Settings = options.get("http2") or Http2Settings(
                 max_streams=grpc.max_streams_per_connection, max_in_flight_per_stream=grpc.max_in_flight_per_stream
             )
             given = {"limits": self.port.limits, "settings": http, "http2": bounds, "statuses": statuses}

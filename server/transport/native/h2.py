@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 _IDLE_FRAMES: Final = (2000, 200.0)
 _EARNED_BY_ANSWER: Final = 4
 _EARNED_PER_BYTE: Final = 1 / 1024
-#: Bytes in a row that bring no event at all (PRIORITY, unknown frames). A header block is the longest honest run.
-_SILENT_BYTES: Final = 1024 * 1024
+#: Bytes in a row that bring no event at all: PRIORITY, unknown frames; and what was on its way to streams that were
+#: refused, which is the longest honest run.
+_SILENT_BYTES: Final = 32 * 1024 * 1024
 #: Events that are taken while the peer does not take what was written: after that it is not read either.
 _UNHEARD_EVENTS: Final = 4096
 #: Handed to the socket at once.
