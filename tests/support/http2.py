@@ -99,6 +99,7 @@ class Http2Wire:
         receive_buffer: int = 0,
         greet: bool = True,
         generous: bool = True,
+        settle: bool = True,
     ) -> None:
         host, port = address.rsplit(":", 1) if isinstance(address, str) else address
         self.socket = socket.socket()
@@ -111,6 +112,7 @@ class Http2Wire:
         self.goaway: tuple[int, int] | None = None  # (last stream, code)
         self.own_settings: dict[int, int] = {}
         self.windows: dict[int, int] = {}  # what the server gave back, by stream; 0: the connection
+        self._spent: dict[int, int] = {}
         self.pings = 0
         self.ended = False  # the server has closed its side
         self._generous = generous  # give windows back as they are used
@@ -118,6 +120,8 @@ class Http2Wire:
         self._decoder = Decoder(max_header_list_size=1 << 20)
         if greet:
             self.send(PREFACE + settings(own))
+            if settle:
+                self.settled()
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +136,20 @@ class Http2Wire:
         except (BrokenPipeError, ConnectionResetError):
             return False
         return True
+
+    def upload(self, stream_id: int, raw: bytes, *, end: bool = True) -> None:
+        """A body as an honest client sends it: within the windows, reading while it waits for them."""
+        for start in range(0, len(raw), 16_384):
+            part = raw[start : start + 16_384]
+            while min(self._room(0), self._room(stream_id)) < len(part):
+                assert self.read_frame() is not None, self.goaway
+            for each in (0, stream_id):
+                self._spent[each] = self._spent.get(each, 0) + len(part)
+            assert self.send(frame(DATA, end and start + len(part) == len(raw), stream_id, part)), self.goaway
+
+    def _room(self, stream_id: int) -> int:
+        initial = self.own_settings.get(INITIAL_WINDOW_SIZE, 65_535) if stream_id else 65_535
+        return initial + self.windows.get(stream_id, 0) - self._spent.get(stream_id, 0)
 
     def read_frame(self) -> tuple[int, int, int, bytes] | None:
         """The next frame (kind, flags, stream, payload); None at the end of the connection."""
@@ -165,11 +183,12 @@ class Http2Wire:
         return self.goaway
 
     def settled(self) -> None:
-        """Everything sent until now was handled."""
-        before = self.pings
-        self.send(frame(PING, 0, 0, b"settled?"))
-        while self.pings == before:
-            assert self.read_frame() is not None, self.goaway
+        """Everything sent until now was handled, and what could be said to it has come."""
+        for _ in range(2):  # the answer to a PING overtakes others
+            before = self.pings
+            self.send(frame(PING, 0, 0, b"settled?"))
+            while self.pings == before:
+                assert self.read_frame() is not None, self.goaway
 
     def _note(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         if kind == HEADERS:

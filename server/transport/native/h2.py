@@ -51,8 +51,6 @@ _EARNED_PER_BYTE: Final = 1 / 1024
 #: Bytes in a row that bring no event at all: PRIORITY, unknown frames; and what was on its way to streams that were
 #: refused, which is the longest honest run.
 _SILENT_BYTES: Final = 32 * 1024 * 1024
-#: Events that are taken while the peer does not take what was written: after that it is not read either.
-_UNHEARD_EVENTS: Final = 4096
 #: Handed to the socket at once.
 _PIECE_BYTES: Final = 256 * 1024
 #: After the last answer: how long the peer may take to close.
@@ -129,8 +127,6 @@ class Http2Connection(asyncio.Protocol):
         self._reading = False
         self._flush_due = False
         self._write_paused = False
-        self._read_paused = False
-        self._unheard = 0  # events since the peer stopped taking what is written
         self._silent = 0  # bytes since the last event
         self._early: set[int] = set()  # answered in full while the peer still sends: see ``end_early``
         self.windows = ReceiveWindows(self.session.consumed, self._full, server.http2.max_gathered_bytes)
@@ -175,10 +171,6 @@ class Http2Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
-        self._unheard = 0
-        if self._read_paused and not self.transport.is_closing():
-            self._read_paused = False
-            self.transport.resume_reading()
         self.flush()
 
     def data_received(self, data: bytes) -> None:
@@ -199,19 +191,11 @@ class Http2Connection(asyncio.Protocol):
             return
         finally:
             self._reading = False
-        if self._write_paused:
-            self._count_unheard(len(events))
         if events:
             self._silent = 0
         else:
             self._count_silent(len(data))
         self.flush()
-
-    def _count_unheard(self, events: int) -> None:
-        self._unheard += events
-        if self._unheard > _UNHEARD_EVENTS and not self._read_paused:
-            self._read_paused = True
-            self.transport.pause_reading()
 
     def _count_silent(self, size: int) -> None:
         self._silent += size
@@ -397,7 +381,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _check_alive(self, now: float) -> None:
         if self._pinged:
-            if now - self._pinged > self.server.http2.keepalive_timeout_s and not self._read_paused:
+            if now - self._pinged > self.server.http2.keepalive_timeout_s:
                 self.transport.abort()
         elif now - self._seen > self.server.http2.keepalive_s:
             self._pinged = now
@@ -428,9 +412,6 @@ class Http2Connection(asyncio.Protocol):
             self.transport.write(data)
         self._linger = self.server.now + linger_s
         self._drop_streams()
-        if self._read_paused:
-            self._read_paused = False
-            self.transport.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:

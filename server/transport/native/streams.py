@@ -61,20 +61,22 @@ class StreamCall:
         if self._ended:
             return
         self._seen = self.connection.server.now
-        began = self._deframer.partial
+        if not self._deframer.partial:
+            self._began = self._seen
         try:
-            messages = self._deframer.feed(data)
+            self._take(self._deframer.feed(data))
             if end and self._deframer.partial:
                 raise InvalidArgument("the call ended before its message was complete")
         except TidegateError as error:
             self._error, self._ended = error, True
-        else:
-            if messages or not began:
-                self._began = self._seen
+        self._ended = self._ended or end
+        self._came.set()
+
+    def _take(self, messages: list[tuple[bool, bytes]]) -> None:
+        if messages:
+            self._began = self._seen
             self._messages += messages
             self._unread += sum([len(payload) + _OVERHEAD_BYTES for _, payload in messages])
-            self._ended = end
-        self._came.set()
 
     def gone(self) -> None:
         self._task.cancel()
