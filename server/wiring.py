@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -317,6 +317,10 @@ def _in_flight(gateway: Gateway) -> FamilySnapshot:
     return FamilySnapshot("tidegate_requests_in_flight", "Requests admitted and not over yet.", "gauge", (), held)
 
 
+#: More streams of one connection make gRPC's core neglect other connections while one is flooded with resets.
+_CORE_STREAMS: Final = 100
+
+
 def _listeners(
     settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry, admin: Admin
 ) -> list[Listener]:
@@ -324,9 +328,6 @@ def _listeners(
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
     http = HttpSettings(max_connections=settings.max_connections, strict_json=settings.strict_json)
-    grpc_settings = GrpcSettings(
-        max_streams_per_connection=settings.max_concurrent_streams, max_connections=settings.max_connections
-    )
     context = None if tls is None else _tls_context(tls)
 
     def listen(app: ASGIApp, tls: ssl.SSLContext | None = None) -> HttpServer:
@@ -341,7 +342,13 @@ def _listeners(
             for _ in range(2)
         ]
         inference_listeners = [Bound("http", native[0], settings.http), Bound("grpc", native[1], settings.grpc)]
+        if settings.single_port:
+            del inference_listeners[1]
     else:
+        grpc_settings = GrpcSettings(
+            max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
+            max_connections=settings.max_connections,
+        )
         credentials = None if tls is None else _grpc_credentials(tls)
         grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
         inference_listeners = [

@@ -284,7 +284,7 @@ class Running:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         self.loop = loop
-        self.port = EchoPort(options.get("limits") or RequestLimits())
+        self.port: EchoPort = options.get("port", EchoPort)(options.get("limits") or RequestLimits())
         self.catalog, self.control = EchoCatalog(), EchoControl()
         statuses = options.get("statuses") or StatusTable()
         http: HttpSettings = options.get("http") or HttpSettings()

@@ -332,7 +332,7 @@ def test_a_peer_that_takes_slowly_is_not_cut_off(quick: Running) -> None:
 
 
 def test_a_peer_that_reads_nothing(server: Running) -> None:
-    """Streams whose answers are not taken stay open, so the bound on streams ends it; ten thousand calls is too many."""
+    """Streams whose answers are not taken stay open, so the bound on streams ends it."""
     wide_open = {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}
     taken = len(server.port.admitted)
     with Http2Wire(server.grpc, wide_open, receive_buffer=4096, generous=False) as wire:
