@@ -100,6 +100,7 @@ class Http2Wire:
         greet: bool = True,
         generous: bool = True,
         settle: bool = True,
+        alive: bool = True,
     ) -> None:
         host, port = address.rsplit(":", 1) if isinstance(address, str) else address
         self.socket = socket.socket()
@@ -115,6 +116,8 @@ class Http2Wire:
         self._spent: dict[int, int] = {}
         self.pings = 0
         self.ended = False  # the server has closed its side
+        self.was_reset = False  # not by closing, but by cutting it
+        self._alive = alive  # answer PINGs
         self._generous = generous  # give windows back as they are used
         self._held = b""
         self._decoder = Decoder(max_header_list_size=1 << 20)
@@ -212,13 +215,15 @@ class Http2Wire:
             self.windows[stream_id] = self.windows.get(stream_id, 0) + int.from_bytes(payload)
         elif kind == PING and flags & ACK:
             self.pings += 1
+        elif kind == PING and self._alive:
+            self.send(frame(PING, ACK, 0, payload))
 
     def _take(self, size: int) -> bytes | None:
         while len(self._held) < size:
             try:
                 data = self.socket.recv(1 << 18)
             except ConnectionResetError:
-                data = b""
+                data, self.was_reset = b"", True
             if not data:
                 self.ended = True
                 return None

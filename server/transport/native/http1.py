@@ -302,17 +302,6 @@ class NativeHttp1(HttpProtocol):
             if isinstance(cycle, InferCycle):
                 cycle.abandon()
 
-    # A client that does not take its answers is not read either: they would grow without bound.
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.flow.pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.pipeline and not self.transport.is_closing():
-            self.flow.resume_reading()
-
     # --- parser callbacks ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -342,7 +331,7 @@ class NativeHttp1(HttpProtocol):
         if (
             (self.cycle is not None and not self.cycle.response_complete)
             or self.expect_100_continue
-            or self.flow.write_paused  # the reference way waits for the client to take what it has
+            or self.flow.write_paused  # the reference way waits until the client has taken more
             or self.app is not self.config.loaded_app
             or self.parser.get_method() != b"POST"
         ):
