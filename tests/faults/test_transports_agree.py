@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -123,7 +124,7 @@ def messages() -> Iterator[bytes]:
         yield bytes(changed)
 
 
-def result(channel: grpc.Channel, path: str, raw: bytes) -> object:
+def result(channel: grpc.Channel, path: str, raw: bytes) -> Any:
     try:
         if path == STREAM_INFER:
             return list(channel.stream_stream(path)(iter([raw, raw]), timeout=10))
