@@ -29,8 +29,8 @@ def serve(file: ConfigFile | None, settings: ServerSettings) -> int:
 
 
 def _check(settings: ServerSettings) -> None:
-    if settings.transport != "reference":
-        raise ConfigError("--transport native is not part of this version; use reference")
+    if settings.single_port and settings.transport != "native":
+        raise ConfigError(f"--single-port needs --transport native, got {settings.transport}")
     if settings.workers != 1:
         raise ConfigError(f"--workers {settings.workers}: this version serves from one process, use 1")
 

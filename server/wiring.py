@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -75,6 +75,9 @@ from server.transport.answers import HttpSettings
 from server.transport.app import build_app
 from server.transport.feedback import Feedback, Hear
 from server.transport.metrics import metrics_app
+from server.transport.native.h2 import Http2Settings
+from server.transport.native.server import GrpcMethods, NativeServer
+from server.transport.native.server import Served as NativeServed
 from server.transport.port import Services
 from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
@@ -447,6 +450,10 @@ def _in_flight(gateway: Gateway) -> FamilySnapshot:
     return FamilySnapshot("tidegate_requests_in_flight", "Requests admitted and not over yet.", "gauge", (), held)
 
 
+#: More streams of one connection make gRPC's core neglect other connections while one is flooded with resets.
+_CORE_STREAMS: Final = 100
+
+
 def _listeners(
     settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry, admin: Admin
 ) -> list[Listener]:
@@ -454,17 +461,33 @@ def _listeners(
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
     http = HttpSettings(max_connections=settings.max_connections, strict_json=settings.strict_json)
-    grpc_settings = GrpcSettings(
-        max_streams_per_connection=settings.max_concurrent_streams, max_connections=settings.max_connections
-    )
-    credentials = None if tls is None else _grpc_credentials(tls)
     context = None if tls is None else _tls_context(tls)
-    grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
 
     def listen(app: ASGIApp, tls: ssl.SSLContext | None = None) -> HttpServer:
         return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls)
 
     inference = build_app(gateway, services, statuses=statuses, settings=http)
+    if settings.transport == "native":
+        served = NativeServed(gateway, services.catalog, inference, GrpcMethods(services))
+        http2 = Http2Settings(max_streams=settings.max_concurrent_streams)
+        native = [
+            NativeServer(served, limits=settings.limits, settings=http, http2=http2, statuses=statuses, tls=context)
+            for _ in range(2)
+        ]
+        inference_listeners = [Bound("http", native[0], settings.http), Bound("grpc", native[1], settings.grpc)]
+        if settings.single_port:
+            del inference_listeners[1]
+    else:
+        grpc_settings = GrpcSettings(
+            max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
+            max_connections=settings.max_connections,
+        )
+        credentials = None if tls is None else _grpc_credentials(tls)
+        grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
+        inference_listeners = [
+            Bound("http", listen(inference, context), settings.http),
+            Bound("grpc", grpc_server, settings.grpc),
+        ]
     metrics = metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics))
     operators = admin_app(
         services.catalog,
@@ -476,8 +499,7 @@ def _listeners(
         settings=http,
     )
     return [
-        Bound("http", listen(inference, context), settings.http),
-        Bound("grpc", grpc_server, settings.grpc),
+        *inference_listeners,
         Bound("metrics", listen(metrics), settings.metrics),
         Bound("admin", listen(operators), settings.admin),
     ]

@@ -79,7 +79,8 @@ def main() -> None:
 @click.option(
     "--in-process", is_flag=True, default=None, help="Serve without a supervisor (always so in this version)."
 )
-@click.option("--transport", type=click.Choice(["native", "reference"]), help="Protocol stack.  [default: reference]")
+@click.option("--transport", type=click.Choice(["native", "reference"]), help="Protocol stack.  [default: native]")
+@click.option("--single-port", is_flag=True, default=None, help="Open the HTTP address only; it answers gRPC too.")
 @click.option("--model-control", type=click.Choice(["none", "poll", "explicit"]), help="Who loads and unloads models.")
 @click.option("--load-model", multiple=True, metavar="NAME", help="Load at start in explicit mode; may be repeated.")
 @click.option("--server-name", help="Name in the server metadata.  [default: tidegate]")

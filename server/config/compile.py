@@ -299,6 +299,7 @@ def compile_settings(config: Config | None) -> ServerSettings:
         metrics=listeners.metrics,
         admin=listeners.admin,
         transport=server.transport,
+        single_port=server.single_port,
         workers=server.workers,
         in_process=server.in_process,
         limits=_limits(server.limits),
@@ -374,6 +375,7 @@ def settings_from_flags(
     workers: int | None = None,
     in_process: bool | None = None,
     transport: str | None = None,
+    single_port: bool | None = None,
     model_control: str | None = None,
     load_model: tuple[str, ...] | None = None,
     server_name: str | None = None,
@@ -396,6 +398,7 @@ def settings_from_flags(
     flags.names("load_model", load_model)
     flags.take("state_dir", state_dir)
     flags.take("in_process", in_process)
+    flags.take("single_port", single_port)
     flags.take("model_repository", model_repository)
     return flags.settings()
 

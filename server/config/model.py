@@ -119,7 +119,7 @@ class Limits(Section):
     max_chunks: PositiveInt = 65_536
     max_pending: PositiveInt = 4096
     max_connections: PositiveInt = 10_000
-    max_concurrent_streams: PositiveInt = 100
+    max_concurrent_streams: PositiveInt = 1000
     #: What shedding answers over HTTP; 429 goes with RESOURCE_EXHAUSTED, 503 with UNAVAILABLE, on gRPC.
     overload_status: Literal[429, 503] = 503
 
@@ -129,7 +129,9 @@ class Server(Section):
 
     name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
     listeners: Listeners = Field(default_factory=Listeners)
-    transport: Literal["native", "reference"] = "reference"
+    transport: Literal["native", "reference"] = "native"
+    #: Open the HTTP address only; the native transport answers gRPC on it too.
+    single_port: bool = False
     #: Refuse to write NaN and infinities in JSON answers, which JSON proper cannot carry.
     strict_json: bool = False
     workers: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -69,15 +69,17 @@ class ServerSettings:
     grpc: Address = ("127.0.0.1", 8001)
     metrics: Address = ("127.0.0.1", 8002)
     admin: Address = ("127.0.0.1", 8003)
-    transport: str = "reference"  # native | reference
+    transport: str = "native"  # native | reference
+    #: Open the HTTP address only; the native transport answers gRPC on it too.
+    single_port: bool = False
     workers: int = 1
     in_process: bool = False
     limits: RequestLimits = field(default_factory=RequestLimits)
     #: Inference requests in flight, over all models and protocols; more are refused.
     max_pending: int = 4096
     max_connections: int = 10_000
-    #: gRPC streams per connection.
-    max_concurrent_streams: int = 100
+    #: HTTP/2 streams per connection; on the reference transport at most 100.
+    max_concurrent_streams: int = 1000
     #: Shed load with 429 / RESOURCE_EXHAUSTED instead of 503 / UNAVAILABLE.
     shed_as_429: bool = False
     strict_json: bool = False

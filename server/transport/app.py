@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.codec import compression
 from server.errors import InvalidArgument, NotFound, TidegateError
@@ -47,7 +47,7 @@ _CONTROL_BYTES: Final = 1024 * 1024
 
 def build_app(
     port: Port, services: Services, *, statuses: StatusTable | None = None, settings: HttpSettings | None = None
-) -> ASGIApp:
+) -> InferApp:
     """The ASGI app of the inference address."""
     statuses = statuses or StatusTable()
     settings = settings or HttpSettings()

@@ -57,7 +57,8 @@ def match_infer(raw_path: bytes) -> tuple[bytes, bytes] | None:
     return None
 
 
-def _decoded(raw: bytes) -> str:
+def decoded(raw: bytes) -> str:
+    """A name as it stands in a path. Raises InvalidArgument."""
     try:
         return unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
@@ -150,12 +151,12 @@ class InferApp:
         reply = SingleReply(asyncio.get_running_loop())
         await self._run(permit, request, reply, receive)
         call.decision = reply.decision
-        return await self._encode(head, request, reply.result(permit))
+        return await self.encode(head, request, reply.result(permit))
 
     def _head(self, target: tuple[bytes, bytes], scope: Scope) -> RequestHead:
         received_ns = time.monotonic_ns()
         metadata = metadata_of(scope["headers"])
-        model, version = _decoded(target[0]), _decoded(target[1])
+        model, version = decoded(target[0]), decoded(target[1])
         check_version(version)
         client = scope.get("client")
         return RequestHead(
@@ -198,7 +199,8 @@ class InferApp:
         large = (len(body) if json_size is None else json_size) > offload
         return await self._off_loop(decode) if large else decode()
 
-    async def _encode(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> Answer:
+    async def encode(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> Answer:
+        """The answer, compressed as the head asks for; made off the loop when it is large."""
         encode = partial(self._encoded, request, response, head.metadata.get("accept-encoding"))
         large = sum(len(tensor.data) for tensor in response.outputs) > self._settings.offload_bytes
         return await self._off_loop(encode) if large else encode()

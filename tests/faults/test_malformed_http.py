@@ -432,7 +432,8 @@ VIOLATIONS = {
     "long header": _HEAD + b"X-A: " + b"a" * 100_000 + b"\r\n" + _SIZE + b"\r\n" + _BODY,
     "long target": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: t\r\n\r\n",
     "many headers": _HEAD + b"".join(b"X-%d: a\r\n" % i for i in range(5000)) + b"\r\n",
-    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    # The whole preface is HTTP/2, which the native transport speaks on this address too.
+    "HTTP/2 preface, misspelt": b"PRI * HTTP/2.0\r\n\r\nSN\r\n\r\n",
     "HTTP/3.0": b"GET /v2 HTTP/3.0\r\nHost: t\r\n\r\n",
     "HTTP/1.2": b"GET /v2 HTTP/1.2\r\nHost: t\r\n\r\n",
     "HTTP/0.9": b"GET /v2\r\n\r\n",

@@ -37,9 +37,9 @@ UNARY += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List"]
 STREAMS = [WATCH, *(path for path, _ in REFLECTION.values())]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(limits=LIMITS) as started:
+@pytest.fixture(scope="module", params=["native", "reference"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(limits=LIMITS, transport=request.param) as started:
         yield started
 
 

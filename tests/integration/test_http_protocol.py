@@ -29,9 +29,9 @@ INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
 GOOD = json.dumps({"id": "7", "inputs": [INPUT]}).encode()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(limits=LIMITS) as started:
+@pytest.fixture(scope="module", params=["native", "reference"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(limits=LIMITS, transport=request.param) as started:
         yield started
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from server.errors import (
 )
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
+from server.transport.native.h2 import Http2Settings
+from server.transport.native.server import GrpcMethods, NativeServer, Served
 from server.transport.port import IndexEntry, Services
 from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
@@ -51,6 +54,7 @@ from server.types import (
 
 #: echo: outputs are the inputs. affine: y = 2x + 1. later: affine, answered on the next turn of the loop.
 #: held: affine, answered when the test says so. full, broken: refuse. many: two answers. none: no answer.
+TRANSPORT = os.environ.get("TIDEGATE_TEST_TRANSPORT", "native")
 MODELS = ("echo", "affine", "later", "held", "full", "broken", "many", "none")
 _T = TypeVar("_T")
 
@@ -280,7 +284,7 @@ class Running:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         self.loop = loop
-        self.port = EchoPort(options.get("limits") or RequestLimits())
+        self.port: EchoPort = options.get("port", EchoPort)(options.get("limits") or RequestLimits())
         self.catalog, self.control = EchoCatalog(), EchoControl()
         statuses = options.get("statuses") or StatusTable()
         http: HttpSettings = options.get("http") or HttpSettings()
@@ -292,9 +296,19 @@ class Running:
             lambda model, feedback: feedback.id == "a",
         )
         app = build_app(self.port, services, statuses=statuses, settings=http)
-        self.http_server = HttpServer(app, limits=self.port.limits, settings=http, statuses=statuses)
         grpc: GrpcSettings = options.get("grpc") or GrpcSettings()
-        self.grpc_server = GrpcServer(self.port, services, settings=grpc, statuses=statuses)
+        self.http_server: HttpServer
+        self.grpc_server: GrpcServer | NativeServer
+        if options.get("transport", TRANSPORT) == "native":
+            served = Served(self.port, self.catalog, app, GrpcMethods(services))
+            bounds: Http2Settings = options.get("http2") or Http2Settings(
+                max_streams=grpc.max_streams_per_connection, max_in_flight_per_stream=grpc.max_in_flight_per_stream
+            )
+            given = {"limits": self.port.limits, "settings": http, "http2": bounds, "statuses": statuses}
+            self.http_server, self.grpc_server = NativeServer(served, **given), NativeServer(served, **given)
+        else:
+            self.http_server = HttpServer(app, limits=self.port.limits, settings=http, statuses=statuses)
+            self.grpc_server = GrpcServer(self.port, services, settings=grpc, statuses=statuses)
 
     async def start(self) -> None:
         self.http = await self.http_server.start("127.0.0.1", 0)

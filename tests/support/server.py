@@ -30,6 +30,8 @@ class Server:
         for flag in ("--http", "--grpc", "--metrics", "--admin"):
             if flag not in args:
                 command += [flag, "127.0.0.1:0"]
+        if "--transport" not in args:
+            command += ["--transport", os.environ.get("TIDEGATE_TEST_TRANSPORT", "native")]
         if "--log-format" not in args:
             command += ["--log-format", "json"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", **(env or {})}

@@ -156,6 +156,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._begin_head()
+
+    def _begin_head(self) -> None:
         self._head_open = self._head_fresh = True
         self._head_bytes = self._head_raw = self._hosts = self._chunks = 0
         self._arm(self._settings.head_s, self._head_expired)
@@ -184,6 +187,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._upgrading = True
             return
+        self._start_request()
+
+    def _start_request(self) -> None:
+        """The head is complete and within its bounds."""
         super().on_headers_complete()
         cycle = cast("Any", self.cycle)
         cycle.transport = self._answers
@@ -421,7 +428,7 @@ class HttpServer:
         self._config.load()
         self._tick(loop)
         self._server = await loop.create_server(
-            lambda: HttpProtocol(self, self._config, self._state),
+            self._connection,
             host,
             port,
             ssl=self._tls,
@@ -429,6 +436,10 @@ class HttpServer:
         )
         bound = self._server.sockets[0].getsockname()
         return bound[0], bound[1]
+
+    def _connection(self) -> asyncio.Protocol:
+        """The protocol of a new connection."""
+        return HttpProtocol(self, self._config, self._state)
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop listening, answer what is in flight, close. False when the time was up and connections were cut.

@@ -22,10 +22,10 @@ from server.transport.answers import decision_headers
 from server.transport.bridge import SingleReply, infer
 from server.transport.faults import Internal, check_version, new_id
 from server.transport.port import Services
-from server.transport.reference.stream import StreamSession
 from server.transport.rpc import reflection
 from server.transport.rpc.feedback import FeedbackRpcs
 from server.transport.rpc.health import WATCH_PATH, HealthRpcs
+from server.transport.rpc.session import StreamSession
 from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
 from server.transport.status import StatusTable, safe_text
 from server.types import Decision, Permit, Port, RequestHead

@@ -46,7 +46,8 @@ def test_every_server_key_arrives() -> None:
 server:
   name: gate
   listeners: {http: "0.0.0.0:1", grpc: "[::1]:2", metrics: "localhost:3", admin: "127.0.0.1:4"}
-  transport: native
+  transport: reference
+  single_port: true
   workers: 3
   in_process: true
   tls: {certificate: c.pem, private_key: k.pem, client_ca: /ca.pem}
@@ -81,7 +82,7 @@ alerts: {max_pending: 5}
     assert settings.telemetry.decisions == 50
     assert settings.name == "gate"
     assert (settings.max_pending, settings.max_connections, settings.max_concurrent_streams) == (10, 11, 12)
-    assert (settings.workers, settings.in_process, settings.transport) == (3, True, "native")
+    assert (settings.workers, settings.in_process, settings.transport) == (3, True, "reference")
     assert (settings.drain_seconds, settings.state_dir) == (1.5, Path("/conf/state"))
     assert (settings.model_control, settings.load_models) == ("explicit", ("a",))
     assert settings.model_repository == Path("/conf/models")

@@ -1,0 +1,461 @@
+"""One HTTP/1.1 connection: the reference protocol with inference taken in front of the ASGI app, without a task.
+
+Taken are requests whose answer needs nothing but the loop. What is unusual (a content coding, a JSON body that is to
+be parsed off the loop, ``Expect``, a request that waits behind another on its connection) goes the reference way, which
+answers the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import httptools
+import structlog
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from server.codec import binary
+from server.codec import json as json_codec
+from server.errors import DeadlineExceeded, TidegateError, Unimplemented
+from server.transport.answers import (
+    Answer,
+    decision_headers,
+    declared_length,
+    error_answer,
+    header_value,
+    metadata_of,
+    too_large,
+)
+from server.transport.faults import Internal, RequestTimeout, check_version, new_id
+from server.transport.http_infer import LENGTH_HEADER, deadline_of, decoded, match_infer
+from server.transport.reference.asgi import HttpProtocol
+from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
+
+if TYPE_CHECKING:
+    from server.transport.native.server import NativeServer
+
+#: Pieces of an answer up to this size are joined before they are written; larger ones are not copied.
+_JOINED_BYTES: Final = 64 * 1024
+
+
+class InferCycle:
+    """One inference request on a connection. It is its own ``Reply``, and stands where uvicorn keeps its cycles."""
+
+    __slots__ = (
+        "_answers",
+        "_decision",
+        "_head",
+        "_parts",
+        "_permit",
+        "_protocol",
+        "_request",
+        "_response",
+        "_size",
+        "_ticket",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "more_body",
+        "response_complete",
+        "response_started",
+    )
+
+    def __init__(self, protocol: NativeHttp1, keep_alive: bool) -> None:
+        self._protocol = protocol
+        self._head: RequestHead | None = None
+        self._permit: Permit | None = None
+        self._ticket: Ticket | None = None
+        self._request: InferenceRequest | None = None
+        self._response: InferenceResponse | None = None
+        self._decision: Decision | None = None
+        self._answers = 0
+        self._parts: list[bytes] = []
+        self._size = 0
+        # What the connection's own code reads and sets on whatever stands here:
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.response_started = self.response_complete = self.disconnected = False
+        self.message_event = protocol.server_side.no_event
+
+    # --- the request -----------------------------------------------------------------------------------------
+
+    def begin(self, head: RequestHead) -> None:
+        """Admit. Raises nothing: a refusal is answered."""
+        self._head = head
+        try:
+            limit = self._protocol.server_side.limits.max_body_bytes
+            if head.content_length is not None and head.content_length > limit:
+                raise too_large(head.content_length, limit)
+            check_version(head.version)
+            self._permit = self._protocol.server_side.port.admit(head)
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(error)
+
+    def body(self, data: bytes) -> None:
+        """A piece of the body."""
+        self._size += len(data)
+        limit = self._protocol.server_side.limits.max_body_bytes
+        if self._size > limit:
+            self._fail(too_large(self._size, limit))
+        else:
+            self._parts.append(data)
+
+    def complete(self) -> None:
+        """The body is there: decode, and hand over to the port."""
+        self.more_body = False
+        try:
+            self._start()
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(error)
+
+    def _start(self) -> None:
+        head, permit = self._head, self._permit
+        if head is None or permit is None:
+            return
+        parts, self._parts = self._parts, []
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        server = self._protocol.server_side
+        request = self._request = _decode(head, body, server)
+        ticket = server.port.handle(permit, request, self)
+        if not self.response_complete:
+            self._ticket = ticket
+
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        until_ns = 0 if self._head is None else self._head.deadline_ns
+        return (until_ns - time.monotonic_ns()) / 1e9 if until_ns else math.inf
+
+    def too_late(self) -> None:
+        """The body did not come in time."""
+        settings, head = self._protocol.server_side.settings, self._head
+        if head is not None and head.deadline_ns and time.monotonic_ns() >= head.deadline_ns:
+            self._fail(DeadlineExceeded("the deadline passed before the request body was complete"))
+            return
+        self._fail(
+            RequestTimeout(
+                f"the request body did not arrive in time: no data for {settings.body_idle_s:g} s, "
+                f"or over {settings.body_total_s:g} s"
+            )
+        )
+
+    # --- Reply -----------------------------------------------------------------------------------------------
+
+    def message(self, response: InferenceResponse, decision: Decision) -> None:
+        self._answers += 1
+        self._response, self._decision = response, decision
+
+    def finish(self, error: TidegateError | None) -> None:
+        try:
+            self._answer(error)
+        except TidegateError as refusal:
+            self._fail(refusal)
+        except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(failure)
+
+    def _answer(self, error: TidegateError | None) -> None:
+        head, request, response = self._head, self._request, self._response
+        if error is not None:
+            raise error
+        if self._answers > 1:
+            raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
+        if response is None or request is None or head is None:
+            raise Internal(self._tidegate_id())
+        server = self._protocol.server_side
+        size = sum([len(tensor.data) for tensor in response.outputs])
+        if size > server.settings.compress_over_bytes and (
+            size > server.settings.offload_bytes or "accept-encoding" in head.metadata
+        ):
+            self._protocol.later(self._answer_later(head, request, response))
+            return
+        chunks, json_size = json_codec.encode_infer(
+            response,
+            outputs=request.outputs,
+            binary_default=request.binary_output,
+            strict_json=server.settings.strict_json,
+        )
+        self._write(200, b"" if json_size is None else b"%d" % json_size, chunks)
+
+    async def _answer_later(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> None:
+        """Large answers are encoded, and compressed, off the loop."""
+        try:
+            answer = await self._protocol.server_side.infer.encode(head, request, response)
+        except TidegateError as error:
+            answer = error_answer(error, self._protocol.server_side.statuses)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request
+            self._crash(error)
+            return
+        self._send(answer)
+
+    def _crash(self, error: Exception) -> None:
+        tidegate_id = self._tidegate_id()
+        structlog.get_logger("tidegate.http").error("request_failed", id=tidegate_id, protocol="http", exc_info=error)
+        self._fail(Internal(tidegate_id))
+
+    def _fail(self, error: TidegateError) -> None:
+        if not self.response_complete:
+            self._send(error_answer(error, self._protocol.server_side.statuses))
+
+    def _tidegate_id(self) -> str:
+        return new_id() if self._permit is None else self._permit.tidegate_id
+
+    # --- the answer ------------------------------------------------------------------------------------------
+
+    def _write(self, status: int, json_size: bytes, chunks: list[Buffer]) -> None:
+        """The usual answer: its head is one join of what is known already."""
+        if self.disconnected:
+            self._over()
+            return
+        decision, permit = self._decision, self._permit
+        if decision is None or permit is None:
+            raise Internal(self._tidegate_id())
+        protocol = self._protocol
+        length = sum(map(len, chunks))
+        trace = getattr(permit, "traceresponse", None)
+        head = b"".join(
+            (
+                protocol.server_side.status_ok,
+                _decided(decision.version, decision.arm, decision.generation, decision.reason),
+                permit.tidegate_id.encode(),
+                b"\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: " + json_size
+                if json_size
+                else b"\r\ncontent-type: application/json",
+                b"\r\ntraceresponse: " + header_value(trace) if trace else b"",
+                b"\r\ncontent-length: %d\r\n\r\n" % length
+                if self.keep_alive
+                else b"\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % length,
+            )
+        )
+        self._out(head, chunks, length)
+
+    def _send(self, answer: Answer) -> None:
+        """Any other answer."""
+        if self.disconnected or self.response_complete:
+            self._over()
+            return
+        permit, protocol = self._permit, self._protocol
+        headers = [
+            *protocol.server_side.default_headers,
+            *answer.headers,
+            *decision_headers(self._tidegate_id(), self._decision, getattr(permit, "traceresponse", None)),
+        ]
+        if any(name == b"connection" for name, _ in answer.headers):
+            self.keep_alive = False
+        elif not self.keep_alive:
+            headers.append((b"connection", b"close"))
+        length = sum(map(len, answer.chunks))
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        head = b"".join([STATUS_LINE[answer.status], *lines, b"content-length: %d\r\n\r\n" % length])
+        self._out(head, answer.chunks, length)
+
+    def _out(self, head: bytes, chunks: list[Buffer], length: int) -> None:
+        self.response_started = self.response_complete = True
+        self._over()
+        protocol = self._protocol
+        if length > _JOINED_BYTES:
+            protocol.transport.writelines([head, *chunks])
+        else:
+            protocol.transport.write(b"".join((head, *chunks)))
+        protocol.answered(self)
+
+    def abandon(self) -> None:
+        """The client is gone."""
+        self.disconnected = True
+        if not self.response_complete:
+            self._over()
+
+    def _over(self) -> None:
+        ticket, permit = self._ticket, self._permit
+        self._ticket = self._permit = self._request = self._response = None
+        if ticket is not None:
+            ticket.cancel()
+        if permit is not None:
+            permit.release()
+
+
+class NativeHttp1(HttpProtocol):
+    """One connection that speaks HTTP/1.1."""
+
+    def __init__(self, server: NativeServer, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(server, config, state)
+        self.server_side = server
+        self._due = 0.0
+        self._on_due: Callable[[], None] | None = None
+        self._body_from = 0.0
+        self._started: Any = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._abandon()
+        super().connection_lost(exc)
+
+    def _abandon(self) -> None:
+        """The newest request may wait in the pipeline behind the one that runs."""
+        for cycle in (self.cycle, self._started):
+            if isinstance(cycle, InferCycle):
+                cycle.abandon()
+
+    # --- parser callbacks ------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """As uvicorn's, but for the scope: most requests need none."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._begin_head()
+
+    def _start_request(self) -> None:
+        target = self._inference()
+        if target is None:
+            url, headers, expected = self.url, self.headers, self.expect_100_continue
+            HttpToolsProtocol.on_message_begin(self)
+            self.url, self.headers, self.expect_100_continue = url, headers, expected
+            self.scope["headers"] = headers
+            super()._start_request()
+            return
+        cycle = InferCycle(self, self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive())
+        if self.server_side.draining:
+            cycle.keep_alive = False
+        self.cycle = self._started = cycle  # type: ignore[assignment]
+        cycle.begin(target)
+
+    def _inference(self) -> RequestHead | None:
+        """The head, when this is an inference request that is to be taken here."""
+        if (
+            (self.cycle is not None and not self.cycle.response_complete)
+            or self.expect_100_continue
+            or self.flow.write_paused  # the reference way waits until the client has taken more
+            or self.app is not self.config.loaded_app
+            or self.parser.get_method() != b"POST"
+        ):
+            return None
+        target = match_infer(httptools.parse_url(self.url).path)
+        if target is None:
+            return None
+        metadata = metadata_of(self.headers)
+        received_ns = time.monotonic_ns()
+        try:
+            length = declared_length(metadata)
+            if "content-encoding" in metadata or _leaves_loop(metadata, length, self.server_side):
+                return None
+            model, version = decoded(target[0]), decoded(target[1])
+            deadline_ns = deadline_of(metadata, received_ns)
+        except TidegateError:
+            return None  # refused the reference way
+        client = self.client
+        peer = f"{client[0]}:{client[1]}" if client else ""
+        return RequestHead("http", model, version, metadata, received_ns, deadline_ns, length, peer)
+
+    def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
+        if isinstance(cycle, InferCycle) and not cycle.response_complete:
+            cycle.body(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        cycle = self.cycle
+        if not isinstance(cycle, InferCycle):
+            super().on_message_complete()
+        elif cycle.response_complete:
+            cycle.more_body = False
+            self._disarm()
+        else:
+            self._disarm()
+            cycle.complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        cycle = self.cycle
+        if self._closing or self._refusal is not None:
+            return
+        if isinstance(cycle, InferCycle) and cycle.more_body and not cycle.response_complete:
+            self._bound_body(cycle)
+
+    def _send_refusal(self, error: TidegateError) -> None:
+        super()._send_refusal(error)
+        self._abandon()
+
+    def _bound_idleness(self) -> None:
+        if self._on_due is None:
+            super()._bound_idleness()
+
+    def _bound_body(self, cycle: InferCycle) -> None:
+        """The rest of the body may take so long."""
+        settings, now = self.server_side.settings, self.server_side.now
+        if self._on_due is None:
+            self._body_from = now
+        left = self._body_from + settings.body_total_s - now
+        self._arm(min(settings.body_idle_s, left, cycle.seconds_left()), cycle.too_late)
+
+    # --- answers ---------------------------------------------------------------------------------------------
+
+    def answered(self, cycle: InferCycle) -> None:
+        """The answer of ``cycle`` is out: go on, or end."""
+        if self.transport.is_closing():
+            return
+        if not cycle.keep_alive:
+            if cycle.more_body or self.pipeline:
+                self._close_gently()
+            else:
+                self.transport.close()
+        elif self.pipeline or self._refusal is not None or cycle.more_body:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            if not self._head_open:
+                self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+
+    def later(self, work: Any) -> None:
+        """An answer that is made off the loop."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    # --- timers: none of their own, the server looks at them once in a while ---------------------------------
+
+    def _arm(self, seconds: float, expired: Callable[[], None]) -> None:
+        self._due = self.server_side.now + seconds
+        self._on_due = expired
+
+    def _disarm(self) -> None:
+        self._on_due = None
+
+    def sweep(self, now: float) -> None:
+        """Once a second: whatever is overdue."""
+        expired = self._on_due
+        if expired is not None and now >= self._due:
+            self._on_due = None
+            expired()
+
+
+def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeServer) -> bool:
+    """Whether the body is JSON that may be too large to be parsed on the loop."""
+    if length is not None and length <= server.settings.offload_bytes:
+        return False
+    header = metadata.get(LENGTH_HEADER)
+    return header is None or not header.isdecimal() or int(header) > server.settings.offload_bytes
+
+
+def _decode(head: RequestHead, body: Buffer, server: NativeServer) -> InferenceRequest:
+    json_size = binary.parse_header_length(head.metadata.get(LENGTH_HEADER), len(body))
+    if json_size == 0:
+        spec, _ = server.catalog.metadata(head.model, head.version)
+        return binary.decode_raw(body, model=head.model, version=head.version, spec=spec)
+    return json_codec.decode_infer(
+        body, model=head.model, version=head.version, limits=server.limits, json_size=json_size
+    )
+
+
+@lru_cache(maxsize=512)
+def _decided(version: str, arm: str, generation: int, reason: str) -> bytes:
+    """The header lines that repeat from answer to answer, up to the value of the id."""
+    headers = decision_headers("", Decision("", version, arm, generation, reason), None)
+    return b"".join([b"%b: %b\r\n" % header for header in headers[1:]]) + b"x-tidegate-id: "

@@ -1,0 +1,258 @@
+"""The native listener: HTTP/1.1, HTTP/2 and gRPC on one address, in clear or over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast
+
+import structlog
+from starlette.types import ASGIApp
+
+from server.errors import TidegateError, Unimplemented
+from server.transport.answers import Headers, HttpSettings, error_answer
+from server.transport.faults import HeadersTooLarge
+from server.transport.http_infer import InferApp
+from server.transport.native import asgi, streams
+from server.transport.native.asgi import AsgiStream
+from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
+from server.transport.native.http1 import NativeHttp1
+from server.transport.native.session import REFUSED_STREAM, Header
+from server.transport.native.streams import Handler, StreamCall
+from server.transport.native.unary import GrpcHead, InferCall, MethodCall, UnknownCall
+from server.transport.port import Catalog, Services
+from server.transport.reference.asgi import HttpServer
+from server.transport.rpc import reflection
+from server.transport.rpc.feedback import FeedbackRpcs
+from server.transport.rpc.health import WATCH_PATH, HealthRpcs
+from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
+from server.transport.status import StatusTable
+from server.types import Port, RequestLimits
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_HEADER_OVERHEAD: Final = 32
+_TICK_S: Final = 0.5
+#: Connections over their maximum that are told so; more are closed without a word.
+_TOLD: Final = 64
+_T = TypeVar("_T")
+_INFER: Final = f"/{SERVICE}/ModelInfer".encode()
+
+
+class GrpcMethods:
+    """What can be called, by path. One for all listeners of a server."""
+
+    def __init__(self, services: Services) -> None:
+        self.health = HealthRpcs(services)
+        unary = {**InferenceRpcs(services).methods, **self.health.methods, **FeedbackRpcs(services).methods}
+        self.unary: Mapping[bytes, Method] = {path.encode(): method for path, method in unary.items()}
+        handlers: dict[str, Handler] = {
+            f"/{SERVICE}/ModelStreamInfer": streams.infer,
+            WATCH_PATH: streams.watch(self.health),
+            reflection.V1_PATH: streams.reflect(reflection.v1()),
+            reflection.V1ALPHA_PATH: streams.reflect(reflection.v1alpha()),
+        }
+        self.streaming: Mapping[bytes, Handler] = {path.encode(): handler for path, handler in handlers.items()}
+
+
+@dataclass(slots=True, frozen=True)
+class Served:
+    """What the listeners of one server share."""
+
+    port: Port
+    catalog: Catalog
+    infer: InferApp
+    grpc: GrpcMethods
+
+
+class NativeServer(HttpServer):
+    """One address: ``start``, then ``drain``."""
+
+    def __init__(
+        self,
+        served: Served,
+        *,
+        limits: RequestLimits | None = None,
+        settings: HttpSettings | None = None,
+        http2: Http2Settings | None = None,
+        statuses: StatusTable | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(served.infer, limits=limits, settings=settings, statuses=statuses, tls=tls)
+        self.port = served.port
+        self.catalog = served.catalog
+        self.infer = served.infer
+        self.http2 = http2 or Http2Settings()
+        self._grpc = served.grpc
+        self.now = 0.0
+        #: Stands where requests that nobody awaits keep an event.
+        self.no_event = asyncio.Event()
+        self.status_ok = b""
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._offload = asyncio.Semaphore(self.settings.offload_threads)
+        self._log: Any = structlog.get_logger("tidegate.native")
+        if tls is not None:
+            tls.set_alpn_protocols(["h2", "http/1.1"])
+
+    @property
+    def app(self) -> ASGIApp:
+        """What answers requests that are no inference calls."""
+        return self.infer
+
+    @property
+    def live(self) -> set[Any]:
+        """The connections that are open."""
+        return cast("set[Any]", self._state.connections)
+
+    @property
+    def default_headers(self) -> Headers:
+        """On every HTTP answer."""
+        return self._state.default_headers
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        self._sweep(asyncio.get_running_loop())
+        return await super().start(host, port)
+
+    async def drain(self, timeout_s: float) -> bool:
+        self._grpc.health.close()
+        clean = await super().drain(timeout_s)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        return clean
+
+    def _connection(self) -> asyncio.Protocol:
+        return Undecided(self)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        super()._tick(loop)
+        self.status_ok = b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in self.default_headers])
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The server's clock, and the timers of all connections."""
+        self.now = loop.time()
+        self._sweeper = loop.call_later(_TICK_S, self._sweep, loop)
+        for connection in tuple(self.live):
+            try:
+                connection.sweep(self.now)
+            except Exception as error:  # noqa: BLE001 - the boundary of one connection: the others have timers too
+                self._log.error("connection_failed", exc_info=error)
+                connection.transport.abort()
+
+    async def off_loop(self, work: Callable[[], _T]) -> _T:
+        """Run ``work`` in a thread, few at a time: what is cancelled while it waits is never begun."""
+        async with self._offload:
+            return await asyncio.to_thread(work)
+
+    def http1(self) -> NativeHttp1:
+        """The protocol of a connection that speaks HTTP/1.1."""
+        return NativeHttp1(self, self._config, self._state)
+
+    # --- HTTP/2 streams --------------------------------------------------------------------------------------
+
+    def open_stream(
+        self, connection: Http2Connection, stream_id: int, headers: Iterable[Header], ended: bool
+    ) -> Stream | None:
+        """What a new stream is; None when it was answered already."""
+        path = content_type = b""
+        size = 0
+        for name, value in headers:
+            size += len(name) + len(value) + _HEADER_OVERHEAD
+            if name == b":path":
+                path = value
+            elif name == b"content-type":
+                content_type = value
+        fits = size <= self.limits.max_header_bytes
+        if not _is_grpc(content_type):
+            if not fits:
+                asgi.refuse(connection, stream_id, error_answer(self._too_large(), self.statuses), ended=ended)
+            elif len(connection.tasks) >= self.http2.max_streams:
+                connection.session.reset(stream_id, REFUSED_STREAM)
+            else:
+                return AsgiStream(connection, stream_id, headers)
+            return None
+        if not fits:
+            self._refuse(connection, stream_id, self._too_large(), ended)
+            return None
+        try:
+            return self._call(connection, stream_id, path, GrpcHead(headers))
+        except TidegateError as error:
+            self._refuse(connection, stream_id, error, ended)
+            return None
+
+    def _call(self, connection: Http2Connection, stream_id: int, path: bytes, head: GrpcHead) -> Stream:
+        if path == _INFER:
+            return InferCall(connection, stream_id, head)
+        method = self._grpc.unary.get(path)
+        if method is not None:
+            return MethodCall(connection, stream_id, head, method)
+        handler = self._grpc.streaming.get(path)
+        if handler is not None:
+            return StreamCall(connection, stream_id, head, handler)
+        raise Unimplemented(f"there is no method {path[:256].decode('latin-1')!r}")
+
+    def _refuse(self, connection: Http2Connection, stream_id: int, error: TidegateError, ended: bool) -> None:
+        UnknownCall(connection, stream_id, GrpcHead(())).refuse(error, ended=ended)
+
+    def _too_large(self) -> HeadersTooLarge:
+        return HeadersTooLarge(f"the request's headers are over the limit of {self.limits.max_header_bytes} bytes")
+
+
+def _is_grpc(content_type: bytes) -> bool:
+    """``application/grpc``, with or without a subtype; ``application/grpc-web`` is another protocol."""
+    return content_type.startswith(b"application/grpc") and content_type[16:17] in b"+;"
+
+
+class Undecided(asyncio.Protocol):
+    """A connection until it is known what it speaks: by ALPN, or else by its first bytes."""
+
+    def __init__(self, server: NativeServer) -> None:
+        self._server = server
+        self._transport: Any = None
+        self._seen = b""
+        self._until = server.now + server.settings.head_s
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        server = self._server
+        server.live.add(self)
+        tls = transport.get_extra_info("ssl_object")
+        alpn = None if tls is None else tls.selected_alpn_protocol()
+        if len(server.live) > server.settings.max_connections + _TOLD:
+            transport.abort()
+        elif alpn is not None:
+            self._become(alpn == "h2", b"")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.live.discard(self)
+        self._server.connection_lost()
+
+    def data_received(self, data: bytes) -> None:
+        seen = self._seen = self._seen + data
+        if len(seen) >= len(PREFACE) or not PREFACE.startswith(seen):
+            self._become(seen.startswith(PREFACE), seen)
+
+    def _become(self, http2: bool, data: bytes) -> None:
+        self._server.live.discard(self)
+        protocol: Any = Http2Connection(self._server) if http2 else self._server.http1()
+        self._transport.set_protocol(protocol)
+        protocol.connection_made(self._transport)
+        if data:
+            protocol.data_received(data)
+
+    # What the listener says to its connections:
+
+    @property
+    def transport(self) -> Any:
+        return self._transport
+
+    def sweep(self, now: float) -> None:
+        """A connection that says nothing is not kept."""
+        if now > self._until:
+            self._transport.close()
+
+    def announce_close(self) -> None:
+        """Nothing was said yet."""
+
+    def shutdown(self) -> None:
+        self._transport.close()

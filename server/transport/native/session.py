@@ -1,0 +1,180 @@
+"""One HTTP/2 connection without its socket. The only module that knows the library behind it (``ngh2``, libnghttp2).
+
+Bytes go in by ``feed``, which gives events; what is said goes out by ``out``. Nothing here raises for what a peer does:
+``feed`` ends with ``SessionOver``, and whatever concerns a stream that is gone answers False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import ngh2
+from ngh2 import Setting
+
+Header: TypeAlias = tuple[bytes, bytes]
+
+# What ``feed`` gives. Each has ``stream_id``; see the library for the rest.
+Event: TypeAlias = ngh2.Event
+RequestReceived = ngh2.RequestReceived
+DataReceived = ngh2.DataReceived
+TrailersReceived = ngh2.TrailersReceived
+StreamReset = ngh2.StreamReset
+StreamClosed = ngh2.StreamClosed
+PingReceived = ngh2.PingReceived
+SettingsReceived = ngh2.SettingsReceived
+WindowUpdated = ngh2.WindowUpdated
+ConnectionClosed = ngh2.ConnectionClosed
+
+NO_ERROR: Final = 0
+INTERNAL_ERROR: Final = 2
+REFUSED_STREAM: Final = 7
+CANCEL: Final = 8
+ENHANCE_YOUR_CALM: Final = 11
+
+#: Header lists over this many times the limit end the connection; up to it, one request is refused by its own status.
+_HEADER_SLACK: Final = 4
+#: What may come in before it is used: of one stream, and of the connection. Streams whose reader is slow hold their
+#: part of the second too: it has room for many of them before their neighbours wait.
+_STREAM_WINDOW: Final = 1024 * 1024
+_CONNECTION_WINDOW: Final = 64 * 1024 * 1024
+#: (burst, per second). An honest caller whose thousands of deadlines expire together stays under the first.
+_RESETS: Final = (10_000, 1_000)
+_GLITCHES: Final = (10_000, 330)
+
+
+class SessionOver(Exception):
+    """The peer broke the protocol or a bound. What is left to say is in ``out``."""
+
+
+@dataclass(slots=True, frozen=True)
+class SessionLimits:
+    """Bounds of one connection."""
+
+    max_streams: int = 1000
+    max_header_bytes: int = 64 * 1024
+
+
+class Session:
+    """The server's side of one connection."""
+
+    __slots__ = ("_connection", "_over")
+
+    def __init__(self, limits: SessionLimits) -> None:
+        config = ngh2.Configuration(
+            auto_window_update=False,
+            stream_reset_rate_limit=_RESETS,
+            glitch_rate_limit=_GLITCHES,
+            max_outbound_ack=256,
+            max_inbound_header_list_size=_HEADER_SLACK * limits.max_header_bytes,
+        )
+        self._connection = ngh2.Connection(ngh2.Role.SERVER, config)
+        self._over = False
+        self._connection.initiate_connection(
+            {
+                Setting.MAX_CONCURRENT_STREAMS: limits.max_streams,
+                Setting.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
+                Setting.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
+                Setting.NO_RFC7540_PRIORITIES: 1,
+            }
+        )
+        self._connection.set_local_window_size(_CONNECTION_WINDOW)
+
+    def feed(self, data: bytes) -> list[Event]:
+        """What ``data`` says. Raises SessionOver; nothing is to be fed after that."""
+        try:
+            self._connection.receive_data(data)
+        except ngh2.NGH2Error as error:
+            self._over = True
+            raise SessionOver(str(error)) from None
+        return self._connection.events()
+
+    def out(self, size: int) -> bytes:
+        """What is to be written now, up to ``size`` bytes; b"" when there is nothing, or flow control says wait."""
+        try:
+            return self._connection.data_to_send(size)
+        except ngh2.NGH2Error:  # over some bounds the session fails at once and has no last word
+            self._over = True
+            return b""
+
+    def over(self) -> bool:
+        """Neither side has anything more to say."""
+        return self._over or not (self._connection.want_read or self._connection.want_write)
+
+    # --- streams: False when the stream is gone --------------------------------------------------------------
+
+    def consumed(self, stream_id: int, size: int) -> None:
+        """So much of what was received was used: the peer may send as much again."""
+        try:
+            self._connection.acknowledge_received_data(size, stream_id)
+        except (ngh2.NGH2Error, ValueError):
+            return  # the stream is gone, and its bytes were given back with it
+
+    def unary(self, stream_id: int, head: Iterable[Header], body: bytes, trailers: Iterable[Header]) -> bool:
+        """A whole answer with trailers."""
+        return self.head(stream_id, head) and self.body(stream_id, body) and self.trailers(stream_id, trailers)
+
+    def head(self, stream_id: int, headers: Iterable[Header], *, end: bool = False) -> bool:
+        """The head of an answer, or all of it."""
+        try:
+            self._connection.send_response(stream_id, headers, end_stream=end)
+        except ngh2.NGH2Error:
+            return False
+        return True
+
+    def body(self, stream_id: int, data: bytes | bytearray | memoryview, *, end: bool = False) -> bool:
+        """A piece of an answer's body."""
+        try:
+            self._connection.send_data(stream_id, data, end_stream=end)
+        except ngh2.NGH2Error:
+            return False
+        return True
+
+    def trailers(self, stream_id: int, headers: Iterable[Header]) -> bool:
+        """The end of an answer."""
+        try:
+            self._connection.send_trailers(stream_id, headers)
+        except ngh2.NGH2Error:
+            return False
+        return True
+
+    def reset(self, stream_id: int, code: int) -> None:
+        """No more of this stream."""
+        try:
+            self._connection.reset_stream(stream_id, code)
+        except ngh2.NGH2Error:
+            return
+
+    def queued(self, stream_id: int | None = None) -> int:
+        """Bytes of answers that the peer has not let out yet."""
+        try:
+            return self._connection.queued_body_size(stream_id)
+        except ngh2.NGH2Error:
+            return 0
+
+    # --- connection ------------------------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        try:
+            self._connection.ping()
+        except ngh2.NGH2Error:
+            return
+
+    def announce_end(self) -> None:
+        """The first of two GOAWAYs: new streams are still taken, the peer is to open them elsewhere."""
+        try:
+            self._connection.send_shutdown_notice()
+        except ngh2.NGH2Error:
+            return
+
+    def goaway(self, code: int = NO_ERROR) -> None:
+        """The last GOAWAY: what was opened until now is answered, unless ``code`` says that this is the end."""
+        try:
+            if code == NO_ERROR:
+                self._connection.send_goaway()
+            else:
+                self._connection.terminate_connection(code)
+        except ngh2.NGH2Error:
+            self._over = True

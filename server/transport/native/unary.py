@@ -1,0 +1,360 @@
+"""Unary gRPC calls on a connection: inference without a task, every other method in one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from server.codec import protobuf
+from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
+from server.transport.answers import decision_headers, header_value
+from server.transport.faults import Internal, RequestTimeout, check_version, new_id
+from server.transport.native import wire
+from server.transport.native.session import Header
+from server.transport.rpc.unary import Method
+from server.transport.status import safe_text
+from server.types import Decision, InferenceResponse, Permit, RequestHead, Ticket
+
+if TYPE_CHECKING:
+    from server.transport.native.h2 import Http2Connection
+
+_OK: Final = ((b"grpc-status", b"0"),)
+_HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_KNOWN_NAMES: Final = 512
+_BINARY: Final = "-bin"
+
+
+class GrpcHead:
+    """What the head of a gRPC call says. Raises TidegateError for what cannot be served."""
+
+    __slots__ = ("coding", "deadline_ns", "metadata", "received_ns")
+
+    def __init__(self, headers: Iterable[Header]) -> None:
+        self.received_ns = time.monotonic_ns()
+        metadata: dict[str, str] = {}
+        for name, value in headers:
+            key = _name(name)
+            if key[0] != ":" and not key.endswith(_BINARY):
+                text = value.decode("latin-1")
+                metadata[key] = f"{metadata[key]}, {text}" if key in metadata else text
+        self.metadata = metadata
+        timeout = metadata.get("grpc-timeout")
+        self.deadline_ns = 0 if timeout is None else self.received_ns + wire.timeout_ns(timeout)
+        self.coding = metadata.get("grpc-encoding", "")
+        if self.coding:
+            wire.check_coding(self.coding)
+
+
+@lru_cache(maxsize=_KNOWN_NAMES)
+def _name(raw: bytes) -> str:
+    return raw.decode("latin-1")
+
+
+@lru_cache(maxsize=_KNOWN_NAMES)
+def _decided(version: str, arm: str, generation: int, reason: str) -> tuple[Header, ...]:
+    """The head of an answer up to what differs from request to request."""
+    decision = Decision("", version, arm, generation, reason)
+    return (*_HEAD, *decision_headers("", decision, None)[1:])
+
+
+class UnaryCall:
+    """A call that has one message, and an answer of one. What it is for, ``_start`` says."""
+
+    __slots__ = (
+        "_began",
+        "_connection",
+        "_declared",
+        "_ended",
+        "_head",
+        "_id",
+        "_log",
+        "_parts",
+        "_seen",
+        "_size",
+        "_unpacking",
+    )
+
+    def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead) -> None:
+        self._connection = connection
+        self._id = stream_id
+        self._head = head
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._declared = -1
+        self._began = self._seen = connection.server.now
+        self._ended = False  # the peer has said everything
+        self._unpacking: asyncio.Task[None] | None = None
+        self._log: Any = structlog.get_logger("tidegate.grpc")
+
+    # --- the message -----------------------------------------------------------------------------------------
+
+    def data(self, data: bytes, end: bool) -> None:
+        self._ended = end
+        try:
+            if self._declared < 0 and not self._parts and len(data) >= wire.PREFIX_BYTES:
+                self._begin(data)
+            elif data:
+                self._add(data)
+            if end:
+                self._complete()
+        except TidegateError as error:
+            self._fail(error)
+
+    def _begin(self, data: bytes) -> None:
+        """The first piece, with the whole prefix in it as it nearly always is."""
+        self._declared = wire.declared(data, self._connection.server.limits.max_body_bytes)
+        if not data[0]:
+            self._admit(self._declared)
+        self._size = len(data)
+        self._parts.append(data)
+        self._check_size()
+
+    def _add(self, data: bytes) -> None:
+        self._seen = self._connection.server.now
+        self._size += len(data)
+        self._parts.append(data)
+        if self._declared < 0 and self._size >= wire.PREFIX_BYTES:
+            whole = b"".join(self._parts)
+            self._parts.clear()
+            self._begin(whole)
+        else:
+            self._check_size()
+
+    def _check_size(self) -> None:
+        if 0 <= self._declared < self._size - wire.PREFIX_BYTES:
+            raise InvalidArgument(
+                f"a unary call takes one message: {self._size - wire.PREFIX_BYTES} bytes came, "
+                f"the message has {self._declared}"
+            )
+
+    def _complete(self) -> None:
+        if self._declared < 0 or self._declared != self._size - wire.PREFIX_BYTES:
+            raise InvalidArgument(
+                "the call ended before its message was complete"
+                if self._size
+                else "a unary call takes one message, got none"
+            )
+        parts, self._parts = self._parts, []
+        compressed = parts[0][0]
+        parts[0] = parts[0][wire.PREFIX_BYTES :]
+        message = b"".join(parts) if len(parts) > 1 else parts[0]
+        if compressed:
+            self._unpacking = self._connection.loop.create_task(self._unpack(message))
+        else:
+            self._start(message)
+
+    async def _unpack(self, payload: bytes) -> None:
+        """A compressed message: a small one may inflate a thousandfold, so that leaves the loop."""
+        server = self._connection.server
+        try:
+            message = await server.off_loop(
+                partial(wire.inflated, payload, self._head.coding, server.limits.max_body_bytes)
+            )
+            self._admit(len(message))
+            self._start(bytes(message))
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one call
+            self.fail(error)
+
+    def _admit(self, size: int) -> None:
+        """Take or refuse before the message is gathered."""
+
+    def _start(self, message: bytes) -> None:
+        raise NotImplementedError
+
+    # --- the end ---------------------------------------------------------------------------------------------
+
+    def _fail(self, error: TidegateError) -> None:
+        """Answer with a status, once."""
+        connection, session = self._connection, self._connection.session
+        statuses = connection.server.statuses
+        trailers: list[Header] = [(b"grpc-status", b"%d" % statuses.of(error).grpc)]
+        trailers.append((b"grpc-message", wire.status_text(safe_text(error.message))))
+        seconds = statuses.retry_after(error)
+        if seconds is not None:
+            trailers.append((b"retry-after", b"%d" % seconds))
+        head = self._answer_head()
+        if self._ended:
+            session.head(self._id, head) and session.trailers(self._id, trailers)
+        else:
+            session.head(self._id, (*head, *trailers), end=True)
+            connection.end_early(self._id)
+        self._over()
+        connection.done(self._id)
+
+    def _answer_head(self) -> tuple[Header, ...]:
+        return _HEAD
+
+    def _over(self) -> None:
+        """Give back whatever the call holds."""
+
+    def fail(self, error: Exception) -> None:
+        tidegate_id = self._tidegate_id()
+        self._log.error("request_failed", id=tidegate_id, protocol="grpc", exc_info=error)
+        self._fail(Internal(tidegate_id))
+
+    def _tidegate_id(self) -> str:
+        return new_id()
+
+    def gone(self) -> None:
+        if self._unpacking is not None:
+            self._unpacking.cancel()
+        self._over()
+
+    def full(self) -> bool:
+        return False
+
+    def overdue(self, now: float) -> bool:
+        if self._ended:
+            return False
+        settings = self._connection.server.settings
+        return now - self._seen > settings.body_idle_s or now - self._began > settings.body_total_s or self._late()
+
+    def _late(self) -> bool:
+        return 0 < self._head.deadline_ns <= time.monotonic_ns()
+
+    def give_up(self) -> None:
+        self._fail(
+            DeadlineExceeded("the deadline passed before the message was complete")
+            if self._late()
+            else RequestTimeout("the message did not arrive in time")
+        )
+
+    def drain(self) -> None:
+        """A unary call ends by itself."""
+
+
+class InferCall(UnaryCall):
+    """``ModelInfer``: from the last byte of its message to its answer there is no task. It is its own ``Reply``."""
+
+    __slots__ = ("_answers", "_decision", "_permit", "_response", "_ticket")
+
+    def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead) -> None:
+        super().__init__(connection, stream_id, head)
+        self._permit: Permit | None = None
+        self._ticket: Ticket | None = None
+        self._decision: Decision | None = None
+        self._response: InferenceResponse | None = None
+        self._answers = 0
+
+    def _admit(self, size: int) -> None:
+        connection, head = self._connection, self._head
+        if connection.overfull():
+            raise TooManyRequests("answers on this connection wait for their reader: take them first")
+        self._permit = connection.server.port.admit(
+            RequestHead(
+                "grpc", "", "", head.metadata, head.received_ns, head.deadline_ns, size, connection.peer
+            )
+        )  # fmt: skip
+
+    def _start(self, message: bytes) -> None:
+        server, permit = self._connection.server, self._permit
+        if permit is None:  # an empty message is admitted like any other
+            raise Internal(new_id())
+        request = protobuf.decode_infer(message, server.limits)
+        check_version(request.version)
+        self._connection.windows.forget(self._id)
+        ticket = server.port.handle(permit, request, self)
+        if self._permit is not None:
+            self._ticket = ticket
+
+    # Reply:
+
+    def message(self, response: InferenceResponse, decision: Decision) -> None:
+        self._answers += 1
+        self._response, self._decision = response, decision
+
+    def finish(self, error: TidegateError | None) -> None:
+        try:
+            self._answer(error)
+        except TidegateError as refusal:
+            self._fail(refusal)
+        except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the caller
+            self.fail(failure)
+
+    def _answer(self, error: TidegateError | None) -> None:
+        if error is not None:
+            raise error
+        if self._answers > 1:
+            raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
+        if self._response is None:
+            raise Internal(self._tidegate_id())
+        connection = self._connection
+        body = wire.framed(protobuf.encode_infer(self._response))
+        head = self._answer_head()
+        self._over()
+        if connection.session.unary(self._id, head, body, _OK):
+            connection.sent(len(body))
+        connection.done(self._id)
+
+    def _tidegate_id(self) -> str:
+        return new_id() if self._permit is None else self._permit.tidegate_id
+
+    def _answer_head(self) -> tuple[Header, ...]:
+        permit, decision = self._permit, self._decision
+        if permit is None:
+            return (*_HEAD, (b"x-tidegate-id", new_id().encode()))
+        trace = getattr(permit, "traceresponse", None)
+        head = (
+            _HEAD
+            if decision is None
+            else _decided(decision.version, decision.arm, decision.generation, decision.reason)
+        )
+        if trace:
+            head = (*head, (b"traceresponse", header_value(trace)))
+        return (*head, (b"x-tidegate-id", permit.tidegate_id.encode()))
+
+    def _over(self) -> None:
+        ticket, permit = self._ticket, self._permit
+        self._ticket = self._permit = self._response = None
+        if ticket is not None:
+            ticket.cancel()
+        if permit is not None:
+            permit.release()
+
+
+class MethodCall(UnaryCall):
+    """Any other unary method, as a task: they are rare, and some of them wait."""
+
+    __slots__ = ("_method", "_task")
+
+    def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead, method: Method) -> None:
+        super().__init__(connection, stream_id, head)
+        self._method = method
+        self._task: asyncio.Task[None] | None = None
+
+    def _start(self, message: bytes) -> None:
+        self._connection.windows.forget(self._id)
+        self._task = self._connection.loop.create_task(self._run(message))
+
+    async def _run(self, message: bytes) -> None:
+        try:
+            answer = wire.framed(await self._method(message))
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one call: logged there, no text to the caller
+            self.fail(error)
+        else:
+            if self._connection.session.unary(self._id, _HEAD, answer, _OK):
+                self._connection.sent(len(answer))
+            self._connection.done(self._id)
+
+    def _over(self) -> None:
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+
+
+class UnknownCall(UnaryCall):
+    """A method that nobody serves, or a head that cannot be served: answered at once, whatever follows."""
+
+    __slots__ = ()
+
+    def refuse(self, error: TidegateError, *, ended: bool) -> None:
+        self._ended = ended
+        self._fail(error)

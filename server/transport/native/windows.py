@@ -1,0 +1,61 @@
+"""How far the streams of one connection may go on sending: windows that are given back at once, or held for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class ReceiveWindows:
+    """Counts what was received and not used yet, by stream.
+
+    A stream's window is given back as its bytes come, unless the stream is ``full`` (its reader is slow) or the
+    connection has over ``limit`` unused bytes. Then only the stream that has waited longest goes on: if all of them
+    waited, they would wait for each other.
+    """
+
+    __slots__ = ("_full", "_give_back", "_held", "_limit", "_unused", "total")
+
+    def __init__(self, give_back: Callable[[int, int], None], full: Callable[[int], bool], limit: int) -> None:
+        self._give_back = give_back
+        self._full = full
+        self._limit = limit
+        self._unused: dict[int, int] = {}  # oldest first
+        self._held: dict[int, int] = {}  # those of them that were not given back
+        self.total = 0
+
+    def came(self, stream_id: int, size: int) -> None:
+        """So much of a body was received."""
+        self._unused[stream_id] = self._unused.get(stream_id, 0) + size
+        self.total += size
+        if self._may_go_on(stream_id):
+            self._give_back(stream_id, size)
+        else:
+            self._held[stream_id] = self._held.get(stream_id, 0) + size
+
+    def used(self, stream_id: int, size: int) -> None:
+        """So much of it was used."""
+        left = self._unused.get(stream_id, 0) - size
+        if left > 0:
+            self._unused[stream_id] = left
+            self.total -= size
+        else:
+            self.total -= self._unused.pop(stream_id, 0)
+        self._let_go()
+
+    def forget(self, stream_id: int) -> None:
+        """All of it was used or thrown away, and no more comes."""
+        self.total -= self._unused.pop(stream_id, 0)
+        held = self._held.pop(stream_id, 0)
+        if held:
+            self._give_back(stream_id, held)
+        self._let_go()
+
+    def _may_go_on(self, stream_id: int) -> bool:
+        if self._full(stream_id):
+            return False
+        return self.total <= self._limit or stream_id == next(iter(self._unused), stream_id)
+
+    def _let_go(self) -> None:
+        if self._held:
+            for stream_id in [held for held in self._held if self._may_go_on(held)]:
+                self._give_back(stream_id, self._held.pop(stream_id))

@@ -1,0 +1,99 @@
+"""gRPC over HTTP/2 as bytes: framing of messages, timeouts, status texts, content codings. No sockets, no session.
+
+https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+from urllib.parse import quote_from_bytes
+
+from server.codec import compression
+from server.errors import InvalidArgument, PayloadTooLarge, UnsupportedEncoding
+from server.types import Buffer
+
+#: A message's prefix: compressed or not, length.
+PREFIX: Final = struct.Struct(">BI")
+PREFIX_BYTES: Final = 5
+_UNITS_NS: Final = {"H": 3_600_000_000_000, "M": 60_000_000_000, "S": 1_000_000_000, "m": 1_000_000, "u": 1_000, "n": 1}
+_MAX_DIGITS: Final = 8
+#: What stands in a status text as it is: printable ASCII but the percent sign.
+_PLAIN: Final = bytes(b for b in range(0x20, 0x7F) if b != 0x25)
+_CODINGS: Final = frozenset({"gzip", "deflate", "identity", ""})
+
+
+def timeout_ns(text: str) -> int:
+    """``grpc-timeout`` in ns. Raises InvalidArgument."""
+    digits, unit = text[:-1], text[-1:]
+    if unit not in _UNITS_NS or not (digits.isascii() and digits.isdecimal()) or len(digits) > _MAX_DIGITS:
+        raise InvalidArgument(
+            f"grpc-timeout must be up to {_MAX_DIGITS} digits and a unit of H, M, S, m, u, n; got {text[:64]!r}"
+        )
+    return int(digits) * _UNITS_NS[unit]
+
+
+def status_text(message: str) -> bytes:
+    """``grpc-message``: percent-encoded UTF-8."""
+    return quote_from_bytes(message.encode("utf-8", "replace"), safe=_PLAIN).encode()
+
+
+def framed(message: Buffer) -> bytes:
+    """A message behind its prefix, not compressed."""
+    return PREFIX.pack(0, len(message)) + message
+
+
+def declared(prefix: Buffer, limit: int) -> int:
+    """The length that a prefix says. Raises PayloadTooLarge over ``limit``, InvalidArgument for a bad flag."""
+    flag, size = PREFIX.unpack_from(prefix)
+    if flag > 1:
+        raise InvalidArgument(f"the first byte of a gRPC message must be 0 or 1, got {flag}")
+    if size > limit:
+        raise PayloadTooLarge(f"message of {size} bytes is over the limit of {limit} bytes")
+    return int(size)
+
+
+def check_coding(coding: str) -> None:
+    """Raises UnsupportedEncoding for a ``grpc-encoding`` that is not spoken."""
+    if coding not in _CODINGS:
+        raise UnsupportedEncoding(f"grpc-encoding must be one of gzip, deflate, identity; got {coding[:64]!r}")
+
+
+def inflated(payload: Buffer, coding: str, limit: int) -> Buffer:
+    """A message whose prefix says that it is compressed. Raises InvalidArgument, PayloadTooLarge."""
+    if coding in ("", "identity"):
+        raise InvalidArgument("a message is marked as compressed, but no grpc-encoding was said")
+    return compression.decompress(payload, coding, limit)
+
+
+class Deframer:
+    """Cuts a stream of bytes into messages, still compressed if they were. ``feed`` raises what ``declared`` raises."""
+
+    __slots__ = ("_buffer", "_limit", "_wanted")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._wanted = 0
+
+    def feed(self, data: bytes) -> list[tuple[bool, bytes]]:
+        """The messages that ``data`` completes: (compressed, payload)."""
+        buffer = self._buffer
+        buffer += data
+        messages: list[tuple[bool, bytes]] = []
+        start = 0
+        with memoryview(buffer) as view:
+            while len(view) - start >= PREFIX_BYTES:
+                self._wanted = self._wanted or PREFIX_BYTES + declared(view[start:], self._limit)
+                if len(view) - start < self._wanted:
+                    break
+                messages.append((bool(view[start]), bytes(view[start + PREFIX_BYTES : start + self._wanted])))
+                start += self._wanted
+                self._wanted = 0
+        del buffer[:start]
+        return messages
+
+    @property
+    def partial(self) -> bool:
+        """A message has begun and is not complete."""
+        return bool(self._buffer)

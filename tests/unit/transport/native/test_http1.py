@@ -1,0 +1,266 @@
+"""One HTTP/1.1 connection: inference taken in front of the app, mixed with what goes to the app, byte by byte."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from server.transport.answers import HttpSettings
+from server.types import RequestHead, RequestLimits
+from tests.support.echo import EchoPermit, EchoPort, Running, running
+from tests.support.wire import Wire, post
+
+LIMITS = RequestLimits(max_body_bytes=1024 * 1024, max_chunks=200, max_header_bytes=8 * 1024)
+QUICK = HttpSettings(head_s=0.6, body_idle_s=0.6, body_total_s=2.0, write_stall_s=1.0, discard_s=0.6, keep_alive_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(transport="native", limits=LIMITS) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[Running]:
+    with running(transport="native", limits=LIMITS, http=QUICK) as started:
+        yield started
+
+
+def at(server: Running) -> str:
+    return f"{server.http[0]}:{server.http[1]}"
+
+
+def settled(server: Running) -> bool:
+    port = server.port
+    return port.wait(lambda: len(port.admitted) == len(port.released)) and len(set(port.released)) == len(port.released)
+
+
+def infer(model: str = "affine", *values: float, id: str = "", headers: dict[str, str] | None = None) -> bytes:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values) or 1], "data": list(values) or [1.0]}
+    return post(f"/v2/models/{model}/infer", json.dumps({"id": id, "inputs": [tensor]}).encode(), headers)
+
+
+GET = b"GET /v2/models/affine HTTP/1.1\r\nHost: t\r\n\r\n"
+EXPECT = {"Expect": "100-continue"}
+
+
+def kind(answer: object) -> str:
+    body = getattr(answer, "body", None)
+    if not isinstance(body, dict):
+        return "none"
+    return f"infer {body['outputs'][0]['data']}" if "model_name" in body else body.get("name", "error")
+
+
+def test_hot_and_cold_in_every_order(server: Running) -> None:
+    """Pipelined whole, and one after the other: answers come in the order of the requests."""
+    hot, late, bad = infer("affine", 1.0), infer("later", 2.0), infer("affine", 1.0).replace(b'"FP32"', b'"FP99"')
+    wanted = {hot: "infer [3.0]", late: "infer [5.0]", bad: "error", GET: "affine"}
+    for order in ([hot, GET] * 4, [GET, hot] * 4, [late, hot, GET, late], [hot, bad, late, bad, GET], [GET, GET, hot]):
+        for pieces in ([b"".join(order)], order):
+            with Wire(at(server)) as wire:
+                got = []
+                for piece in pieces:
+                    wire.send(piece)
+                    if len(pieces) > 1:
+                        got.append(kind(wire.answer()))
+                if len(pieces) == 1:
+                    got = [kind(wire.answer()) for _ in order]
+                assert got == [wanted[request] for request in order]
+    assert settled(server)
+
+
+def test_cut_at_every_byte(server: Running) -> None:
+    whole = infer("affine", 1.0) + GET + infer("later", 2.0)
+    with Wire(at(server)) as wire:
+        for cut in range(1, len(whole), 7):
+            wire.send(whole[:cut])
+            wire.send(whole[cut:])
+            assert [kind(wire.answer()) for _ in range(3)] == ["infer [3.0]", "affine", "infer [5.0]"]
+    assert settled(server)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_last_answer_says_so(server: Running, version: str) -> None:
+    raw = infer() if version == "1.1" else infer().replace(b"HTTP/1.1", b"HTTP/1.0")
+    with Wire(at(server)) as wire:
+        wire.send(raw.replace(b"\r\nHost", b"\r\nConnection: close\r\nHost") if version == "1.1" else raw)
+        answer = wire.answer()
+        assert answer is not None
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert wire.closed()
+
+
+def test_nothing_follows_the_last_answer(server: Running) -> None:
+    """A request pipelined behind one that closes the connection is not answered."""
+    closing = infer("later").replace(b"\r\nHost", b"\r\nConnection: close\r\nHost")
+    with Wire(at(server)) as wire:
+        wire.send(closing + GET)
+        answer = wire.answer()
+        assert answer is not None
+        assert answer.headers["connection"] == "close"
+        assert wire.answer() is None
+
+
+def test_expect_chunks_and_upgrade(server: Running) -> None:
+    head, _, raw = infer().partition(b"\r\n\r\n")
+    with Wire(at(server)) as wire:
+        wire.send(infer(headers=EXPECT)[: -len(raw)])
+        first = wire.answer()
+        assert first is not None
+        assert first.status == 100
+        wire.send(raw + infer())
+        assert [kind(wire.answer()) for _ in range(2)] == ["infer [3.0]"] * 2
+        lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
+        chunks = b"".join(b"1\r\n%b\r\n" % raw[i : i + 1] for i in range(len(raw)))
+        chunked = b"\r\n".join([*lines, b"Transfer-Encoding: chunked", b"", b""]) + chunks + b"0\r\nX-End: y\r\n\r\n"
+        sized = {"inference-header-content-length": str(len(raw))}
+        small = b"\r\n".join([*lines, b"Transfer-Encoding: chunked", f"{'Inference-Header-Content-Length'}: ".encode()
+                              + str(len(raw)).encode(), b"", b""]) + chunks + b"0\r\n\r\n"  # fmt: skip
+        wire.send(chunked + small + infer(headers=sized))
+        assert [kind(wire.answer()) for _ in range(3)] == ["infer [3.0]"] * 3
+        wire.send(infer(headers={"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}) + infer())
+        assert [kind(wire.answer()) for _ in range(2)] == ["infer [3.0]"] * 2
+    assert settled(server)
+
+
+def test_refused_before_its_body(server: Running) -> None:
+    """The answer comes at once; the body is thrown away, and the connection goes on."""
+    raw = infer("nobody", 1.0)
+    with Wire(at(server)) as wire:
+        wire.send(raw[:-10])
+        answer = wire.answer()
+        assert answer is not None
+        assert answer.status == 404
+        wire.send(raw[-10:] + infer())
+        assert kind(wire.answer()) == "infer [3.0]"
+    assert settled(server)
+
+
+def test_a_client_that_leaves(server: Running) -> None:
+    """What runs for it is dropped. (Behind a whole second request it is not seen: nothing more is read until then.)"""
+    server.port.cancelled.clear()
+    for behind in (b"", b"POST /v2"):
+        with Wire(at(server)) as wire:
+            wire.send(infer("held", id="left") + behind)
+            assert server.port.wait(lambda: len(server.port.held) == 1)
+        assert server.port.wait(lambda: server.port.cancelled == ["left"])
+        server.port.cancelled.clear()
+        server.port.held.clear()
+        assert settled(server)
+
+
+def test_a_broken_body_gives_its_permit_back_and_the_connection_ends(quick: Running) -> None:
+    """The bound on the discarded rest holds, however the client goes on."""
+    head = infer().partition(b"\r\n\r\n")[0]
+    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
+    lines += [b"Inference-Header-Content-Length: 20", b"Transfer-Encoding: chunked", b"", b""]
+    with Wire(at(quick)) as wire:
+        wire.send(b"\r\n".join(lines) + b"5\r\nabcde\r\nzz\r\n")
+        answer = wire.answer()
+        assert answer is not None
+        assert answer.status == 400
+        assert quick.port.wait(lambda: len(quick.port.admitted) == len(quick.port.released), 0.4)
+        until, pause, ended = time.monotonic() + 4, threading.Event(), False
+        while time.monotonic() < until and not ended:
+            pause.wait(0.2)
+            try:
+                wire.socket.sendall(b"x")
+            except OSError:
+                ended = True
+        assert ended
+
+
+class Raising(EchoPort):
+    def admit(self, head: RequestHead) -> EchoPermit:
+        raise RuntimeError("secret")
+
+
+def test_an_unexpected_error_at_admission_is_ours() -> None:
+    with running(transport="native", port=Raising) as server, Wire(at(server)) as wire:
+        wire.send(infer() + infer())
+        for _ in range(2):
+            answer = wire.answer()
+            assert answer is not None
+            assert answer.status == 500
+            assert "secret" not in str(answer.body)
+
+
+# --- bounds and timers -------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_takes_nothing_is_not_served_on(server: Running) -> None:
+    """Pipelined requests whose answers are large: they wait in the client, not as answers in the server."""
+    request = infer("echo", *[0.123456789] * 4000)
+    before = len(server.port.admitted)
+    with Wire(at(server), receive_buffer=4096) as wire:
+        wire.socket.settimeout(1.0)
+        with suppress(TimeoutError):
+            for _ in range(2000):
+                wire.socket.sendall(request)
+        assert len(server.port.admitted) - before < 400
+        wire.socket.settimeout(5.0)
+        assert kind(wire.answer()).startswith("infer")
+    assert settled(server)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v2", b"\r\n", infer()[:-3], infer() + b"\r\n"])
+def test_connections_that_stop(quick: Running, sent: bytes) -> None:
+    with Wire(at(quick)) as wire:
+        wire.send(sent)
+        assert wire.closed()
+    assert settled(quick)
+
+
+@pytest.mark.parametrize("start", [b"", infer()[:-200], infer()[:60], infer()], ids=["none", "body", "head", "idle"])
+def test_connections_that_trickle(quick: Running, start: bytes) -> None:
+    """A byte now and then keeps nothing open: neither heads, nor bodies, nor the time between requests."""
+    piece = b"a" if start == infer()[:60] else b"\r\n" if start in (b"", infer()) else b" "
+    with Wire(at(quick)) as wire:
+        wire.send(start)
+        until, pause, ended = time.monotonic() + 8, threading.Event(), False
+        wire.socket.settimeout(0.01)
+        while time.monotonic() < until and not ended:
+            pause.wait(0.2)
+            with suppress(TimeoutError):
+                try:
+                    wire.socket.sendall(piece)
+                    ended = wire.socket.recv(4096) == b"" or ended
+                except ConnectionError:
+                    ended = True
+        assert ended
+    assert settled(quick)
+
+
+def test_idle_connections_are_kept_for_a_while(quick: Running) -> None:
+    with Wire(at(quick)) as wire:
+        pause = threading.Event()
+        for _ in range(6):
+            wire.send(infer() + GET)
+            assert [kind(wire.answer()) for _ in range(2)] == ["infer [3.0]", "affine"]
+            pause.wait(0.4)
+        assert wire.closed()
+
+
+def test_a_head_that_stalls_behind_a_running_request_is_told_so(quick: Running) -> None:
+    """The answer of the first does not start the wait between requests: one has begun."""
+    with Wire(at(quick)) as wire:
+        wire.send(infer("later") + b"POST /v2 HTTP/1.1\r\nHo")
+        assert kind(wire.answer()) == "infer [3.0]"
+        answer = wire.answer()
+        assert answer is not None
+        assert answer.status == 408
+
+
+def test_half_closed_clients(server: Running) -> None:
+    with Wire(at(server)) as wire:
+        wire.send(infer())
+        wire.socket.shutdown(socket.SHUT_WR)
+        answer = wire.answer()
+        assert answer is None or answer.status == 200
+    assert settled(server)
