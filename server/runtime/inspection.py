@@ -24,6 +24,7 @@ from server.errors import ModelLoadError
 from server.runtime.base import InspectionLimits, ListedFile
 from server.runtime.modelfile import ExternalTensor, ModelFacts, quoted, read_facts
 from server.runtime.wireformat import Malformed, TooLarge, WireFile
+from server.state import DATABASE
 
 #: Operators of these domains come with ONNX Runtime; every other domain needs a library of custom operators.
 KNOWN_DOMAINS: Final = frozenset(
@@ -381,6 +382,10 @@ def _check_folder(folder: Path, limits: InspectionLimits) -> None:
 
 
 def _check_entry(name: str, entry: os.DirEntry[str], limits: InspectionLimits) -> None:
+    # The state folder may lie here too. To open and close its database would drop the locks that this process has on
+    # it (POSIX locks are per process and file), and another process would take it for left behind.
+    if entry.name.startswith(DATABASE):
+        return
     if not entry.is_file(follow_symlinks=False):
         if _LIBRARY_NAME.search(name):
             raise ModelLoadError(f"{quoted(name)} beside the model is named like a shared library and no regular file.")
