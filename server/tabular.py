@@ -26,8 +26,8 @@ Table: TypeAlias = Mapping[str, Array]
 
 #: Columns of a profile at most: a tensor of an image is no table.
 MOST_COLUMNS: Final = 4096
-#: Columns that a captured sample carries beside the model's own: when and on which arm a row came.
-SAMPLE_COLUMNS: Final = frozenset({"__time", "__arm"})
+#: Columns of samples and captured rows that are not the model's begin so: when, on which arm, by whom a row came.
+RESERVED: Final = "__"
 _PLACE: Final = re.compile(r"([^=]+)=([^\[\]=]+)(?:\[(\d{1,9})\])?")
 
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Array]:
     single = sorted([name for name, values in found.items() if not values.ndim])
     if single:
         raise InvalidArgument(f"{path.name}: '{single[0]}' is a single value, wanted one per row")
-    return {name: values for name, values in found.items() if name not in SAMPLE_COLUMNS}
+    return {name: values for name, values in found.items() if not name.startswith(RESERVED)}
 
 
 def _differing(one: Table, other: Table) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any, Final
 
-import grpc
 import structlog
 from starlette.types import ASGIApp
 
@@ -22,23 +21,28 @@ from server.admin_token import load_or_make_token
 from server.audit import AuditEvent, DeferredAudit
 from server.batching.batcher import Batcher, BatchRecord
 from server.batching.offloop import OffLoopBatcher
+from server.capture.build import Recording, open_recording
 from server.catalog import ServedCatalog
 from server.config.compile import (
     CompiledModel,
     VersionedModel,
     compile_defaults,
+    compile_gates,
     compile_models,
+    compile_retrains,
     compile_versions,
 )
 from server.config.model import Config
 from server.config.monitoring import Monitoring, compile_monitoring
 from server.config.routing import RoutingSpec, ShadowSpec
-from server.config.settings import Address, ServerSettings, TlsSettings
+from server.config.settings import Address, ServerSettings
 from server.control.models import ModelControl
 from server.control.monitored import Arms, MonitoredSource
 from server.control.publishing import Publisher
+from server.control.quality import LoadedVersions, QualityGates
 from server.control.registry import RegistryPlans, RegistrySource, VersionedSource
 from server.control.reload import ConfigControl
+from server.control.retrains import RetrainControl, World
 from server.control.rollouts.actions import Hands
 from server.control.rollouts.aliases import Aliases
 from server.control.rollouts.control import RolloutControl
@@ -50,9 +54,11 @@ from server.delivery import metrics as delivery_metrics
 from server.delivery.build import make_sinks
 from server.delivery.dispatcher import Dispatcher
 from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
+from server.gates.keeper import Gatekeeper
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Listener, Readiness
+from server.mlflow.build import MlflowPart, open_mlflow
 from server.monitoring.alerts import AlertQueue
 from server.monitoring.service import MonitorService
 from server.monitoring.views import MonitorViews
@@ -70,10 +76,12 @@ from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.snapshot import FamilySnapshot, Value
 from server.telemetry.trace import SpanSink, TraceGate
 from server.transport.admin import AdminViews, admin_app, is_loopback
+from server.transport.admin_retrains import RetrainViews
 from server.transport.admin_rollouts import RolloutViews
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
 from server.transport.feedback import Feedback, Hear
+from server.transport.hints import RegistryHints
 from server.transport.metrics import metrics_app
 from server.transport.native.h2 import Http2Settings
 from server.transport.native.server import GrpcMethods, NativeServer
@@ -83,6 +91,7 @@ from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.settings import MemorySettings
 from server.transport.status import INTERNAL, TABLE, StatusTable
+from server.transport.tls import grpc_credentials, tls_context
 
 log = structlog.get_logger("tidegate")
 
@@ -124,6 +133,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     models = models_of(None if file is None else file.config, settings.model_repository)
     telemetry, export = _telemetry(settings)
     readiness = Readiness()
+    recording = open_recording(settings.capture, settings.state_dir)
     gateway = Gateway(
         limits=settings.limits,
         admission=AdmissionLimits(max_requests=settings.max_pending),
@@ -132,15 +142,23 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         call_soon=loop.call_soon,
         call_later=loop.call_later,
         decisions=settings.telemetry.decisions,
+        capture=None if recording is None else recording.capture,
     )
     telemetry.metrics.collect(lambda: [_in_flight(gateway)])
+    if recording is not None:
+        telemetry.metrics.collect(recording.capture.families)
     state, deferred, audit = _state(settings, models)
+    mlflow = _mlflow(settings, state)
     delivery = None if state is None else _delivery(settings, state, audit, telemetry)
-    monitors = MonitorService(
-        None if state is None else settings.state_dir / "monitors",
-        audit=audit,
-        on_alarm=(lambda _: None) if delivery is None else delivery.alerts.put,
-    )
+
+    def alarmed(event: dict[str, Any]) -> None:
+        if delivery is not None:
+            delivery.alerts.put(event)
+        if retrains is not None:
+            retrains.on_alarm(event)
+
+    folder = None if state is None else settings.state_dir / "monitors"
+    monitors = MonitorService(folder, audit=audit, on_alarm=alarmed)
     telemetry.metrics.collect(monitors.families)
     arms = Arms(gateway, monitors)
 
@@ -150,7 +168,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
 
     publisher = Publisher(gateway, published)
     control = ModelControl(
-        source=_source(settings, models, state, audit),
+        source=_source(settings, models, state, audit, mlflow),
         runtime=MonitoredRuntime(DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime), monitors),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
@@ -163,13 +181,27 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
     shadows = _shadows(loop, control, publisher, telemetry)
     publisher.follow_with(shadows.loader.follow)
-    rollouts = _rollouts(state, deferred, gateway, publisher, control, monitors)
+    keeper = _gatekeeper(file, state, control, gateway)
+    rollouts = _rollouts(state, deferred, gateway, publisher, control, monitors, keeper, mlflow)
     if rollouts is not None:
         telemetry.metrics.collect(rollouts.families)
-    reconfigure = _reconfigure(settings, file, state, control, audit, rollouts)
-    services = Services(catalog, control, MemorySettings(), readiness.subscribe, _hearing(gateway))
+    retrains = _retrains(settings, file, state, delivery, control, gateway, rollouts, monitors, recording)
+    if retrains is not None:
+        telemetry.metrics.collect(retrains.families)
+
+    def applied(config: Config) -> None:
+        if keeper is not None:
+            keeper.replace_policies(compile_gates(config))
+        if retrains is not None:
+            retrains.replace_specs(compile_retrains(config))
+
+    reconfigure = _reconfigure(settings, file, state, control, audit, rollouts, applied, mlflow)
+    services = Services(catalog, control, MemorySettings(), readiness.subscribe, _hearing(gateway, recording))
 
     async def start_models() -> None:
+        if mlflow is not None:
+            # Takes what its aliases name, so that the first scan finds it.
+            await asyncio.to_thread(mlflow.follower.start)
         if delivery is not None:
             delivery.dispatcher.start()
         await control.start(settings.load_models)
@@ -191,13 +223,21 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
             log.error("reload_failed", error=str(error))
 
     async def close_models() -> None:
+        if retrains is not None:
+            await asyncio.to_thread(retrains.close)
         if rollouts is not None:
             await rollouts.close()
+        if keeper is not None:
+            await asyncio.to_thread(keeper.close)
         await shadows.loader.close()
         await control.close()
 
     async def close() -> None:
         gateway.close()
+        if recording is not None:
+            await asyncio.to_thread(recording.close)
+        if mlflow is not None:
+            await asyncio.to_thread(mlflow.follower.close)
         await asyncio.to_thread(shadows.worker.close)
         await asyncio.to_thread(monitors.close)
         if delivery is not None:
@@ -220,7 +260,10 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         background.append(reconfigure.watch)
     if rollouts is not None:
         background.append(rollouts.run)
-    admin = _admin(settings, state, reconfigure, shadows.loader, gateway, MonitorViews(monitors), delivery, rollouts)
+    if retrains is not None:
+        background.append(retrains.run)
+    views = MonitorViews(monitors)
+    admin = _admin(settings, state, reconfigure, shadows.loader, gateway, views, delivery, rollouts, retrains, mlflow)
     return Lifecycle(
         readiness=readiness,
         listeners=_listeners(settings, gateway, services, telemetry, admin),
@@ -240,6 +283,47 @@ def _rollout_views(rollouts: RolloutControl) -> RolloutViews:
     return RolloutViews(rollouts.all, rollouts.status, order)
 
 
+def _retrain_views(retrains: RetrainControl) -> RetrainViews:
+    return RetrainViews(retrains.retraining.list, retrains.retraining.status, retrains.fire)
+
+
+def _gatekeeper(
+    file: ConfigFile | None, state: State | None, control: ModelControl, gateway: Gateway
+) -> Gatekeeper | None:
+    """Who judges candidates on holdout data; None without a state folder, where there are no rollouts either."""
+    if state is None:
+        return None
+    policies = {} if file is None else compile_gates(file.config)
+    versions = LoadedVersions(control.plan, gateway.served)
+    return Gatekeeper(policies, versions, OnnxRuntime(measure_budget_s=0), state.audit.record)
+
+
+def _retrains(
+    settings: ServerSettings,
+    file: ConfigFile | None,
+    state: State | None,
+    delivery: Delivery | None,
+    control: ModelControl,
+    gateway: Gateway,
+    rollouts: RolloutControl | None,
+    monitors: MonitorService,
+    recording: Recording | None,
+) -> RetrainControl | None:
+    """Who asks for trainings; None without a configuration that could say when, or a state folder to remember in."""
+    if file is None or state is None or delivery is None or rollouts is None:
+        return None
+    world = World(
+        plan=control.plan,
+        served=gateway.served,
+        rollouts=rollouts.standing,
+        monitors=monitors,
+        registry=state.registry,
+        captured=(lambda _: ()) if recording is None else recording.paths,
+        sinks=frozenset(settings.delivery.sinks),
+    )
+    return RetrainControl(state.store, state.audit, delivery.outbox, world, compile_retrains(file.config))
+
+
 def _rollouts(
     state: State | None,
     deferred: DeferredAudit | None,
@@ -247,9 +331,11 @@ def _rollouts(
     publisher: Publisher,
     control: ModelControl,
     monitors: MonitorService,
+    keeper: Gatekeeper | None,
+    mlflow: MlflowPart | None,
 ) -> RolloutControl | None:
     """Who climbs the steps of rollouts; None without a state folder to remember them in."""
-    if state is None or deferred is None:
+    if state is None or deferred is None or keeper is None:
         return None
     hands = Hands(
         gateway=gateway,
@@ -258,7 +344,8 @@ def _rollouts(
         store=RolloutStore(state.store, state.audit),
         defer=deferred.record,
         load_again=control.load_again,
-        mover=Aliases(state.registry),
+        mover=Aliases(state.registry) if mlflow is None else mlflow.aliases,
+        quality=QualityGates(keeper),
     )
     return RolloutControl(hands, levels=drift_levels(monitors))
 
@@ -305,6 +392,7 @@ class Admin:
     token: str | None
     reconfigure: ConfigControl | None
     views: AdminViews
+    hints: RegistryHints | None = None
 
 
 def _admin(
@@ -316,6 +404,8 @@ def _admin(
     monitors: MonitorViews,
     delivery: Delivery | None,
     rollouts: RolloutControl | None,
+    retrains: RetrainControl | None,
+    mlflow: MlflowPart | None,
 ) -> Admin:
     token = settings.admin_token
     if token is None and state is not None:
@@ -346,8 +436,11 @@ def _admin(
         monitor=monitors.one,
         monitor_sample=monitors.sample,
         rollouts=None if rollouts is None else _rollout_views(rollouts),
+        retrains=None if retrains is None else _retrain_views(retrains),
+        registry=None if mlflow is None else mlflow.standing,
     )
-    return Admin(token, reconfigure, views)
+    hints = None if mlflow is None else RegistryHints(mlflow.follower.hint, mlflow.hints, token=token)
+    return Admin(token, reconfigure, views, hints)
 
 
 @dataclass(slots=True, frozen=True)
@@ -413,6 +506,8 @@ def _reconfigure(
     control: ModelControl,
     audit: Audit,
     rollouts: RolloutControl | None,
+    applied: Callable[[Config], None],
+    mlflow: MlflowPart | None,
 ) -> ConfigControl | None:
     """The configuration's own control; None without a file, or without a state folder to keep its history in."""
     if file is None or state is None:
@@ -420,7 +515,7 @@ def _reconfigure(
     repository = settings.model_repository
 
     def source(config: Config) -> ModelSource:
-        return _source(settings, models_of(config, repository), state, audit)
+        return _source(settings, models_of(config, repository), state, audit, mlflow)
 
     return ConfigControl(
         control=control,
@@ -432,14 +527,19 @@ def _reconfigure(
         config=file.config,
         repository=repository,
         rollouts=rollouts,
+        applied=applied,
     )
 
 
-def _hearing(gateway: Gateway) -> Hear:
+def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
     def hear(model: str, feedback: Feedback) -> bool:
-        return gateway.hear(
+        heard = gateway.hear(
             model, feedback.id, feedback.name, feedback.value, feedback.key, text=feedback.text, row=feedback.row
         )
+        if recording is None or not feedback.id or feedback.value is None:
+            return heard
+        entry = gateway.entry(model)
+        return recording.capture.offer_label(entry, feedback.id, feedback.name, feedback.value, feedback.row) or heard
 
     return hear
 
@@ -461,9 +561,9 @@ def _listeners(
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
     http = HttpSettings(max_connections=settings.max_connections, strict_json=settings.strict_json)
-    context = None if tls is None else _tls_context(tls)
+    context = None if tls is None else tls_context(tls)
 
-    def listen(app: ASGIApp, tls: ssl.SSLContext | None = None) -> HttpServer:
+    def listen(app: ASGIApp, tls: SSLContext | None = None) -> HttpServer:
         return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls)
 
     inference = build_app(gateway, services, statuses=statuses, settings=http)
@@ -482,7 +582,7 @@ def _listeners(
             max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
             max_connections=settings.max_connections,
         )
-        credentials = None if tls is None else _grpc_credentials(tls)
+        credentials = None if tls is None else grpc_credentials(tls)
         grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
         inference_listeners = [
             Bound("http", listen(inference, context), settings.http),
@@ -495,6 +595,7 @@ def _listeners(
         loopback=is_loopback(settings.admin[0]),
         reconfigure=admin.reconfigure,
         views=admin.views,
+        hints=admin.hints,
         statuses=statuses,
         settings=http,
     )
@@ -533,9 +634,11 @@ def _host_port(host: str, port: int) -> str:
 
 
 def _uses_registry(settings: ServerSettings, models: Models) -> bool:
-    """The embedded registry is served when the settings say so, or when they name nothing else."""
-    return settings.embedded_registry or (
-        settings.model_repository is None and not models.named and not models.versioned
+    """The embedded registry is served when the settings say so, or when they name nothing else; MLflow's always."""
+    return (
+        settings.embedded_registry
+        or settings.mlflow is not None
+        or (settings.model_repository is None and not models.named and not models.versioned)
     )
 
 
@@ -557,10 +660,25 @@ def _state(settings: ServerSettings, models: Models) -> tuple[State | None, Defe
     return state, deferred, audit
 
 
-def _source(settings: ServerSettings, models: Models, state: State | None, audit: Audit) -> ModelSource:
+def _mlflow(settings: ServerSettings, state: State | None) -> MlflowPart | None:
+    """The registry of an MLflow server; nothing is asked yet."""
+    if settings.mlflow is None or state is None:
+        return None
+    return open_mlflow(settings.mlflow, settings.state_dir, state.store, state.audit.journal)
+
+
+def _plans(settings: ServerSettings, state: State, audit: Audit, mlflow: MlflowPart | None) -> RegistryPlans:
+    if mlflow is None:
+        return RegistryPlans(state.registry, settings.state_dir, audit)
+    return RegistryPlans(mlflow.registry, settings.state_dir, audit, mlflow.registry.refused)
+
+
+def _source(
+    settings: ServerSettings, models: Models, state: State | None, audit: Audit, mlflow: MlflowPart | None
+) -> ModelSource:
     """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
     named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over, m.golden) for m in models.named.values())
-    plans = None if state is None else RegistryPlans(state.registry, settings.state_dir, audit)
+    plans = None if state is None else _plans(settings, state, audit, mlflow)
     sources: list[ModelSource] = [
         NamedSource(named, settings.state_dir),
         VersionedSource(tuple(models.versioned.values()), plans, settings.state_dir),
@@ -570,7 +688,7 @@ def _source(settings: ServerSettings, models: Models, state: State | None, audit
             raise ConfigError(f"model repository {settings.model_repository} does not exist")
         sources.append(DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
     if state is not None and plans is not None and _uses_registry(settings, models):
-        if not settings.embedded_registry and not state.registry.models():
+        if not settings.embedded_registry and mlflow is None and not state.registry.models():
             raise ConfigError(
                 "nothing to serve: give a model file, --model-repository or a configuration with models, "
                 f"or publish to the registry in {settings.state_dir} (tidegate registry publish)"
@@ -635,25 +753,3 @@ def _wire_status(protocol: str, code: str) -> int:
         return 200 if protocol == "http" else 0
     row = TABLE.get(code, INTERNAL)
     return row.http if protocol == "http" else row.grpc
-
-
-def _tls_context(tls: TlsSettings) -> ssl.SSLContext:
-    """A server context for the HTTP listener; clients must show a certificate when a CA for them is named."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.certificate, tls.private_key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"TLS files cannot be used: {error}") from None
-    return context
-
-
-def _grpc_credentials(tls: TlsSettings) -> grpc.ServerCredentials:
-    try:
-        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
-        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"TLS files cannot be used: {error}") from None
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)

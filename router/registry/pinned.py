@@ -69,6 +69,19 @@ class Standing:
         """Whether the last poll went well."""
         return not self.error and self.polled > 0
 
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain JSON values."""
+        refused = [
+            {"model": of, "version": number, "reason": text} for (of, number), text in sorted(self.refused.items())
+        ]
+        return {
+            "origin": self.origin,
+            "reachable": self.reachable,
+            "error": self.error,
+            "polled": self.polled,
+            "refused": refused,
+        }
+
 
 @dataclass(slots=True, frozen=True)
 class Settled:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from monitor.calibration import Calibration
     from monitor.layout import Layout
     from monitor.profile import ColumnProfile, ReferenceProfile
-    from server.cli.tabular import Tabular
+    from server.tabular import Tabular
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DATA = click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -122,7 +122,7 @@ def _arranged(
     data: Sequence[Path], model: Path | None, signature: Path | None, places: Sequence[str], run_model: bool,
     kinds: Sequence[str],
 ) -> Tabular:  # fmt: skip
-    from server.cli import tabular
+    from server import tabular
 
     if model is not None and signature is not None:
         raise click.UsageError("give --model or --signature, not both")
@@ -361,11 +361,14 @@ def _show(document: Mapping[str, Any], html: Path | None, as_json: bool) -> None
         show.as_json(_finite(document))
         return
     found = document["report"]
-    click.echo(f"{found['model']}:{found['version']}, profile {found['profile'][:12]}")
+    profiled = f"profile {found['profile'][:12]}" if "profile" in found else "no profile"
+    click.echo(f"{found['model']}:{found['version']}, {profiled}")
     for warning in found.get("warnings") or ():
         _loud(warning)
     for window in found.get("windows") or ():
         _show_window(window)
+    for window in (document.get("performance") or {}).get("windows") or ():
+        _show_labels(window)
 
 
 def _show_window(window: Mapping[str, Any]) -> None:
@@ -377,6 +380,24 @@ def _show_window(window: Mapping[str, Any]) -> None:
     cells = [_score_cells(score, verdicts[score["column"]], score["column"] in alarms) for score in window["scores"]]
     headings = ["STATE", "FEATURE", "PSI", "PSI P", "KS", "KS P", "P LIMIT", "MISSING", "OUTSIDE", "NEW"]
     show.table(headings, cells)
+
+
+def _show_labels(window: Mapping[str, Any]) -> None:
+    """The signals of one window of labels."""
+    partial = "" if window.get("full") else ", not full yet"
+    part = f" ({_printable(window['slice'])})" if window.get("slice") else ""
+    click.echo(f"\n{window['arm']}{part}, last {window['window']} of labels: {window['rows']} rows{partial}")
+    alarms = frozenset(window.get("in_alarm") or ())
+    cells = [
+        [
+            "ALARM" if signal["name"] in alarms else "over" if signal["over"] else "",
+            signal["name"],
+            *[_decimal(signal[name]) for name in ("value", "reference", "effect", "margin", "p", "level")],
+        ]
+        for signal in window.get("signals") or ()
+    ]
+    if cells:
+        show.table(["STATE", "SIGNAL", "NOW", "REFERENCE", "WORSE BY", "MARGIN", "P", "P LIMIT"], cells)
 
 
 def _score_cells(score: Mapping[str, Any], verdict: Mapping[str, Any], alarm: bool) -> list[str]:

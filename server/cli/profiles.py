@@ -89,7 +89,7 @@ def _signature(
     source: Path | Mapping[str, Path], roles: Mapping[str, str], about: Description | None
 ) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Inputs and outputs by name, the batch their first dimension."""
-    from server.cli.tabular import load
+    from server.tabular import load
     from server.types import TensorSpec
 
     if about is not None and about.signature is not None:

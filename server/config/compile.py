@@ -10,7 +10,10 @@ from typing import Any, Final, TypeAlias
 
 from router.registry.directory import is_model_name
 from server.config import units
+from server.config.capture import compile_capture
 from server.config.consistency import overlap
+from server.config.gates import GatePolicy
+from server.config.mlflow import compile_mlflow
 from server.config.model import (
     Batching,
     Config,
@@ -28,10 +31,12 @@ from server.config.model import (
     WarmupTensor,
 )
 from server.config.problems import InvalidConfig, Problem
-from server.config.routing import serves_registry
+from server.config.retrain import compile_retrain
+from server.config.routing import real_model, serves_registry
 from server.config.settings import ReloadSettings, ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
 from server.config.sinks import compile_alerts
 from server.errors import ConfigError
+from server.retraining import RetrainSpec
 from server.runtime.base import ModelOptions, Provider, QueuePolicy, WarmupInput, WarmupSample
 from server.runtime.upstream_options import UpstreamOptions
 from server.types import RequestLimits
@@ -315,6 +320,7 @@ def compile_settings(config: Config | None) -> ServerSettings:
         model_repository=config.registry.directory,
         embedded_registry=config.registry.embedded,
         registry_poll_seconds=config.registry.poll_interval / units.NS_PER_S,
+        mlflow=None if config.registry.mlflow is None else compile_mlflow(config.registry.mlflow),
         reload=compile_reload(config),
         telemetry=TelemetrySettings(
             config.telemetry.logs.format,
@@ -325,6 +331,7 @@ def compile_settings(config: Config | None) -> ServerSettings:
         tls=None if tls is None else TlsSettings(tls.certificate, tls.private_key, tls.client_ca),
         admin_token=None if server.auth is None else server.auth.admin_token,
         delivery=compile_alerts(config.alerts),
+        capture=compile_capture(config.capture),
     )
     return settings if config.state.dir is None else replace(settings, state_dir=config.state.dir)
 
@@ -339,6 +346,19 @@ def compile_reload(config: Config) -> ReloadSettings:
         keep_warm_s=reload.keep_warm / units.NS_PER_S,
         history=reload.history,
     )
+
+
+def compile_gates(config: Config) -> dict[str, GatePolicy]:
+    """The quality policy of every model that has one. A model's own goes before that of a name that it has besides."""
+    named = {name: config.gates[model.gate] for name, model in config.models.items() if model.gate is not None}
+    return {real_model(config, name): policy for name, policy in named.items()} | named
+
+
+def compile_retrains(config: Config) -> dict[str, RetrainSpec]:
+    """When which models are to be trained again."""
+    return {
+        name: compile_retrain(name, model.retrain) for name, model in config.models.items() if model.retrain is not None
+    }
 
 
 def _limits(limits: Limits) -> RequestLimits:

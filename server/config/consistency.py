@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 
 from router.registry.directory import is_version
+from server.config.capture import capture_contradictions
+from server.config.mlflow import mlflow_contradictions
 from server.config.model import (
     Batching,
     Config,
@@ -35,6 +37,7 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
     ``repository_given``: a flag names the model repository, so the file need not.
     """
     has_repository = repository_given or config.registry.directory is not None
+    yield from _registry(config)
     yield from _listeners(config)
     yield from _model_control(config, has_repository)
     yield from _traces(config)
@@ -42,7 +45,7 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
     for name, model in config.models.items():
         path = ("models", name)
         if not has_repository:
-            yield from _source(name, model, config.registry.embedded)
+            yield from _source(name, model, config.registry.has_aliases)
         for version, entry in (model.versions or {}).items():
             yield from _version(entry, (*path, "versions", version))
         yield from _behaviour(model, path)
@@ -55,6 +58,7 @@ def contradictions(config: Config, *, repository_given: bool = False) -> Iterato
     yield from routing_contradictions(config, repository_given=repository_given)
     yield from rollout_contradictions(config)
     yield from alert_contradictions(config.alerts)
+    yield from capture_contradictions(config.capture, config.models)
     yield from monitor_contradictions(config)
 
 
@@ -103,6 +107,16 @@ def _model_control(config: Config, has_repository: bool) -> Iterator[Contradicti
         if name != "*" and name not in config.models:
             text = f"model '{name}' is not in models, and there is no registry.directory to find it in"
             yield Contradiction(("server", "load_models", index), text, (("registry",), ("models",)))
+
+
+def _registry(config: Config) -> Iterator[Contradiction]:
+    mlflow, path = config.registry.mlflow, ("registry", "mlflow")
+    if mlflow is None:
+        return
+    for other in ("directory", "embedded"):
+        if getattr(config.registry, other):
+            yield Contradiction(path, f"models come from MLflow or from registry.{other}", (("registry", other),))
+    yield from mlflow_contradictions(mlflow, path)
 
 
 def _traces(config: Config) -> Iterator[Contradiction]:

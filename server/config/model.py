@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from server.config import units
+from server.config.capture import Capture
 from server.config.gates import GatePolicy, PolicyName
 from server.config.kinds import (
     OPTION_SCHEMA,
@@ -58,6 +59,7 @@ from server.config.kinds import (
     parse_share,
     scalar_text,
 )
+from server.config.mlflow import Mlflow
 from server.config.monitor_kinds import (
     ExpectedRun,
     Persistence,
@@ -189,12 +191,18 @@ class Registry(Section):
     """Where models without a source of their own come from.
 
     ``directory``: a folder in Triton/KServe layout. ``embedded``: the registry in the state folder, served by alias
-    and looked at every ``poll_interval``.
+    and looked at every ``poll_interval``. ``mlflow``: the registered models of an MLflow server, served by alias.
     """
 
     directory: FilePath | None = None
     embedded: bool = False
+    mlflow: Mlflow | None = None
     poll_interval: Interval = default("1s", units.parse_duration)
+
+    @property
+    def has_aliases(self) -> bool:
+        """Whether it is a registry that calls versions by alias: the embedded one or MLflow's."""
+        return self.embedded or self.mlflow is not None
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -708,5 +716,6 @@ class Config(Section):
     registry: Registry = Field(default_factory=Registry)
     defaults: FileDefaults = Field(default_factory=FileDefaults)
     alerts: Alerts = Field(default_factory=Alerts)
+    capture: Capture | None = Field(default=None, repr=False)
     gates: dict[PolicyName, GatePolicy] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})
     models: dict[ModelName, Model] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})

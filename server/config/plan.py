@@ -13,7 +13,14 @@ from typing import Any, Final, TypeAlias
 from router.compiled import CompiledRoutes
 from router.movement import Movement, plan_movement
 from router.types import ExperimentSplit, RolloutSplit
-from server.config.compile import CompiledModel, Overlay, VersionedModel, compile_models, compile_versions
+from server.config.compile import (
+    CompiledModel,
+    Overlay,
+    VersionedModel,
+    compile_gates,
+    compile_models,
+    compile_versions,
+)
 from server.config.model import Config
 from server.config.monitoring import compile_monitoring
 from server.config.routing import ROUTING_KEYS, Reference, RoutingSpec, compile_entry
@@ -21,7 +28,7 @@ from server.runtime.base import ModelOptions
 
 _ORIGIN_KEYS: Final = ("source", "versions", "model")
 #: Sections that are read when a process starts.
-_AT_START: Final = ("server", "telemetry", "state", "registry", "alerts")
+_AT_START: Final = ("server", "telemetry", "state", "registry", "alerts", "capture")
 
 _Pair: TypeAlias = tuple[RoutingSpec, RoutingSpec]
 _Options: TypeAlias = tuple[ModelOptions, Overlay, tuple[Path, ...]]
@@ -29,7 +36,10 @@ _Options: TypeAlias = tuple[ModelOptions, Overlay, tuple[Path, ...]]
 
 @dataclass(slots=True, frozen=True)
 class Change:
-    """What is different about a model that stays: some of ``source``, ``options``, ``monitor`` and ``routing``."""
+    """What is different about a model that stays.
+
+    Some of ``source``, ``options``, ``monitor``, ``routing``, ``gate`` and ``retrain``.
+    """
 
     model: str
     parts: tuple[str, ...]
@@ -157,6 +167,7 @@ def _compiled(spec: RoutingSpec) -> CompiledRoutes[Reference]:
 def _changes(old: Config, new: Config, pairs: Mapping[str, _Pair], repository: Path | None) -> Iterator[Change]:
     before, after = _options(old, repository), _options(new, repository)
     watched, watching = compile_monitoring(old), compile_monitoring(new)
+    asked, asking = compile_gates(old), compile_gates(new)
     for name, (was, becomes) in pairs.items():
         one, other = old.models[name], new.models[name]
         parts = {
@@ -166,6 +177,8 @@ def _changes(old: Config, new: Config, pairs: Mapping[str, _Pair], repository: P
             # Another version may become stable although nobody says so: the highest of those named, for one.
             "routing": was.stable != becomes.stable
             or any(getattr(one, key) != getattr(other, key) for key in ROUTING_KEYS),
+            "gate": asked.get(name) != asking.get(name),
+            "retrain": one.retrain != other.retrain,
         }
         yield Change(name, tuple(part for part, differs in parts.items() if differs))
 

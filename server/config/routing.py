@@ -154,7 +154,7 @@ def known_versions(config: Config, model: str) -> tuple[str, ...]:
 
 def serves_registry(config: Config, *, repository_given: bool = False) -> bool:
     """Whether ``registry:`` sources, and models without a source, mean the registry with its aliases."""
-    return config.registry.embedded and config.registry.directory is None and not repository_given
+    return config.registry.has_aliases and config.registry.directory is None and not repository_given
 
 
 def has_aliases(config: Config, model: str, *, repository_given: bool = False) -> bool:

@@ -117,7 +117,7 @@ def _unknown_model(config: Config, model: str, repository_given: bool) -> str:
     found = config.models.get(model)
     if found is not None:
         return "" if found.model is None else f"'{model}' is another name of '{found.model}'; name that"
-    if repository_given or config.registry.directory is not None or config.registry.embedded:
+    if repository_given or config.registry.directory is not None or config.registry.has_aliases:
         return ""
     return f"model '{model}' is not in models, and there is no registry to find it in"
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.config.capture_options import CaptureSettings
 from server.delivery.options import DeliverySettings
+from server.mlflow.options import MlflowOptions
 from server.types import RequestLimits
 
 Address = tuple[str, int]
@@ -90,6 +92,8 @@ class ServerSettings:
     #: Serve the registry in ``state_dir``, by alias; done in any case when nothing else is named.
     embedded_registry: bool = False
     registry_poll_seconds: float = 1.0
+    #: Serve the registered models of an MLflow server, by alias, in place of the registry in ``state_dir``.
+    mlflow: MlflowOptions | None = None
     reload: ReloadSettings = field(default_factory=ReloadSettings)
     #: A directory in Triton/KServe layout or one model file; None when every model has its own source.
     model_repository: Path | None = None
@@ -98,6 +102,8 @@ class ServerSettings:
     tls: TlsSettings | None = None
     admin_token: str | None = field(default=None, repr=False)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
+    #: None: nothing is captured.
+    capture: CaptureSettings | None = None
 
     def listeners(self) -> dict[str, Address]:
         """The four addresses by their names."""

@@ -6,7 +6,7 @@ be reached changes nothing: the last plans stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -23,15 +23,15 @@ from router.registry.base import (
     Version,
 )
 from router.registry.directory import scan
-from router.registry.manifest import CONFIG, DATA, MODEL, FileEntry, Manifest
+from router.registry.manifest import MODEL, Manifest
 from server.config.compile import RegistryVersion, VersionedModel, VersionOrigin
-from server.config.pbtxt import read_pbtxt
+from server.config.published import files_beside, options_of, signature_of
 from server.control.sources import GOLDEN_FILENAME, Audit, ModelPlan, VersionPlan, golden_beside, golden_state
 from server.errors import ModelLoadError
 from server.runtime.base import LoadRequest, ModelOptions
 from server.runtime.upstream_options import UpstreamOptions
 from server.store.base import StoreError
-from server.types import ModelSpec, TensorSpec
+from server.types import ModelSpec
 
 log = structlog.get_logger("control")
 
@@ -46,8 +46,16 @@ SERVED_ALIASES = (CHAMPION, CHALLENGER, PREVIOUS, SHADOW)
 class RegistryPlans:
     """Plans of models whose files are the registry's. ``over`` puts a model's own section on top of its options."""
 
-    def __init__(self, registry: RegistryBackend, state_dir: Path, audit: Audit) -> None:
+    def __init__(
+        self,
+        registry: RegistryBackend,
+        state_dir: Path,
+        audit: Audit,
+        refused: Callable[[str], Mapping[int, str]] = lambda _: {},
+    ) -> None:
         self.registry = registry
+        #: Versions of an entry that the registry itself holds back, and why.
+        self._refused = refused
         self._state_dir = state_dir
         self._audit = audit
 
@@ -62,7 +70,8 @@ class RegistryPlans:
         """The entry's versions that have a served alias, under ``name``; its champion answers."""
         aliases = self.registry.aliases(entry)
         numbers = sorted({aliases[alias] for alias in SERVED_ALIASES if alias in aliases})
-        versions, refused = [], {}
+        versions: list[VersionPlan] = []
+        refused = {str(n): reason for n, reason in self._refused(entry).items() if n not in numbers}
         for number in numbers:
             try:
                 versions.append(self.version(str(number), entry, number, base, over, golden))
@@ -119,10 +128,10 @@ class RegistryPlans:
             name,
             number,
             fetched.folder / graph.path,
-            over(_options(name, manifest, fetched.folder, base)),
+            over(options_of(name, manifest, fetched.folder, base)),
             fetched.folder,
             self._state_dir,
-            listed=_beside(graph.path, manifest),
+            listed=files_beside(graph, manifest),
         )
 
 
@@ -132,36 +141,24 @@ def _golden_of(manifest: Manifest | None) -> Path | None:
     return Path(GOLDEN_FILENAME) if listed else None
 
 
-def _options(model: str, manifest: Manifest, folder: Path, base: ModelOptions) -> ModelOptions:
-    config = manifest.file(CONFIG)
-    if config is None:
-        return base
-    try:
-        text = (folder / config.path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{config.path} cannot be read: {error}") from error
-    return read_pbtxt(text, model=model, base=base).options
+def published_as(plan: VersionPlan) -> Version | None:
+    """The registry's own record of a version; None for a version from elsewhere."""
+    if not isinstance(plan.origin, tuple):
+        return None
+    _, found, *_ = cast("_Origin", plan.origin)
+    return found
 
 
 def manifest_of(plan: VersionPlan) -> Manifest | None:
     """What a version of the registry was published with; None for a version from elsewhere."""
-    if not isinstance(plan.origin, tuple):
-        return None
-    _, found, *_ = cast("_Origin", plan.origin)
-    return found.manifest
+    found = published_as(plan)
+    return None if found is None else found.manifest
 
 
 def _declared(plan: VersionPlan) -> ModelSpec | None:
     """The signature of the manifest, when its publisher gave one."""
     entry, found, *_ = cast("_Origin", plan.origin)
-    signature = None if found.manifest is None else found.manifest.description.signature
-    if signature is None:
-        return None
-    inputs, outputs = (
-        tuple(TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in side)
-        for side in (signature.inputs, signature.outputs)
-    )
-    return ModelSpec(entry, plan.version, inputs, outputs)
+    return signature_of(found, entry, plan.version)
 
 
 class RegistrySource:
@@ -254,11 +251,3 @@ class VersionedSource:
         if self._make is None:
             raise ModelLoadError("its source is the registry, and the state folder cannot be read")
         return self._make
-
-
-def _beside(graph: str, manifest: Manifest) -> dict[str, FileEntry]:
-    """The files that external data may refer to, by their path from the graph's folder."""
-    folder = graph.rpartition("/")[0]
-    prefix = f"{folder}/" if folder else ""
-    files = (entry for entry in manifest.files if entry.path.startswith(prefix))
-    return {entry.path.removeprefix(prefix): entry for entry in files if entry.role in (MODEL, DATA)}

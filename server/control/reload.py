@@ -46,7 +46,7 @@ class ConfigControl:
     """One configuration file and its generations. On the loop only; everything that blocks is done off it.
 
     ``history`` gives the generations in the store, of which that many keep their text. ``rollouts`` None: sections with
-    steps stand still.
+    steps stand still. ``applied`` is told of every configuration right before it is in force.
     """
 
     def __init__(
@@ -61,8 +61,10 @@ class ConfigControl:
         config: Config,
         repository: Path | None,
         rollouts: Rollouts | None = None,
+        applied: Callable[[Config], None] = lambda _: None,
     ) -> None:
         self._control = control
+        self._applied = applied
         self._rollouts = rollouts
         self._history_of = history
         self._rules = compile_reload(config)
@@ -199,6 +201,7 @@ class ConfigControl:
             raise
         self._rules = rules
         self._control.obey(rules)
+        self._applied(config)
         if self._rollouts is not None:
             self._rollouts.follow(self._templates(config), actor)
         self._control.commit(prepared, specs, number)

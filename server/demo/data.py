@@ -63,8 +63,11 @@ class Flights:
 
     def months(self, first: int, last: int) -> Flights:
         """The flights of months ``first`` to ``last``, both included."""
-        kept = (self.month >= first) & (self.month <= last)
-        return Flights(self.numbers[kept], self.categories[kept], self.late[kept], self.month[kept])
+        return self.rows((self.month >= first) & (self.month <= last))
+
+    def rows(self, which: Array | slice) -> Flights:
+        """Some of the flights: a mask, a slice, or their places in any order."""
+        return Flights(self.numbers[which], self.categories[which], self.late[which], self.month[which])
 
 
 def load_flights() -> Flights:

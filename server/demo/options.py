@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
+
+#: ``serve``: real models over all protocols; ``loop``: from drift to a promoted version, and back from a bad one.
+Act: TypeAlias = Literal["serve", "loop", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +25,17 @@ class DemoOptions:
     plain: bool = False
     #: Virtual environment with tritonclient; made when missing.
     clients_venv: Path = Path(".venv-clients")
+    act: Act = "all"
+
+    @property
+    def serves(self) -> bool:
+        return self.act in ("serve", "all")
+
+    @property
+    def loops(self) -> bool:
+        return self.act in ("loop", "all")
+
+    @property
+    def kept_file(self) -> Path:
+        """Where a server that stays up is written down."""
+        return self.state_dir / "kept-server.json"

@@ -1,4 +1,4 @@
-"""The demo's course: prepare, serve, judge, load, check, sum up."""
+"""The demo's course. First act: prepare, serve, judge, load, check, sum up; the second is ``loop``'s."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from server.demo.clients import CallFailed, HttpClient, Load
 from server.demo.installer import ClientsUnavailable
+from server.demo.loop.story import run_loop
 from server.demo.models import write_repository
 from server.demo.options import DemoOptions
 from server.demo.prepare import Preparation, Prepared
-from server.demo.process import Addresses, ServerFailed, ServerProcess, kept_server, remember
+from server.demo.process import Addresses, ServerFailed
 from server.demo.quality import Finding, judge
 from server.demo.report import Reporter
+from server.demo.serving import Server, refuse_beside_a_kept_server, serving
 from server.demo.statistics import served
 from server.demo.verdict import Row, count_failures, row_failures
 from server.demo.wheels import WheelMismatch, WheelUnavailable
@@ -23,12 +24,19 @@ from server.demo.workload import compare
 
 
 def tell(options: DemoOptions) -> int:
-    """Run the demo and show it; the exit code."""
+    """Run the acts that are asked for and show them; the exit code."""
     reporter = Reporter(options.plain)
+    failures: list[str] = []
     try:
-        failures = _Story(options, reporter).run()
+        refuse_beside_a_kept_server(options.kept_file)
+        options.state_dir.mkdir(parents=True, exist_ok=True)
+        reporter.line(f"[bold]Tidegate demo[/bold] on {os.cpu_count()} cores; its files are in {options.state_dir}/")
+        if options.serves:
+            failures += _Serving(options, reporter).run()
+        if options.loops:
+            failures += run_loop(options, reporter)
     except (ServerFailed, CallFailed, WheelUnavailable, WheelMismatch, ClientsUnavailable) as error:
-        failures = [str(error)]
+        failures.append(str(error))
     for failure in failures:
         reporter.failed(failure)
     return 1 if failures else 0
@@ -44,7 +52,9 @@ class _Outcome:
 
 
 @dataclass(slots=True)
-class _Story:
+class _Serving:
+    """The first act."""
+
     options: DemoOptions
     reporter: Reporter
 
@@ -52,37 +62,18 @@ class _Story:
         """What went wrong; empty when all is well."""
         begun = time.monotonic()
         state_dir = self.options.state_dir
-        kept_file = state_dir / "kept-server.json"
-        _refuse_beside_a_kept_server(kept_file)
-        state_dir.mkdir(parents=True, exist_ok=True)
-        self.reporter.line(f"[bold]Tidegate demo[/bold] on {os.cpu_count()} cores; its files are in {state_dir}/")
         prepared = Preparation(self.options, self.reporter).run()
         repository = state_dir / "model-repository"
         write_repository(repository, prepared.scenario.models)
-        server = ServerProcess(repository, state_dir / "server", state_dir / "server.log")
-        try:
-            addresses = self._wait(server)
-            outcome = asyncio.run(self._use(prepared, addresses))
-            failures = self._show(outcome)
-            if self.options.keep:
-                remember(kept_file, server, addresses)
-                server.leave_up()
-            else:
-                failures += self._stop(server)
-        except BaseException:
-            server.kill()
-            raise
-        self._sum_up(outcome, prepared, failures, time.monotonic() - begun)
-        if self.options.keep:
-            self._tell_kept(server, addresses)
-        return failures
-
-    def _wait(self, server: ServerProcess) -> Addresses:
+        kept_file = self.options.kept_file if self.options.keep and not self.options.loops else None
         self.reporter.line("\n[bold]Server[/bold]")
-        with self.reporter.step("tidegate serve") as step:
-            addresses = server.wait_ready()
-            step.detail = f"ready: HTTP {addresses.http}, gRPC {addresses.grpc}, metrics {addresses.metrics}"
-        return addresses
+        with serving(
+            Server(repository, state_dir / "server", state_dir / "server.log", kept_file), self.reporter
+        ) as up:
+            outcome = asyncio.run(self._use(prepared, up))
+            failures = self._show(outcome)
+        self._sum_up(outcome, prepared, failures, time.monotonic() - begun)
+        return failures
 
     async def _use(self, prepared: Prepared, addresses: Addresses) -> _Outcome:
         scenario = prepared.scenario
@@ -121,34 +112,9 @@ class _Story:
             failures += row_failures(row)
         return failures + count_failures(outcome.rows)
 
-    def _stop(self, server: ServerProcess) -> list[str]:
-        try:
-            with self.reporter.step("SIGTERM: drained and ended"):
-                server.stop()
-        except ServerFailed as error:
-            return [str(error)]
-        return []
-
     def _sum_up(self, outcome: _Outcome, prepared: Prepared, failures: list[str], total_s: float) -> None:
         self.reporter.summary(outcome.rows, outcome.load_seconds)
         if prepared.skipped:
             self.reporter.line(f"[yellow]skipped[/yellow]: {', '.join(prepared.skipped)}")
         verdict = f"[bold red]{len(failures)} failures[/bold red]" if failures else "[bold green]all good[/bold green]"
         self.reporter.line(f"{verdict}, {total_s:.0f} s in all")
-
-    def _tell_kept(self, server: ServerProcess, addresses: Addresses) -> None:
-        self.reporter.line(
-            f"\nThe server stays up (pid {server.pid}; log {server.log}): HTTP {addresses.http}, "
-            f"gRPC {addresses.grpc}, metrics {addresses.metrics}, admin {addresses.admin}\n"
-            f"  curl http://{addresses.http}/v2/models/digits\n"
-            f"  kill {server.pid}"
-        )
-
-
-def _refuse_beside_a_kept_server(kept_file: Path) -> None:
-    kept = kept_server(kept_file)
-    if kept is not None:
-        raise ServerFailed(
-            f"the server that an earlier demo left up (pid {kept.pid}, http://{kept.http}) uses {kept_file.parent}: "
-            f"end it with 'kill {kept.pid}', or choose another --state-dir"
-        )

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from router.registry.base import NotInRegistry, RegistryBackend, RegistryError, Version
-from router.registry.manifest import CONFIG, DATA, MODEL, FileEntry, Manifest
-from server.config.pbtxt import read_pbtxt
+from router.registry.manifest import MODEL
+from server.config.published import files_beside, options_of, signature_of
 from server.errors import ModelLoadError, VersionNotFound
 from server.gates.holdout import digest_files
 from server.gates.keeper import Found
 from server.runtime.base import LoadRequest, ModelOptions
-from server.types import ModelSpec, TensorSpec
 
 
 @dataclass(slots=True, frozen=True)
@@ -37,47 +36,16 @@ class RegistryVersions:
         graph = None if found.manifest is None else found.manifest.file(MODEL)
         if found.manifest is None or graph is None:
             raise ModelLoadError(f"{found.model}:{found.version} has no file of role 'model'")
-        number, options = str(found.version), _options(found, found.manifest, fetched.folder, self.base)
+        number, options = str(found.version), options_of(found.model, found.manifest, fetched.folder, self.base)
         request = LoadRequest(
             found.model,
             number,
             fetched.folder / graph.path,
             options,
             fetched.folder,
-            listed=_beside(graph.path, found.manifest),
+            listed=files_beside(graph, found.manifest),
         )
-        return Found(number, found.digest, request, _declared(found))
-
-
-def _options(found: Version, manifest: Manifest, folder: Path, base: ModelOptions) -> ModelOptions:
-    config = manifest.file(CONFIG)
-    if config is None:
-        return base
-    try:
-        text = (folder / config.path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{config.path} cannot be read: {error}") from error
-    return read_pbtxt(text, model=found.model, base=base).options
-
-
-def _beside(graph: str, manifest: Manifest) -> Mapping[str, FileEntry]:
-    """The files that external data may refer to, by their path from the graph's folder."""
-    folder = graph.rpartition("/")[0]
-    prefix = f"{folder}/" if folder else ""
-    files = [entry for entry in manifest.files if entry.role in (MODEL, DATA) and entry.path.startswith(prefix)]
-    return {entry.path.removeprefix(prefix): entry for entry in files}
-
-
-def _declared(found: Version) -> ModelSpec | None:
-    """The signature of the manifest, when its publisher gave one."""
-    signature = None if found.manifest is None else found.manifest.description.signature
-    if signature is None:
-        return None
-    inputs, outputs = (
-        tuple([TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in side])
-        for side in (signature.inputs, signature.outputs)
-    )
-    return ModelSpec(found.model, str(found.version), inputs, outputs)
+        return Found(number, found.digest, request, signature_of(found, found.model, number))
 
 
 @dataclass(slots=True, frozen=True)

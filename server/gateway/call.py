@@ -238,6 +238,7 @@ class Call:
         self._finish_books("ok")
         self._reply.message(response, attempt.decision)
         self._reply.finish(None)
+        self._capture(attempt, work, "ok")
         policy = self._policy
         if policy is not None and policy.rollout is not None and attempt.route.counted:
             policy.rollout.answered(attempt.route.arm, self._permit.tidegate_id, self._request.id)
@@ -253,8 +254,24 @@ class Call:
     def _end(self, error: TidegateError) -> None:
         """End with an error, if not ended yet."""
         if not self._done:
+            attempt = self._attempt
+            work = None if attempt is None else attempt.work
             self._finish_books(error.code)
             self._reply.finish(error)
+            if attempt is not None:
+                self._capture(attempt, work, error.code)
+
+    def _capture(self, attempt: Attempt, work: Work | None, status: str) -> None:
+        """Offer a request that is over to who records them. A request that no version tried is not recorded."""
+        gateway, head = self._gateway, self._permit.head
+        if gateway.capture is None:
+            return
+        inputs = [] if work is None else work.inputs
+        outputs = work.outputs if work is not None and status == "ok" else None
+        gateway.capture.offer(
+            gateway.entry(attempt.route.public_name), self._request.id, self._permit.tidegate_id, attempt.decision,
+            attempt.served.spec, inputs, outputs, status, gateway.clock() - head.received_ns,
+        )  # fmt: skip
 
     def _crashed(self, error: Exception) -> None:
         log.error("request_failed", id=self._permit.tidegate_id, model=self._request.model, exc_info=error)

@@ -34,7 +34,7 @@ from server.errors import (
 from server.gateway.call import Call
 from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
-from server.gateway.served import Labels, Served
+from server.gateway.served import CapturePort, Labels, Served
 from server.gateway.tracing import SampledRequests
 from server.telemetry.instruments import Telemetry
 from server.telemetry.trace import RequestTrace, TraceContext
@@ -80,7 +80,7 @@ class GatewayPermit:
 class Gateway:
     """Admission, routing table, calls. Implements ``server.types.Port``.
 
-    ``decisions``: how many of 10,000 routing decisions are logged.
+    ``decisions``: how many of 10,000 routing decisions are logged. ``capture``: who records requests that are over.
     """
 
     def __init__(
@@ -93,12 +93,14 @@ class Gateway:
         call_soon: CallSoon,
         call_later: CallLater,
         decisions: int = 0,
+        capture: CapturePort | None = None,
     ) -> None:
         self.limits = limits
         self.admission = admission
         self.telemetry = telemetry
         self.clock = clock
         self.call_later = call_later
+        self.capture = capture
         self._sampled = SampledRequests(telemetry, call_soon)
         self.table: RoutingTable[Served] = RoutingTable({}, 0)
         #: What surrounds the decisions of public names that say anything about it.
@@ -231,7 +233,7 @@ class Gateway:
                 "exposure", experiment=books.spec.id, model=route.public_name, arm=route.arm, unit=f"{unit:016x}",
                 propensity=route.propensity, generation=route.generation,
             )  # fmt: skip
-        answered, entry = Answered(books, unit), self._entry(route.public_name)
+        answered, entry = Answered(books, unit), self.entry(route.public_name)
         self.feedback.add(entry, tidegate_id, answered)
         if request_id:
             self.feedback.add(entry, request_id, answered)
@@ -295,7 +297,7 @@ class Gateway:
         key: str,
         text: str,
     ) -> bool:
-        answered = self.feedback.find(self._entry(model), request_id) if request_id else None
+        answered = self.feedback.find(self.entry(model), request_id) if request_id else None
         policy = self.policies.get(model)
         if value is None:
             raise InvalidArgument(f"'outcome' as text must be a number, true, false, yes or no, got '{text[:64]}'")
@@ -315,7 +317,7 @@ class Gateway:
         except ValueError as error:
             raise InvalidArgument(str(error)) from None
 
-    def _entry(self, name: str) -> str:
+    def entry(self, name: str) -> str:
         """What a public name is a name of: an alias's own model, else itself."""
         policy = self.policies.get(name)
         return name if policy is None else policy.entry or name

@@ -10,7 +10,7 @@ from server.batching.batcher import Batcher
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
 from server.telemetry.metrics import Counter
-from server.types import ModelSpec, Tensor
+from server.types import Decision, ModelSpec, Tensor
 
 
 class RequestRules(Protocol):
@@ -44,6 +44,25 @@ class Labels(Protocol):
 
     def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
         """Take one outcome for the request's row: its number and its text; False when it is none of this model's."""
+        ...
+
+
+class CapturePort(Protocol):
+    """Who records requests that are over. Called after the caller has the answer; neither waits nor raises."""
+
+    def offer(
+        self,
+        model: str,
+        client_id: str,
+        tidegate_id: str,
+        decision: Decision,
+        spec: ModelSpec,
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor] | None,
+        status: str,
+        latency_ns: int,
+    ) -> None:
+        """``model``: the models entry. No ``inputs``: the request was refused. ``status``: "ok" or the error's code."""
         ...
 
 

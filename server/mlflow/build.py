@@ -29,6 +29,10 @@ class MlflowPart:
     aliases: MlflowAliases
     hints: MlflowHints | None
 
+    def standing(self) -> dict[str, object]:
+        """How things are with MLflow, as plain values."""
+        return self.registry.standing().as_dict()
+
 
 def open_mlflow(options: MlflowOptions, state_dir: Path, database: Database, journal: Journal) -> MlflowPart:
     """Nothing is asked yet: ``follower.start`` does. Raises ConfigError or StoreError."""

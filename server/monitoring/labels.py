@@ -305,8 +305,10 @@ class LabelService:
         """Every version whose labels are joined: its windows of labels, and the signals in alarm by arm."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for labels in self.all():  # those under the newest settings stand last
+            with self._lock:
+                versions = [version for version, leases in labels.leases.items() if leases]
             alarms = labels.monitor.in_alarm()
-            for version in sorted(name for name, count in labels.leases.items() if count):
+            for version in versions:
                 own = {arm: names for (number, arm, part), names in alarms if number == version and part == ALL}
                 windows = [window.name for window in labels.watch.settings.windows]
                 entry = {"model": labels.model, "version": version, "profile": "", "windows": windows, "alarms": own}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from router.registry.pins import PINS_1
 from router.registry.schema import REGISTRY_1
 
 #: "TGAT": tells our file from any other SQLite database.
@@ -191,4 +192,5 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     _OUTBOX_3,
     _RETRAIN_4,
     _ROLLOUTS_5,
+    PINS_1,
 )

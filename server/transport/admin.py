@@ -22,6 +22,7 @@ from server.config.problems import InvalidConfig, Problem
 from server.errors import ConfigError, InvalidArgument, ModelLoadError, NotFound
 from server.history import Stale
 from server.pages import drift_page
+from server.transport.admin_retrains import RetrainViews, retrain_routes
 from server.transport.admin_rollouts import RolloutViews, rollout_routes
 from server.transport.answers import (
     Answer,
@@ -35,6 +36,7 @@ from server.transport.answers import (
     too_large,
 )
 from server.transport.app import Boundary, Endpoint
+from server.transport.hints import RegistryHints
 from server.transport.port import Catalog
 from server.transport.status import StatusTable, safe_text
 
@@ -114,11 +116,14 @@ class AdminViews:
     experiment: Callable[[str], Mapping[str, Any]] | None = None
     #: What is watched. The monitors' views are called off the event loop, as they wait for the counting thread.
     monitors: Callable[[], Mapping[str, Any]] | None = None
+    #: How things are with a registry that is another server's.
+    registry: Callable[[], Mapping[str, Any]] | None = None
     #: The drift document of a model's version, as ``server.pages.drift`` describes it; raises NotFound.
     monitor: Callable[[str, str], Mapping[str, Any]] | None = None
     #: The captured rows of a model's version as an npz file; raises NotFound.
     monitor_sample: Callable[[str, str], bytes] | None = None
     rollouts: RolloutViews | None = None
+    retrains: RetrainViews | None = None
 
 
 def is_loopback(host: str) -> bool:
@@ -138,17 +143,19 @@ def admin_app(
     loopback: bool,
     reconfigure: Reconfigure | None = None,
     views: AdminViews | None = None,
+    hints: RegistryHints | None = None,
     statuses: StatusTable | None = None,
     settings: HttpSettings | None = None,
 ) -> ASGIApp:
     """The routes under ``/admin/v1``. Without a token nothing can be changed, and off loopback nothing read."""
-    statuses = statuses or StatusTable()
+    statuses, settings = statuses or StatusTable(), settings or HttpSettings()
     boundary = Boundary(statuses)
     routes = [boundary.route("/admin/v1/models", _models(catalog), "GET")]
     if reconfigure is not None:
-        routes += _ConfigRoutes(reconfigure, statuses, settings or HttpSettings()).routes(boundary)
-    routes += _view_routes(boundary, views or AdminViews())
-    return BearerGuard(boundary.app(routes), token=token, open_reading=loopback)
+        routes += _ConfigRoutes(reconfigure, statuses, settings).routes(boundary)
+    routes += _view_routes(boundary, views or AdminViews(), settings)
+    guarded = BearerGuard(boundary.app(routes), token=token, open_reading=loopback)
+    return guarded if hints is None else hints.in_front_of(guarded, boundary)
 
 
 class BearerGuard:
@@ -268,10 +275,12 @@ def _models(catalog: Catalog) -> Endpoint:
     return models
 
 
-def _view_routes(boundary: Boundary, views: AdminViews) -> list[Route]:
+def _view_routes(boundary: Boundary, views: AdminViews, settings: HttpSettings) -> list[Route]:
     routes = []
     if views.rollouts is not None:
         routes += rollout_routes(boundary, views.rollouts, _who, _if_match)
+    if views.retrains is not None:
+        routes += retrain_routes(boundary, views.retrains, BodyReader(settings), _query)
     if views.audit is not None:
         routes.append(boundary.route("/admin/v1/audit", _rows("events", views.audit), "GET"))
     if views.hooks is not None:
@@ -282,6 +291,8 @@ def _view_routes(boundary: Boundary, views: AdminViews) -> list[Route]:
         routes.append(boundary.route("/admin/v1/experiments", _shown(views.experiments), "GET"))
     if views.experiment is not None:
         routes.append(boundary.route("/admin/v1/experiments/{id}", _shown_by_id(views.experiment), "GET"))
+    if views.registry is not None:
+        routes.append(boundary.route("/admin/v1/registry", _shown(views.registry), "GET"))
     if views.monitors is not None:
         routes.append(boundary.route("/admin/v1/monitors", _shown_off_loop(views.monitors), "GET"))
     if views.monitor is not None:

@@ -117,15 +117,33 @@ _SCHEMAS: Final[Node] = {
         {
             "id": {"type": "string", "description": "x-tidegate-id of the answer, or the id that the client sent."},
             "key": {"type": "string", "description": "The routing key, instead of an id."},
-            "outcome": {"type": ["number", "string", "boolean"]},
+            "outcome": {
+                "type": ["number", "string", "boolean"],
+                "description": "What became of it. As text: a number, true, false, yes, no, or the name of a class "
+                "where the model's labels have classes. Any other text has the whole list refused.",
+            },
             "name": {"type": "string", "description": "Which outcome; may be left out when there is one."},
-            "row": _COUNT,
-            "time": {"type": "string", "format": "date-time"},
+            "row": {**_COUNT, "description": "Which row of the request; 0 when it is left out."},
+            "time": {
+                "type": "string",
+                "format": "date-time",
+                "description": "Checked, and not used: an outcome counts from when it arrives.",
+            },
         },
         "outcome",
     ),
     "Feedbacks": {"oneOf": [_ref("Feedback"), _array(_ref("Feedback"))]},
-    "FeedbackTaken": _object({"accepted": _COUNT, "joined": _COUNT}, "accepted", "joined"),
+    "FeedbackTaken": _object(
+        {
+            "accepted": {**_COUNT, "description": "Outcomes of the request."},
+            "joined": {
+                **_COUNT,
+                "description": "Those of them that the model's labels or its experiment took. Labels are joined a "
+                "moment later: whether their id was known is in tidegate_label_unknown_labels_total.",
+            },
+        },
+        *("accepted", "joined"),
+    ),
     "ControlRequest": _object({"parameters": _ref("Parameters")}),
     "Empty": {"type": "object"},
     "TraceSettings": {

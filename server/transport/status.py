@@ -40,6 +40,7 @@ def _unavailable() -> Status:
 INTERNAL: Final = Status(500, 13, "INTERNAL")
 
 TABLE: Final[Mapping[str, Status]] = {
+    "capture_storage": _unavailable(),
     "cancelled": Status(499, 1, "CANCELLED"),
     "config_error": _invalid(),
     "deadline_exceeded": Status(504, 4, "DEADLINE_EXCEEDED"),

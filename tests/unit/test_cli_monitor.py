@@ -205,7 +205,7 @@ def test_exact_knots() -> None:
         (["--map", "a=z"], "the model has no tensor 'z'; it has x, y"),
         (["--map", "a=x[9]"], "'x' has 4 elements a row, got index 9"),
         (["--map", "a=x[0]", "--map", "a=x[1]"], "column names must differ, got 'a' twice"),
-        (["--map", "a=x[0]", "--run"], "--run needs every element of input 'x', the data have 1"),
+        (["--map", "a=x[0]", "--run"], "wanted every element of input 'x', the data have 1"),
         (["--kind", "zip=categorical"], "--kind: there is no column 'zip'"),
         (["--kind", "a=colour"], "--kind: wanted COLUMN=KIND with one of numeric"),
         (["--knots", "some"], "--knots must be a whole number or 'all', got 'some'"),

@@ -126,12 +126,12 @@ class Hands:
         run.queue.clear()
 
     def _at_once(self, run: Run, actions: Sequence[Action]) -> None:
-        in_force = []
+        in_force: list[Publish] = []
         for action in actions:
             if isinstance(action, Record):
                 self.defer(run.event(action, self.gateway.table.generation))
             elif isinstance(action, Publish):
-                in_force += [action] if self._publish(run, action) else []
+                (in_force if self._publish(run, action) else run.queue).append(action)
             elif not self._small(run, action):
                 run.queue.append(action)
         for action in in_force:

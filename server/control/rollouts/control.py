@@ -27,7 +27,7 @@ from server.config.routing import Reference
 from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
 from server.control.rollouts.evidence import Levels, Look
 from server.control.rollouts.run import GATEWAY, Run, books_for, revived
-from server.control.rollouts.store import StoredRollout
+from server.control.rollouts.store import Standing, StoredRollout
 from server.control.rollouts.traffic import Meter
 from server.control.rollouts.views import expected, families, past_shown, shown
 from server.errors import FailedPrecondition, InvalidArgument, NotFound, TidegateError
@@ -216,6 +216,10 @@ class RolloutControl:
             self._settle(run)
         if run is None or (run.machine.ended and template.follows):
             await self._begin(entry, template)
+        elif template.follows and run.machine.state is State.PROMOTED:
+            following = self._alias_of(template.candidate)
+            if following not in {"", run.machine.spec.candidate}:
+                self._wait(entry, f"version {following} waits until the promotion of '{run.id}' is closed (keep_warm)")
 
     async def _look(self, run: Run) -> None:
         await self._watch_aliases(run)
@@ -419,6 +423,18 @@ class RolloutControl:
         ids = {row["id"] for row in running}
         past = sorted(self._known.stored.values(), key=lambda row: -row.began_ns)
         return running + waiting + [past_shown(row) for row in past if row.id not in ids]
+
+    def standing(self) -> list[Standing]:
+        """How every rollout that began stands, those at work first and then the newest first. Cheap."""
+        now = [
+            Standing(
+                run.template.entry, run.machine.spec.candidate, run.machine.state, run.machine.reason, run.machine.ended
+            )
+            for run in self._runs.values()
+        ]
+        ids = {run.id for run in self._runs.values()}
+        past = sorted(self._known.stored.values(), key=lambda row: -row.began_ns)
+        return now + [row.standing() for row in past if row.id not in ids]
 
     def status(self, rollout_id: str) -> dict[str, Any]:
         """One rollout. Raises NotFound."""

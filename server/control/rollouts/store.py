@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from router.errors import BadRolloutState
+from router.rollout.events import State
 from router.rollout.plan import FailedAttempt
 from server.audit import AuditEvent, AuditLog
 from server.errors import NotFound
@@ -29,6 +30,17 @@ _WRITE = """
     ON CONFLICT (id) DO UPDATE SET
         state = excluded.state, failed_ns = excluded.failed_ns, open = excluded.open, document = excluded.document
 """
+
+
+@dataclass(slots=True, frozen=True)
+class Standing:
+    """How a rollout stands: of which models entry and candidate, in which state and why, and whether it is over."""
+
+    entry: str
+    candidate: str
+    state: State
+    reason: str
+    ended: bool
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,6 +68,12 @@ class StoredRollout:
         if self.failed_ns is None:
             return None
         return FailedAttempt(self.id, self.digest, self.failed_ns, self.cooldown_ns, self.cleared)
+
+    def standing(self) -> Standing:
+        """How it ended. Nobody works on it any more."""
+        machine = self.document.get("machine", {})
+        candidate = str(machine.get("spec", {}).get("candidate", ""))
+        return Standing(self.name, candidate, State(self.state), str(machine.get("reason", "")), True)
 
 
 class RolloutStore:

@@ -16,7 +16,7 @@ import orjson
 from server.demo import wire
 from server.demo.clients import CallFailed, binary_request
 from server.demo.data import Array, Flights
-from server.demo.loop.rows import MODEL, chosen
+from server.demo.loop.rows import MODEL
 
 _CALLERS: Final = 4
 _TIMEOUT_S: Final = 30.0
@@ -88,7 +88,7 @@ class Replay:
 
         async def work(name: str, caller: Caller) -> None:
             for first in turns:
-                await self._call(name, caller, chosen(flights, np.arange(first, min(first + rows, total))), arrivals)
+                await self._call(name, caller, flights.rows(slice(first, first + rows)), arrivals)
                 progress(f"{min(first + rows, total):,} of {total:,} flights")
 
         async with asyncio.TaskGroup() as group:
@@ -141,6 +141,14 @@ class Replay:
                 await task
 
 
+def _reply(told: Mapping[str, str], outputs: Callable[[], Mapping[str, Array]]) -> Reply:
+    """What headers and outputs say. Raises CallFailed when they are not V2."""
+    try:
+        return Reply(told[_ID], told[_VERSION], outputs()["probabilities"][:, 1])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CallFailed(f"the answer is not V2: {type(error).__name__}: {error}") from error
+
+
 # --- HTTP ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +187,9 @@ class _Http:
         body, headers = binary_request(_inputs(flights))
         answer = await _answered(self.client.post(f"/v2/models/{MODEL}/infer", content=body, headers=headers))
         length = answer.headers.get(wire.LENGTH_HEADER)
-        outputs = wire.parse_answer(answer.content, None if length is None else int(length))
-        return Reply(answer.headers[_ID], answer.headers[_VERSION], outputs["probabilities"][:, 1])
+        return _reply(
+            answer.headers, lambda: wire.parse_answer(answer.content, None if length is None else int(length))
+        )
 
 
 @contextlib.asynccontextmanager
@@ -211,8 +220,7 @@ class _Grpc:
             metadata = dict(iter(await calling.initial_metadata()))
         except grpc.aio.AioRpcError as error:
             raise CallFailed(f"gRPC {error.code().name}: {error.details()}") from error
-        outputs = dict(_outputs(answer))
-        return Reply(metadata[_ID], metadata[_VERSION], outputs["probabilities"][:, 1])
+        return _reply(metadata, lambda: dict(_outputs(answer)))
 
 
 @contextlib.asynccontextmanager

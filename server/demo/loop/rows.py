@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from server.demo.data import FLIGHT_CATEGORIES, FLIGHT_NUMBERS, Array, Flights
+from server.demo.data import FLIGHT_CATEGORIES, FLIGHT_NUMBERS, Flights
 
 MODEL: Final = "flights"
 #: Which element of which input a column is, as ``--map`` and a gate policy want it.
@@ -16,13 +16,10 @@ PLACES: Final = (
     *(f"{name}=categories[{place}]" for place, name in enumerate(FLIGHT_CATEGORIES)),
 )
 LABEL: Final = "late"
-#: Of a month's flights every so many are held out for the gates, and nothing is trained on them.
+#: The months that are replayed before the training; a part of them is held out for the gates.
+REPLAYED: Final = (3, 4)
+#: Of the year's flights every so many is neither replayed nor trained on.
 _HELD_OUT: Final = 5
-
-
-def chosen(flights: Flights, rows: Array) -> Flights:
-    """The flights at ``rows``: a mask, a slice as indices, or indices in any order."""
-    return Flights(flights.numbers[rows], flights.categories[rows], flights.late[rows], flights.month[rows])
 
 
 def shuffled(flights: Flights, seed: int) -> Flights:
@@ -31,22 +28,22 @@ def shuffled(flights: Flights, seed: int) -> Flights:
     In the order of departure a thousand of them are one day: its weekday, its weather. That is real drift against two
     months, and none that a model should be trained again for.
     """
-    return chosen(flights, np.random.default_rng(seed).permutation(len(flights.late)))
+    return flights.rows(np.random.default_rng(seed).permutation(len(flights.late)))
 
 
 def held_out(flights: Flights) -> Flights:
     """Every fifth flight."""
-    return chosen(flights, np.arange(len(flights.late)) % _HELD_OUT == 0)
+    return flights.rows(np.arange(len(flights.late)) % _HELD_OUT == 0)
 
 
 def kept(flights: Flights) -> Flights:
     """All but the held out ones."""
-    return chosen(flights, np.arange(len(flights.late)) % _HELD_OUT != 0)
+    return flights.rows(np.arange(len(flights.late)) % _HELD_OUT != 0)
 
 
 def only_from(flights: Flights, origin: bytes) -> Flights:
     """The flights from one airport."""
-    return chosen(flights, flights.categories[:, 0] == origin)
+    return flights.rows(flights.categories[:, 0] == origin)
 
 
 def write_table(path: Path, flights: Flights, *, labels: bool = False) -> None:
@@ -56,6 +53,15 @@ def write_table(path: Path, flights: Flights, *, labels: bool = False) -> None:
     if labels:
         columns[LABEL] = flights.late
     np.savez(path, **columns)  # type: ignore[arg-type]
+
+
+def read_captured(path: Path) -> Flights:
+    """The flights of a captured data set with labels (.npz), in the order of their requests; months are not known."""
+    with np.load(path, allow_pickle=False) as table:
+        numbers = [table[f"numbers[{place}]"].astype(np.float32) for place in range(len(FLIGHT_NUMBERS))]
+        texts = [table[f"categories[{place}]"].astype("S") for place in range(len(FLIGHT_CATEGORIES))]
+        late = table["__label"].astype(np.int64)
+    return Flights(np.stack(numbers, axis=1), np.stack(texts, axis=1), late, np.zeros(len(late), np.int64))
 
 
 def break_forest(onnx: bytes, seed: int = 0) -> bytes:

@@ -35,6 +35,10 @@ class Places:
         return self.root / "tidegate.yaml"
 
     @property
+    def policy(self) -> Path:
+        return self.root / "gate.yaml"
+
+    @property
     def holdout(self) -> Path:
         return self.root / "holdout.npz"
 
@@ -50,6 +54,11 @@ class Places:
 def config_text(places: Places) -> str:
     """The configuration as YAML."""
     return _yaml(_document(places))
+
+
+def policy_text(places: Places) -> str:
+    """The gate policy by itself, as a pipeline has it."""
+    return _yaml(_policy(places))
 
 
 def forced_text(places: Places) -> str:
@@ -75,6 +84,8 @@ def _document(places: Places) -> dict[str, Any]:
         "registry": {"embedded": True, "poll_interval": "200ms"},
         "defaults": {"gates": {"evaluate_every": "200ms"}},
         "alerts": {"sinks": {"train": {"command": _training(places)}}},
+        # All requests, for the training; strings are left out unless a column says otherwise.
+        "capture": {"sample": "100%", "segment": {"age": "1s"}, "models": {MODEL: {"columns": {"categories": "keep"}}}},
         "gates": {MODEL: _policy(places)},
         "models": {
             MODEL: {
@@ -114,7 +125,7 @@ def _retrain() -> dict[str, Any]:
     return {
         "on": {"labels": {}, "calibration": {}},
         "sinks": ["train"],
-        "coalesce": "1s",
+        "coalesce": "3s",
         "budget": "1 per day",
     }
 
@@ -138,6 +149,8 @@ def _rollout() -> dict[str, Any]:
         "candidate": "@challenger",
         "start": {"warm": [1, 8]},
         "shadow": {"sample": "100%", "pairs": 500, "rps": 1000},
+        # How long a promotion can be taken back without loading anything; the next challenger waits for it.
+        "keep_warm": "2s",
         "steps": [*climbing, {"weight": f"{STEPS[-1]}%"}],
         "gates": {
             "errors": {"event": "error", "worse_than": 1.5},

@@ -50,12 +50,16 @@ def _brief(detail: Mapping[str, Any]) -> str:
 
 
 def _parts(detail: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader wants of a row: why, of what, how much."""
+    """What a reader wants of a row: where, why, of what, how much."""
+    if detail.get("arm") not in (None, "", "stable"):
+        yield str(detail["arm"])
     for name in ("reason", "status", "feature", "name", "alias", "trigger_id"):
         if detail.get(name):
             yield str(detail[name])[:60]
     if isinstance(reasons := detail.get("reasons"), list):
         yield " and ".join(f"{one['kind']}: {one['name']}" for one in reasons)
-    for name in ("psi", "value", "reference", "weight"):
+    for name in ("psi", "value", "reference"):
         if isinstance(value := detail.get(name), int | float):
             yield f"{name} {value:.3g}"
+    if detail.get("weight"):
+        yield f"{detail['weight'] / 100:g} % of the traffic"

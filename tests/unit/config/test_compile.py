@@ -67,6 +67,7 @@ state: {dir: state}
 defaults: {reload: {watch: false, debounce: 1s, drain: 2s, keep_warm: 3m, history: 4}}
 registry: {directory: models, embedded: true, poll_interval: 5s}
 alerts: {max_pending: 5}
+capture: {sample: 1%}
 """
     settings = compile_settings(config(text, T="secret"))
     assert settings.listeners() == {

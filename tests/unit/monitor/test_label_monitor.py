@@ -12,6 +12,7 @@ import pytest
 
 from monitor.errors import SettingsError, StateError
 from monitor.label_monitor import LabelAlarm, LabelMonitor, merge_states
+from monitor.label_state import SavedLabels, reference_rows, to_profile
 from monitor.outcomes import LabelRules, LabelSettings
 from monitor.types import SECOND_NS, AlarmRules, rows_window, time_window
 
@@ -250,3 +251,125 @@ def test_samples_follow_every_pane_that_closes() -> None:
             (window,) = monitor.report()["windows"]
             assert shown["auc"] == window["metrics"]["auc"]
             assert shown["accuracy"] == window["metrics"]["accuracy"]
+
+
+# --- over a restart ---
+
+
+def after_restart(monitor: LabelMonitor, alarms: list[LabelAlarm] | None = None) -> LabelMonitor:
+    """Another process's monitor that goes on from what this one has learnt."""
+    settings = monitor.settings
+    again = LabelMonitor("m", settings, None if alarms is None else alarms.append)
+    again.restore(SavedLabels.from_bytes(monitor.snapshot("mark", "run"), settings.exact_rows))
+    return again
+
+
+def told(alarms: list[LabelAlarm]) -> list[tuple[Any, ...]]:
+    return [(a.state, a.signal.name, a.slice, a.window, a.episode, a.look, a.start_ns, a.end_ns) for a in alarms]
+
+
+def test_restarts_change_neither_windows_nor_alarms() -> None:
+    """Wherever they fall: within a pane, while the reference is learnt, in an alarm."""
+    kept: list[LabelAlarm] = []
+    broken: list[LabelAlarm] = []
+    windows = (rows_window(400, 200), rows_window(800, 200), time_window(0.004, 0.001))
+    settings: dict[str, Any] = {"windows": windows, "rules": LabelRules(learn_rows=700)}
+    whole, parted = Traffic(monitor_of(kept, **settings)), Traffic(monitor_of(broken, **settings))
+    for count, noise in ((333, 0.0), (1900, 0.0), (1117, 0.9), (1000, 0.9), (2500, 0.0)):
+        for traffic in (whole, parted):
+            traffic.send(count, noise, part="eu" if count > 1000 else "")
+        parted.monitor = after_restart(parted.monitor, broken)
+        mine, its = parted.monitor.report(), whole.monitor.report()
+        assert json.dumps(mine["windows"]) == json.dumps(its["windows"])
+        assert mine["learning"] == its["learning"]
+    assert {alarm.state for alarm in kept} == {"raised", "cleared"}
+    assert told(broken) == told(kept)
+
+
+def test_decayed_behaviour_does_not_become_the_norm_by_a_restart() -> None:
+    alarms: list[LabelAlarm] = []
+    traffic = Traffic(monitor_of(alarms, windows=(rows_window(1000),)))
+    traffic.send(4000)
+    traffic.monitor = after_restart(traffic.monitor, alarms)
+    traffic.send(4000, noise=0.8)
+    assert "accuracy" in {alarm.signal.name for alarm in alarms}
+    raised = len(alarms)
+    traffic.monitor = after_restart(traffic.monitor, alarms)
+    assert traffic.monitor.in_alarm()
+    traffic.send(4000, noise=0.8)
+    assert len(alarms) == raised
+
+
+def test_counts_go_on_and_what_waited_is_given_up() -> None:
+    traffic = Traffic(monitor_of(windows=(rows_window(100),), capacity_rows=800))
+    traffic.send(1000, labels=0.5)
+    traffic.monitor.join.label("nobody", 0, 1, "", 10**6)
+    traffic.monitor.join.label("early", 0, 1, "", 10**6)
+    traffic.monitor.drain(10**6)
+    before = traffic.monitor.report()["join"]
+    traffic.monitor = after_restart(traffic.monitor)
+    (group,) = traffic.monitor.report()["join"]["groups"]
+    assert (group["predicted"], group["joined"]) == (1000, before["groups"][0]["joined"])
+    assert (group["forgotten"], group["waiting"]) == (1000, 0)
+    assert group["expired"] == 1000 - group["joined"]
+    assert traffic.monitor.join.counters()["unknown_labels"] == before["unknown_labels"] + 2
+    traffic.send(100)
+    (group,) = traffic.monitor.report()["join"]["groups"]
+    assert (group["predicted"], group["joined"]) == (1100, before["groups"][0]["joined"] + 100)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"windows": (rows_window(300),)},
+        {"windows": (rows_window(1000), rows_window(100))},
+        {"bins": 20},
+        {"form": "class"},
+        {"max_groups": 1},
+    ],
+)
+def test_a_state_of_other_settings_is_refused_whole(settings: dict[str, Any]) -> None:
+    traffic = Traffic(monitor_of(windows=(rows_window(1000),)))
+    traffic.send(1200, part="eu")
+    state = SavedLabels.from_bytes(traffic.monitor.snapshot("mark", "run"), 10_000)
+    other = monitor_of(**{"windows": (rows_window(1000),), **settings})
+    with pytest.raises(StateError):
+        other.restore(state)
+    assert other.report()["windows"] == []
+    assert other.report()["join"]["groups"] == []
+
+
+def test_changes_say_when_there_is_something_to_save() -> None:
+    monitor = monitor_of()
+    monitor.drain(1)
+    assert monitor.changes == 0
+    traffic = Traffic(monitor)
+    traffic.send(1)
+    seen = monitor.changes
+    assert seen > 0
+    monitor.drain(10**6)
+    assert monitor.changes == seen
+    monitor.restart()
+    assert monitor.changes > seen
+
+
+@pytest.mark.parametrize("before", [0, 3000])
+def test_the_reference_of_a_profile_is_held_against_instead_of_the_first_rows(before: int) -> None:
+    """Behaviour that was bad from the first row on is found: nothing of it is learnt as the norm."""
+    alarms: list[LabelAlarm] = []
+    monitor, rng = monitor_of(alarms, windows=(rows_window(1000),)), np.random.default_rng(6)
+    scores = rng.beta(1, 3, 20_000)
+    labels = (rng.random(20_000) < scores).astype("f8")
+    reference = to_profile(monitor.settings, reference_rows(monitor.settings, scores[:, None], labels))
+    traffic = Traffic(monitor)
+    traffic.send(before, noise=0.9)
+    assert alarms == []
+    monitor.learn_from("1", reference)
+    traffic.send(2500, noise=0.9)
+    assert {"auc", "accuracy", "log_loss", "calibration"} <= {alarm.signal.name for alarm in alarms}
+    assert monitor.report()["learning"] == []
+    (estimate,) = monitor.report()["estimates"]
+    base = estimate["metrics"]["base_rate"]
+    assert base["low"] - 0.02 < 0.25 < base["high"] + 0.02
+    with pytest.raises(SettingsError, match="threshold"):
+        monitor_of(threshold=0.4).learn_from("1", reference)

@@ -181,3 +181,21 @@ def test_a_ranking_over_its_limit_becomes_a_grid() -> None:
     mixed.merge(exact)
     mixed.merge(grid)
     assert (mixed.cells() == 2 * exact.cells()).all()
+
+
+def test_a_sample_of_cells_keeps_the_share_of_every_stretch() -> None:
+    scores, labels = binary_rows(9, 30_000)
+    exact = Ranking(30_000)
+    exact.add(scores, labels == 1)
+    np.testing.assert_array_equal(np.sort(exact.sample(10)[0]), np.sort(scores))
+    cells = Ranking.of_cells(exact.cells())
+    whole, positive = cells.sample(30_000)
+    assert (len(whole), int(positive.sum())) == (30_000, int(labels.sum()))
+    assert np.abs(np.sort(whole) - np.sort(scores)).max() <= 1 / GRID
+    thin, thin_positive = cells.sample(3000)
+    assert 2998 <= len(thin) <= 3000
+    for low in np.arange(0.0, 1.0, 0.125):
+        for side in (False, True):
+            part = ((scores >= low) & (scores < low + 0.125) & ((labels == 1) == side)).sum() / 10
+            got = ((thin >= low) & (thin < low + 0.125) & (thin_positive == side)).sum()
+            assert abs(got - part) <= 1

@@ -1,4 +1,4 @@
-"""Saved counts: one file for each profile and settings, a bounded number of them, and no error that escapes."""
+"""Saved counts and labels: one file for each profile and settings, a bounded number, and no error that escapes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 import structlog
 
 from monitor.engine import Monitor
+from monitor.outcomes import LabelSettings
 from monitor.profile import ReferenceProfile
 from monitor.tap import Item
 from monitor.types import Settings, rows_window
-from server.monitoring.files import StateFiles
+from server.monitoring.files import LabelFiles, StateFiles
+from server.monitoring.labels import LabelWatch, ModelLabels
+from server.types import Tensor
 
 ROWS = np.random.default_rng(1).standard_normal((400, 1)).astype("f4")
 PROFILE = ReferenceProfile.from_arrays({"x": ROWS})
@@ -78,3 +81,85 @@ def test_without_a_folder_nothing_is_kept() -> None:
     files = StateFiles(None)
     files.save(monitor(count=100))
     assert restored(files, monitor()) == ({}, [])
+
+
+# --- labels ---
+
+
+def labels(model: str = "m", slice_: str = "", rows: int = 0) -> ModelLabels:
+    settings = LabelSettings("binary", "y", windows=(rows_window(20),))
+    made = ModelLabels(model, LabelWatch(settings, slice_), lambda *_: None)
+    if rows:
+        outputs = [Tensor("y", "FP64", (rows, 1), np.linspace(0, 1, rows).tobytes())]
+        made.monitor.join.remember(["a"], "1", "stable", rows, outputs, "", 1)
+        for row in range(rows):
+            made.label("a", row, float(row % 2), "", "", 2)
+        made.monitor.drain(3)
+    return made
+
+
+def joined(files: LabelFiles, made: ModelLabels) -> tuple[list[int], list[Any]]:
+    with structlog.testing.capture_logs() as logs:
+        files.restore(made)
+    return [group["joined"] for group in made.monitor.report()["join"]["groups"]], logs
+
+
+def test_labels_go_on_from_what_was_saved(tmp_path: Path) -> None:
+    files, first, again = LabelFiles(tmp_path), labels(rows=30), labels()
+    assert files.save(first)
+    assert first.run != again.run
+    assert joined(files, again) == ([30], [])
+    assert again.run == first.run
+    assert again.monitor.report()["windows"][0]["rows"] == 20
+    assert joined(files, labels("other")) == ([], [])
+
+
+def test_labels_of_other_settings_start_anew_and_say_so(tmp_path: Path) -> None:
+    files = LabelFiles(tmp_path)
+    files.save(labels(rows=30))
+    counted, logs = joined(files, labels(slice_="x"))
+    assert counted == []
+    assert [(line["event"], line["reason"]) for line in logs] == [
+        ("labels_start_anew", "the saved labels are of other settings")
+    ]
+
+
+def test_a_file_in_the_place_of_another_is_not_believed(tmp_path: Path) -> None:
+    files = LabelFiles(tmp_path)
+    files.save(labels(rows=30))
+    (path,) = tmp_path.rglob("*.labels")
+    path.rename(path.with_name(f"{labels(slice_='x').mark}.labels"))
+    counted, logs = joined(files, labels(slice_="x"))
+    assert counted == []
+    assert "under the settings" in logs[0]["reason"]
+
+
+def test_damaged_labels_are_logged(tmp_path: Path) -> None:
+    files = LabelFiles(tmp_path)
+    files.save(labels(rows=30))
+    (path,) = tmp_path.rglob("*.labels")
+    path.write_bytes(path.read_bytes()[:-1])
+    counted, logs = joined(files, labels())
+    assert counted == []
+    assert "checksum" in logs[0]["reason"]
+
+
+def test_labels_that_cannot_be_written_are_logged(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("a file where the folder should be")
+    with structlog.testing.capture_logs() as logs:
+        assert not LabelFiles(tmp_path).save(labels(rows=3))
+    assert [line["event"] for line in logs] == ["labels_not_saved"]
+
+
+def test_few_files_of_labels_are_kept_and_none_of_counts_go_for_them(tmp_path: Path) -> None:
+    StateFiles(tmp_path).save(monitor(count=100))
+    for number in range(7):
+        LabelFiles(tmp_path).save(labels(slice_=f"x[{number}]", rows=3))
+    assert len(list(tmp_path.rglob("*.labels"))) == 4
+    assert len(list(tmp_path.rglob("*.state"))) == 1
+
+
+def test_without_a_folder_no_labels_are_kept() -> None:
+    files = LabelFiles(None)
+    assert files.save(labels(rows=3))
+    assert joined(files, labels()) == ([], [])

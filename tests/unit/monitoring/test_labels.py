@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import structlog
 
+from monitor.label_state import reference_rows, to_profile
 from monitor.outcomes import Joined, LabelRules, LabelSettings
 from monitor.types import AlarmRules, rows_window
 from server.errors import ModelLoadError
@@ -184,3 +186,87 @@ def test_without_a_drain_memory_is_bounded_and_what_is_over_is_counted() -> None
     assert (counters["queued"], counters["dropped_rows"], counters["dropped_labels"]) == (150, 400, 450)
     service.drain(3)
     assert tap.labels.monitor.join.counters()["queued"] == 0
+
+
+# --- over a restart ---
+
+RULES = LabelRules(AlarmRules(k=1, m=1, ert_rows=1000), learn_rows=200)
+HARD = LabelWatch(LabelSettings("binary", "y", form="class", windows=(rows_window(100),), rules=RULES))
+
+
+def send(tap: LabelTap, service: LabelService, rows: int, right: bool) -> None:
+    answer(tap, "a", *[float(row % 2) for row in range(rows)])
+    for row in range(rows):
+        tap.label("a", row, float(row % 2 if right else 1 - row % 2), "", "", 2)
+    service.drain(3)
+
+
+def test_an_alarm_is_told_once_over_restarts_and_its_reference_stays(tmp_path: Path) -> None:
+    service = LabelService(tmp_path)
+    tap = tap_of(service, HARD)
+    send(tap, service, 300, right=True)
+    send(tap, service, 100, right=False)
+    ((labels, raised),) = service.take_alarms()
+    service.save()
+
+    service = LabelService(tmp_path)
+    tap = tap_of(service, HARD)
+    assert tap.labels.run == labels.run
+    assert service.list()[0]["alarms"] == {"stable": ["accuracy"]}
+    send(tap, service, 400, right=False)
+    assert list(service.take_alarms()) == []
+    send(tap, service, 700, right=True)
+    ((_, cleared),) = service.take_alarms()
+    assert (cleared.state, cleared.episode) == ("cleared", raised.episode)
+
+
+def test_the_last_lease_saves_and_the_next_goes_on(tmp_path: Path) -> None:
+    service = LabelService(tmp_path)
+    tap = tap_of(service, HARD)
+    send(tap, service, 150, right=True)
+    service.release(tap.labels, "1")
+    report = tap_of(service, HARD).labels.monitor.report()
+    assert [window["rows"] for window in report["windows"]] == [100]
+    assert [entry["rows_missing"] for entry in report["learning"]] == [50]
+
+
+def test_only_what_is_new_is_written(tmp_path: Path) -> None:
+    service = LabelService(tmp_path)
+    tap = tap_of(service, HARD)
+    service.save()
+    assert list(tmp_path.rglob("*.labels")) == []
+    send(tap, service, 1, right=True)
+    service.save()
+    (path,) = tmp_path.rglob("*.labels")
+    path.unlink()
+    service.save()
+    assert not path.exists()
+    send(tap, service, 1, right=True)
+    service.save()
+    assert path.exists()
+
+
+def test_a_reference_that_was_made_otherwise_is_logged_and_left_aside() -> None:
+    service = LabelService()
+    tap = tap_of(service, HARD)
+    rows = np.tile([[0.0], [1.0]], (500, 1))
+    reference = to_profile(HARD.settings, reference_rows(HARD.settings, rows, rows[:, 0]))
+    with structlog.testing.capture_logs() as logs:
+        tap_of(service).labels.learn("1", reference)
+    assert [line["event"] for line in logs] == ["label_reference_not_used"]
+    tap.labels.learn("1", reference)
+    send(tap, service, 100, right=False)
+    assert [alarm.signal.reference for _, alarm in service.take_alarms()] == [1.0]
+
+
+def test_every_version_with_labels_is_listed() -> None:
+    service = LabelService()
+    first, second = tap_of(service), tap_of(service, version="2")
+    assert [(row["model"], row["version"], row["windows"]) for row in service.list()] == [
+        ("m", "1", ["20rows"]), ("m", "2", ["20rows"]),
+    ]  # fmt: skip
+    service.release(first.labels, "1")
+    assert [row["version"] for row in service.list()] == ["2"]
+    assert second.takes("good", "")
+    assert not second.takes("good", "another outcome")
+    assert not second.takes("fine", "")

@@ -1,0 +1,172 @@
+"""What the operating system says: facts of the machine, processor time of process trees, pinning, instructions.
+
+Linux only, by ``/proc``. Processor time is in units of 1/100 s for each process: windows should last a second or more.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+_PROC: Final = Path("/proc")
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_PACKAGES: Final = ("tidegate", "numpy", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "ngh2", "uvloop")
+_SERVER_PACKAGES: Final = ("httptools", "orjson", "starlette", "uvicorn")
+_REPOSITORY: Final = Path(__file__).resolve().parent.parent
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of a process from its state on (``proc(5)``, field 3 is the first). Raises OSError when it is gone."""
+    return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that descend from it, as far as they live."""
+    parents: dict[int, list[int]] = {}
+    for path in _PROC.iterdir():
+        if path.name.isdecimal():
+            with suppress(OSError):
+                parents.setdefault(int(_stat(int(path.name))[1]), []).append(int(path.name))
+    found = [pid]
+    for one in found:  # grows while it is walked
+        found += parents.get(one, [])
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process tree, with that of children that have ended and were waited for."""
+    ticks = 0
+    for one in tree(pid):
+        with suppress(OSError):
+            ticks += sum(int(field) for field in _stat(one)[11:15])
+    return ticks / _TICKS
+
+
+def busy_seconds() -> float:
+    """Processor time of the whole machine that was not idle, not waiting and not stolen."""
+    fields = [int(field) for field in (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:8]]
+    user, nice, system, _idle, _wait, irq, softirq = fields
+    return (user + nice + system + irq + softirq) / _TICKS
+
+
+# --- pinning ---------------------------------------------------------------------------------------------------------
+
+
+def split_cores() -> tuple[set[int], set[int]]:
+    """Cores for the server and for the generator, apart from each other where there are two or more."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ({cores[0]}, {cores[-1]}) if len(cores) > 1 else ({cores[0]}, {cores[0]})
+
+
+@contextmanager
+def pinned(cores: set[int]) -> Iterator[None]:
+    """This thread, and what it starts meanwhile, on ``cores`` only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def pin_tree(pid: int, cores: set[int]) -> None:
+    """Every thread of a process tree on ``cores`` only, from now on."""
+    for one in tree(pid):
+        with suppress(OSError):
+            for thread in (_PROC / str(one) / "task").iterdir():
+                with suppress(OSError):
+                    os.sched_setaffinity(int(thread.name), cores)
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def facts() -> dict[str, Any]:
+    """What a result depends on besides the program: two results of other facts are not to be compared."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in (*_PACKAGES, *_SERVER_PACKAGES) if (found := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def load_average() -> float:
+    """Of the last minute."""
+    return os.getloadavg()[0]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu_model() -> str:
+    lines = (_PROC / "cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Processor"))]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The checked out commit, with ``+`` behind it when files differ; empty without git."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", str(_REPOSITORY), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# --- instructions ----------------------------------------------------------------------------------------------------
+
+
+class Instructions:
+    """Counts the instructions of a process tree by ``perf stat``: neighbours on the machine barely move them."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._file = tempfile.NamedTemporaryFile(suffix=".perf")  # noqa: SIM115 - closed by stop
+        listed = ",".join(str(pid) for pid in pids)
+        command = ["perf", "stat", "-x", ",", "-e", "instructions", "-o", self._file.name, "-p", listed]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def stop(self) -> int | None:
+        """How many were counted; None when the counter gave nothing."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(10)
+        with self._file as file:
+            return read_perf(Path(file.name).read_text())
+
+
+def read_perf(text: str) -> int | None:
+    """The number of instructions in what ``perf stat -x ,`` wrote; None when they were not counted."""
+    for line in text.splitlines():
+        fields = line.split(",")
+        if len(fields) > 2 and fields[2].startswith("instructions") and fields[0].isdecimal():
+            return int(fields[0])
+    return None
+
+
+def counts_instructions() -> bool:
+    """``perf`` is here, allowed, and the processor's counters are let through to this machine."""
+    if shutil.which("perf") is None:
+        return False
+    command = ["perf", "stat", "-x", ",", "-e", "instructions", "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    return read_perf(done.stderr) is not None
