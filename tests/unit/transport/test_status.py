@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+import server.capture.formats
 import server.errors
 import server.store.base
 import server.transport.faults
@@ -15,7 +16,7 @@ from server.errors import InvalidArgument, ModelNotReady, OutOfMemory, QueueFull
 from server.transport.status import INTERNAL, SHEDDING, TABLE, StatusTable, safe_text
 
 #: Imported for its classes, which join the tree.
-FAULTS = (server.transport.faults, server.store.base)
+FAULTS = (server.capture.formats, server.transport.faults, server.store.base)
 
 
 def classes(base: type[TidegateError] = TidegateError) -> Iterator[type[TidegateError]]:

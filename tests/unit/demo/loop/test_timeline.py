@@ -19,6 +19,7 @@ def test_what_tells_the_story_in_its_order_and_seconds_since_the_first() -> None
             row(2, "registry.publish"),
             row(3.5, "drift.raised", feature="origin", psi=4.987, arm="candidate"),
             row(4, "retrain.requested", reasons=[{"kind": "labels", "name": "auc"}, {"kind": "labels", "name": "mae"}]),
+            row(4, "rollout.gated", status="passed"),
             row(5, "rollout.step", reason="certified", weight=1000),
         ]
     )
@@ -32,7 +33,7 @@ def test_what_tells_the_story_in_its_order_and_seconds_since_the_first() -> None
 
 def test_details_are_cut_to_a_line() -> None:
     (moment,) = timeline([row(1, "gate.failed", reason="x" * 500, name="y" * 500)])
-    assert len(moment.detail) == 78
+    assert len(moment.detail) == 64
     assert moment.detail.endswith("...")
 
 
