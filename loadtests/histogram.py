@@ -1,8 +1,8 @@
 """Latencies counted in buckets whose width grows with the value, as HDR histograms do: small, exact to a fixed share.
 
 A value of up to ``2**(BITS + 1)`` ns is counted as it is; a larger one keeps its ``BITS + 1`` leading bits, so that a
-bucket is at most ``2**-BITS`` (0.4 %) of its values wide, whatever their size. Counting is one list index; histograms of
-several connections or rounds add up exactly.
+bucket is at most ``2**-BITS`` (0.4 %) of its values wide, whatever their size. Counting is one list index;
+histograms of several connections or rounds add up exactly.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Histogram:
         if not self.count:
             return math.nan
         wanted = max(1, math.ceil(self.count * percent / 100 - 1e-9))
-        seen = 0
+        seen, found = 0, 0
         for index, count in self.buckets():
-            seen += count
+            seen, found = seen + count, index
             if seen >= wanted:
                 break
-        return float(min(highest(index), self.greatest_ns))
+        return float(min(highest(found), self.greatest_ns))
 
     def mean(self) -> float:
         """In ns; NaN without values."""

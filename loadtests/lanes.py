@@ -166,6 +166,8 @@ class HttpLane(_Connected):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # ours
         except httptools.HttpParserError:
             self._transport.abort()
 
@@ -177,13 +179,13 @@ class HttpLane(_Connected):
     def on_message_complete(self) -> None:
         status, body, due = self._parser.get_status_code(), self._body, self._due
         self._body, self._due = [], None
-        if due is None:
-            return self._transport.abort()  # nobody asked
+        if due is None:  # nobody asked
+            self._transport.abort()
+            return
         if not self._parser.should_keep_alive():
             transport, self._transport = self._transport, None
             transport.close()
         self.sink.answered(self, due, self._sampled.outcome(body) if status == 200 else f"http {status}")
-        return None
 
     def _abandoned(self) -> list[int]:
         due, self._due, self._body = self._due, None, []

@@ -9,6 +9,7 @@ it delayed (no coordinated omission). What the generator itself did late is coun
 
 A request belongs to the measured window by the time it was due (closed: sent). One that has no answer at the end of the
 grace time is in the latencies with the time it had waited until then, so that percentiles cannot look better for it.
+Lanes that owe an answer are not to be used by another loop.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class _Loop:
         self._taken = Taken()
         self._under_way: Counter[int] = Counter()  # by the time they were due
         self._begin_ns = self._end_ns = 0
-        self._measuring = self._ended = False
+        self._measuring = self._ended = self._over = False
         self._idle = asyncio.Event()
         for lane in lanes:
             lane.sink = self
@@ -107,9 +108,12 @@ class _Loop:
                 for _ in range(count):
                     self._account(due_ns, UNANSWERED, now)
         self._give_up()
+        self._over = True
 
     def answered(self, lane: Lane, due_ns: int, outcome: str) -> None:
         now = time.perf_counter_ns()
+        if self._over:
+            return  # counted as unanswered
         if not self._under_way[due_ns]:
             raise RuntimeError("a request was answered twice, or was never sent")
         self._under_way[due_ns] -= 1

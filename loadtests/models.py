@@ -99,3 +99,8 @@ def _save(path: Path, nodes: list[Any], weights: dict[str, np.ndarray[Any, Any]]
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION), path)
+
+
+def bench_row() -> np.ndarray[Any, Any]:
+    """The one row that the small model is asked about."""
+    return np.random.default_rng(1).standard_normal((1, FEATURES)).astype(np.float32)

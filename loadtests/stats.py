@@ -77,7 +77,7 @@ def _rank_sum_cut(m: int, n: int) -> tuple[int, float]:
 
 
 def _rank_sum_counts(m: int, n: int) -> list[int]:
-    """Orders of ``m`` and ``n`` values by their U statistic: the coefficients of the Gaussian binomial (m + n over n)."""
+    """Orders of ``m`` and ``n`` values by their U statistic: coefficients of the Gaussian binomial (m + n over n)."""
     size = m * n + 1
     counts = [1] + [0] * (size - 1)
     for i in range(1, n + 1):

@@ -27,6 +27,7 @@ import numpy as np
 
 from monitor import sealed
 from monitor.errors import ProfileError
+from monitor.outcomes import LabelReference
 from monitor.types import BYTES, DATATYPES, KINDS, Array, Column, Kind, Source
 
 DEFAULT_KNOTS: Final = 1024
@@ -106,6 +107,7 @@ class ReferenceProfile:
 
     columns: tuple[ColumnProfile, ...]
     segments: SegmentReference | None = None
+    labels: LabelReference | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -206,7 +208,7 @@ class ReferenceProfile:
             if header["schema"] != _SCHEMA:
                 raise ProfileError(f"{what}: schema {header['schema']} is not known, wanted {_SCHEMA}")
             columns = _columns_from(header, arrays)
-            return cls(columns, _segments_from(header, arrays, columns))
+            return cls(columns, _segments_from(header, arrays, columns), _labels_from(header, arrays))
         except (KeyError, TypeError, ValueError, IndexError) as failure:
             raise ProfileError(f"{what}: the profile is damaged ({type(failure).__name__})") from None
 
@@ -224,6 +226,11 @@ class ReferenceProfile:
         if self.segments is not None:
             header["segments"] = {"column": self.segments.column, "values": list(self.segments.values)}
             arrays["segments"] = self.segments.counts
+        if self.labels is not None:
+            header["labels"] = {"basis": dict(self.labels.basis), "rows": self.labels.rows}
+            arrays |= {"label_counts": self.labels.counts, "label_sums": self.labels.sums}
+            if self.labels.cells is not None:
+                arrays["label_cells"] = self.labels.cells
         return header, arrays
 
 
@@ -472,6 +479,18 @@ def _segments_from(
     if not all(isinstance(value, str | int | float) for value in values):
         raise ValueError("segments")
     return SegmentReference(column, values, counts)
+
+
+def _labels_from(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> LabelReference | None:
+    if "labels" not in header:
+        return None
+    counts, sums, cells = arrays["label_counts"], arrays["label_sums"], arrays.get("label_cells")
+    rows, basis = int(header["labels"]["rows"]), dict(header["labels"]["basis"])
+    if rows < 1 or counts.ndim != 1 or sums.ndim != 2 or sums.dtype != np.uint8 or counts.min(initial=0) < 0:
+        raise ValueError("labels")
+    if cells is not None and (cells.ndim != 2 or len(cells) != 2 or cells.min(initial=0) < 0):
+        raise ValueError("labels")
+    return LabelReference(basis, rows, counts, sums, cells)
 
 
 def _check(found: ColumnProfile) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from ssl import SSLContext
@@ -532,7 +532,7 @@ def _reconfigure(
 
 
 def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
-    def hear(model: str, feedback: Feedback) -> bool:
+    def one(model: str, feedback: Feedback) -> bool:
         heard = gateway.hear(
             model, feedback.id, feedback.name, feedback.value, feedback.key, text=feedback.text, row=feedback.row
         )
@@ -540,6 +540,12 @@ def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
             return heard
         entry = gateway.entry(model)
         return recording.capture.offer_label(entry, feedback.id, feedback.name, feedback.value, feedback.row) or heard
+
+    def hear(model: str, items: Sequence[Feedback]) -> int:
+        for item in items:  # before any is taken
+            if item.value is None:
+                gateway.check_outcome(model, item.id, item.name, item.text)
+        return sum([one(model, item) for item in items])
 
     return hear
 

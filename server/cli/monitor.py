@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import click
 import numpy as np
 
-from server.cli import show
+from server.cli import labelled, show
 from server.cli.client import TOKEN, URL, read, read_json
 from server.errors import InvalidArgument, TidegateError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from monitor.calibration import Calibration
     from monitor.layout import Layout
     from monitor.profile import ColumnProfile, ReferenceProfile
-    from server.tabular import Tabular
+    from server.tabular import Array, Tabular
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DATA = click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -72,31 +72,44 @@ def _told() -> Iterator[None]:
 )
 @click.option("--bins", type=int, default=10, show_default=True, help="Bins that PSI is taken over.")
 @click.option("--segment", metavar="COLUMN=V1,V2", help="Also count the rows of each of these values by themselves.")
+@labelled.options
 @AS_JSON
 def profile(
     data: tuple[Path, ...], output: Path, model: Path | None, signature: Path | None, places: Sequence[str],
     run_model: bool, kinds: Sequence[str], knots: str, bins: int, segment: str | None, as_json: bool,
+    label: str | None, **predicted: Any,
 ) -> None:  # fmt: skip
     """Build a reference profile from DATA: .csv, .csv.gz, .npz or .parquet files of the same columns.
 
     Columns become elements of the model's tensors by --map, by names (as in an .npz of tensors, or in captured
     traffic), or in their order when the model has one input. No row is kept in the profile.
+
+    With --label the profile also says how good predictions are on these rows, and labels of live traffic are held
+    against that: take data that the model was not trained on. --predict, --task, --form, --threshold and --classes must
+    be as in the model's labels section.
     """
     from monitor.profile import ReferenceProfile
 
     with _told():
-        found = _arranged(data, model, signature, places, run_model, kinds)
+        found, outcomes = _arranged(data, model, signature, places, run_model, kinds, label)
         built = ReferenceProfile.from_table(found.table, found.columns, knots=_knots(knots), bins=bins)
         if segment is not None:
             built = _segmented(built, found, segment)
+        if label is not None and outcomes is not None:
+            wanted = labelled.Labelled(label, **predicted)
+            built = replace(built, labels=labelled.reference_of(found, outcomes, wanted))
         built.save(output)
+        told = {} if built.labels is None else labelled.told(built.labels)
     if as_json:
         columns = [_column_dict(column) for column in built.columns]
-        show.as_json({"path": str(output), "sha256": built.sha256, "rows": built.rows, "columns": columns})
+        about = {"path": str(output), "sha256": built.sha256, "rows": built.rows, "columns": columns}
+        show.as_json({**about, "labels": told})
         return
     headings = ["COLUMN", "ELEMENT", "KIND", "MISSING", "MEAN", "SD", "BINS", "KS WITHIN"]
     show.table(headings, [_column_cells(column) for column in built.columns])
     click.echo(f"{output}: {len(built.columns)} columns, {built.rows} rows, sha256 {built.sha256[:12]}")
+    if told:
+        click.echo(f"labels '{label}': {', '.join([f'{name} {value:.4g}' for name, value in told.items()])}")
 
 
 def _segmented(built: ReferenceProfile, found: Tabular, text: str) -> ReferenceProfile:
@@ -120,8 +133,9 @@ def _segmented(built: ReferenceProfile, found: Tabular, text: str) -> ReferenceP
 
 def _arranged(
     data: Sequence[Path], model: Path | None, signature: Path | None, places: Sequence[str], run_model: bool,
-    kinds: Sequence[str],
-) -> Tabular:  # fmt: skip
+    kinds: Sequence[str], label: str | None = None,
+) -> tuple[Tabular, Array | None]:  # fmt: skip
+    """The columns of the data, and the values of the label, which is none of them."""
     from server import tabular
 
     if model is not None and signature is not None:
@@ -130,9 +144,10 @@ def _arranged(
         raise click.UsageError("--run needs --model")
     wanted = tabular.parse_kinds(kinds)
     table = tabular.read_tables(data)
+    outcomes = None if label is None else labelled.set_aside(table, label)
     if model is None:
         spec = None if signature is None else tabular.read_signature(signature)
-        return tabular.arrange(table, spec, places, wanted)
+        return tabular.arrange(table, spec, places, wanted), outcomes
     engine = tabular.load(model)
     try:
         found = tabular.arrange(table, engine.spec, places)
@@ -140,7 +155,7 @@ def _arranged(
             tabular.add_outputs(found, engine)
     finally:
         engine.close()
-    return tabular.with_kinds(found, wanted)
+    return tabular.with_kinds(found, wanted), outcomes
 
 
 def _knots(text: str) -> int | None:
@@ -198,7 +213,7 @@ def calibrate(
 
     with _told():
         layout = Layout(_load(profile_file))
-        found = _arranged(data, model, None, places, run_model, ())
+        found, _ = _arranged(data, model, None, places, run_model, ())
         done = calibration.calibrate(layout, _of_profile(layout, found))
         sealed.write_file(output, json.dumps(done.to_dict()).encode())
     _warn(layout, done)
@@ -250,7 +265,7 @@ def skew(
     """Hold all rows of DATA, such as captured traffic, against PROFILE: one window, one look."""
     with _told():
         profile_ = _load(profile_file)
-        found = _arranged(data, model, None, places, run_model, ())
+        found, _ = _arranged(data, model, None, places, run_model, ())
         report = _skew(profile_, found, profile_file.stem)
         _show({"report": report}, html, as_json)
 

@@ -120,7 +120,7 @@ class RetrainControl:
 
     # -- the clock ------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
+    async def run(self, every_s: float = _EVERY_S) -> None:
         """Look each second until cancelled. What goes wrong is logged once until it works again."""
         while True:
             try:
@@ -130,7 +130,7 @@ class RetrainControl:
                 if not self._failing:
                     log.error("retrain_look_failed", error=str(error), exc_info=not isinstance(error, TidegateError))
                 self._failing = True
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(every_s)
 
     async def look(self) -> None:
         """Tell the triggers and the jobs what is true now. Raises TidegateError when the disk refuses."""

@@ -59,9 +59,7 @@ class Preparation:
             onnx = train.train_flights(winter)
             scenarios.add_flights(scenario, onnx)
             step.detail = f"random forest on {len(winter.late):,} flights of January-February, {_kilobytes(onnx)}"
-        self.reporter.line(f"        predicts at departure: will it arrive over {data.LATE_MINUTES} min late? Known:")
-        for moment, columns in data.KNOWN_WHEN:
-            self.reporter.line(f"        - {moment}: {columns}")
+        self.reporter.known_when()
 
     def _published(self, name: str, add: Callable[[Callable[[str], None]], str]) -> None:
         """Add a published model; offline it may be missing."""

@@ -20,6 +20,7 @@ from rich.status import Status
 from rich.table import Table
 
 from server.demo.clients import Count
+from server.demo.data import KNOWN_WHEN, LATE_MINUTES
 from server.demo.quality import Finding
 from server.demo.verdict import Row, row_failures
 from server.demo.workload import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE
@@ -72,6 +73,12 @@ class Reporter:
         self.line(
             f"  [green]done[/green] {took:5.1f} s  {escape(name)}{escape(': ' + step.detail) * bool(step.detail)}"
         )
+
+    def known_when(self) -> None:
+        """What the model of the flights predicts, and when each of its columns is known."""
+        self.line(f"        predicts at departure: will it arrive over {LATE_MINUTES} min late? Known:")
+        for moment, columns in KNOWN_WHEN:
+            self.line(f"        - {moment}: {columns}")
 
     def skipped(self, name: str, reason: str) -> None:
         self.line(f"  [yellow]skipped[/yellow]       {escape(name)}: {escape(reason)}")

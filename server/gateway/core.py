@@ -7,7 +7,7 @@ together, and a call keeps what it was routed with until it ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import getrandbits
 from time import time_ns
@@ -274,17 +274,30 @@ class Gateway:
             return False
         return policy.rollout.hear(request_id, name, value)
 
+    def check_outcome(self, model: str, request_id: str, name: str, text: str) -> None:
+        """Could feedback be taken whose outcome is text and no number? Only as a class that the labels know.
+
+        Raises ModelNotFound, ModelNotReady, or InvalidArgument.
+        """
+        if not request_id or not any(labels.takes(text, name) for labels in self._labels(self.routes(model))):
+            raise InvalidArgument(
+                f"'outcome' as text must be a number, true, false, yes, no or a class of the labels, got '{text[:64]}'"
+            )
+
     @staticmethod
-    def _label(
-        routes: ModelRoutes[Served], request_id: str, row: int, value: float | None, text: str, name: str
-    ) -> bool:
-        """Give an outcome to the labels of every model that answers under these routes."""
+    def _labels(routes: ModelRoutes[Served]) -> Iterable[Labels]:
+        """The labels of every model that answers under these routes."""
         served = [*routes.versions.values()]
         if routes.split is not None:
             served += [arm.to.target for arm in routes.split.arms]
-        found = {id(one.labels.labels): one.labels for one in served if one.labels is not None}
+        return {id(one.labels.labels): one.labels for one in served if one.labels is not None}.values()
+
+    def _label(
+        self, routes: ModelRoutes[Served], request_id: str, row: int, value: float | None, text: str, name: str
+    ) -> bool:
+        """Give an outcome to all of them."""
         now_ns = time_ns()
-        taken = [labels.label(request_id, row, value, text, name, now_ns) for labels in found.values()]
+        taken = [labels.label(request_id, row, value, text, name, now_ns) for labels in self._labels(routes)]
         return any(taken)
 
     def _count_outcome(

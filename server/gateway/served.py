@@ -42,6 +42,10 @@ class Labels(Protocol):
         """Remember one answered request by ``ids``; empty ones are passed over. ``now_ns``: wall time."""
         ...
 
+    def takes(self, text: str, name: str) -> bool:
+        """Whether an outcome that is text and no number is a class of this model's labels."""
+        ...
+
     def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
         """Take one outcome for the request's row: its number and its text; False when it is none of this model's."""
         ...

@@ -26,6 +26,7 @@ import orjson
 import structlog
 
 from monitor.errors import MonitorError
+from monitor.outcomes import LabelReference
 from monitor.profile import ReferenceProfile
 from monitor.tap import Tap
 from monitor.types import Alarm, DriftReport
@@ -168,7 +169,7 @@ class MonitorService:
         self._on_alarm = on_alarm
         self._on_drain = on_drain
         self._timing = timing or Timing()
-        self.labels = LabelService()
+        self.labels = LabelService(folder)
         self._loading = threading.Lock()  # one lease is made at a time
         self._lock = threading.Lock()  # guards what is monitored; only ever held for a moment
         self._monitored: list[_Monitored] = []
@@ -198,16 +199,16 @@ class MonitorService:
         """
         lease = EngineLease(self._ended.append)
         try:
-            if watch is not None:
-                self._watch(lease, watch, spec, instances)
+            reference = None if watch is None else self._watch(lease, watch, spec, instances)
             if labels is not None:
-                self._join_labels(lease, labels, spec)
+                self._join_labels(lease, labels, spec, reference)
         except BaseException:
             lease.release()
             raise
         return lease
 
-    def _watch(self, lease: EngineLease, watch: Watch, spec: ModelSpec, instances: int) -> None:
+    def _watch(self, lease: EngineLease, watch: Watch, spec: ModelSpec, instances: int) -> LabelReference | None:
+        """Have the lease's batches watched. What the profile knows of labels, if anything."""
         try:
             profile = ReferenceProfile.load(watch.profile)
             with self._loading:
@@ -218,8 +219,11 @@ class MonitorService:
         except (MonitorError, OSError) as error:
             raise ModelLoadError(f"the drift profile {watch.profile.name} cannot be used: {error}") from error
         log.info("monitor_attached", model=spec.name, version=spec.version, profile=profile.sha256[:12])
+        return profile.labels
 
-    def _join_labels(self, lease: EngineLease, watch: LabelWatch, spec: ModelSpec) -> None:
+    def _join_labels(
+        self, lease: EngineLease, watch: LabelWatch, spec: ModelSpec, reference: LabelReference | None
+    ) -> None:
         settings = watch.settings
         names = [tensor.name for tensor in spec.outputs]
         if settings.output not in names:
@@ -232,6 +236,8 @@ class MonitorService:
         except ModelLoadError:
             self.labels.release(labels, spec.version)
             raise
+        if reference is not None:
+            labels.learn(spec.version, reference)
 
     def _join(self, lease: EngineLease, watch: Watch, spec: ModelSpec, sha256: str) -> _Monitored | None:
         """Have the lease share what watches this version in the same way already."""
@@ -406,6 +412,7 @@ class MonitorService:
             event = alarm_event(found.model, found.version, found.monitor.sha256, alarm, found.run)
             self._announce(event, asdict(alarm))
         for labels, change in self.labels.take_alarms():
+            self._save_at = 0.0
             self._announce(label_event(change, labels.run), alarm_row(change))
 
     def _announce(self, event: dict[str, Any], row: dict[str, Any]) -> None:
@@ -437,6 +444,7 @@ class MonitorService:
             if found.taken() != found.saved_rows:
                 found.saved_rows = found.taken()
                 files.save(found.monitor)
+        self.labels.save()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -450,8 +458,14 @@ class MonitorService:
         return replace(found.monitor.report(), version=found.version).to_dict()
 
     def list(self) -> Sequence[dict[str, Any]]:
-        """Every watched version: its profile, its windows, its rows, and the columns in alarm by arm."""
-        return [_row(found) for found in self._all()]
+        """Every watched version: its profile, its windows, its rows, and the columns in alarm by arm.
+
+        One whose labels are joined and that has no profile shows the signals in alarm instead, and has no columns.
+        """
+        rows = [_row(found) for found in self._all()]
+        known = {(row["model"], row["version"]) for row in rows}
+        unprofiled = [row for row in self.labels.list() if (row["model"], row["version"]) not in known]
+        return sorted([*rows, *unprofiled], key=lambda row: (row["model"], int(row["version"])))
 
     def _find(self, model: str, version: str) -> _Monitored:
         with self._lock:
@@ -495,6 +509,7 @@ class MonitorService:
             return
         for found in tuple(self._monitored):
             self._files.save(found.monitor)
+        self.labels.save()
 
 
 def _row(found: _Monitored) -> dict[str, Any]:

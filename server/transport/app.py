@@ -234,7 +234,7 @@ class Routes:
         model, hear = request.path_params["model"], self._hear
         items = feedback.parse(parse_json(await self._body(request)))
         self._catalog.model_ready(model, "")
-        joined = sum(hear(model, item) for item in items) if hear is not None else 0
+        joined = 0 if hear is None else hear(model, items)
         return json_answer({"accepted": len(items), "joined": joined})
 
     async def _json(self, request: Request) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 Joined by the request's id: the gateway's ``x-tidegate-id`` or the client's own. An outcome goes to the labels of the
 model and to its experiment; what neither takes (too late, unknown, of a model that has none) is accepted and said to
-be so. Labels are joined by the time they arrive: ``time`` is checked and moves nothing.
+be so. A list with an item that is malformed, or with text that is no number and no class, is refused whole.
+
+``time`` is checked, and neither used nor kept: windows and expiry go by when a label arrives, so that no caller's clock
+can move them or have predictions forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias
@@ -36,8 +39,9 @@ class Feedback:
     row: int = 0
 
 
-#: ``hear(model, feedback)``: True when it was joined. Raises ModelNotFound or InvalidArgument.
-Hear: TypeAlias = Callable[[str, Feedback], bool]
+#: ``hear(model, items)``: how many of them somebody took. Raises ModelNotFound or InvalidArgument; for an outcome as
+#: text that nobody knows it does so before it takes any.
+Hear: TypeAlias = Callable[[str, Sequence[Feedback]], int]
 
 
 def parse(document: object) -> list[Feedback]:

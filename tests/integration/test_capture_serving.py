@@ -1,113 +1,100 @@
-"""Capture behind a real gateway: what callers were answered is what the segments hold, and labels find it."""
+"""Capture of a live server: what callers were answered is what the segments hold, and labels find it."""
 
 from __future__ import annotations
 
-import asyncio
-import time
+import threading
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import grpc
 import numpy as np
 
-from router.types import ModelRoutes
-from server.batching.batcher import Batcher
+from server._pb import inference_pb2 as pb
 from server.capture.segments import entries
-from server.capture.service import Capture
-from server.config.capture_options import CaptureSettings, CaptureSpec
-from server.errors import TidegateError
-from server.gateway import AdmissionLimits, Gateway, Served
-from server.offline.dataset import Wanted, export_dataset
-from server.runtime.base import BatchingOptions, LoadRequest, ModelOptions
-from server.runtime.onnx import OnnxRuntime
-from server.telemetry.instruments import Telemetry
-from server.telemetry.trace import SpanSink, TraceGate
-from server.types import Decision, InferenceRequest, InferenceResponse, RequestHead, RequestLimits, Tensor
 from tests.support import models
+from tests.support.cli import cli
+from tests.support.metrics import total
+from tests.support.server import Server, serving
+from tests.support.v2 import call, tensor
+
+CONFIG = """\
+apiVersion: tidegate/v1
+capture:
+  {{sample: 100%, format: parquet, segment: {{rows: 40}}, columns: {{"x[1]": drop}}, models: {{quiet: {{sample: 0%}}}}}}
+models:
+  m: {{versions: {{"1": {{source: {root}/m.onnx}}}}, aliases: [also]}}
+  quiet: {{versions: {{"1": {{source: {root}/m.onnx}}}}}}
+"""
 
 
-class Capturing:
-    """A reply that hands every request that is over to capture, as the end of a call does."""
-
-    def __init__(self, capture: Capture, served: Served, request: InferenceRequest, tidegate_id: str) -> None:
-        self.answer: InferenceResponse | None = None
-        self.ended = asyncio.get_running_loop().create_future()
-        self._capture, self._served, self._request, self._id = capture, served, request, tidegate_id
-        self._decision = Decision("m", "", "", 0)
-        self._began = time.monotonic_ns()
-
-    def message(self, response: InferenceResponse, decision: Decision) -> None:
-        self.answer, self._decision = response, decision
-
-    def finish(self, error: TidegateError | None) -> None:
-        request, answer = self._request, self.answer
-        self._capture.offer(
-            "m", request.id, self._id, self._decision, self._served.spec,
-            request.inputs if error is None else [], None if answer is None else answer.outputs,
-            "ok" if error is None else error.code, time.monotonic_ns() - self._began,
-        )  # fmt: skip
-        self.ended.set_result(None)
+def serve(root: Path) -> Any:
+    models.affine(root / "m.onnx", scale=2.0, shift=1.0)
+    (root / "config.yaml").write_text(CONFIG.format(root=root))
+    return serving(str(root / "config.yaml"), "--state-dir", str(root / "state"))
 
 
-def gateway_of(path: Path) -> tuple[Gateway, Served]:
-    loop = asyncio.get_running_loop()
-    telemetry = Telemetry.create("test", TraceGate(0.0), SpanSink())
-    gateway = Gateway(
-        limits=RequestLimits(),
-        admission=AdmissionLimits(),
-        telemetry=telemetry,
-        clock=time.monotonic_ns,
-        call_soon=loop.call_soon,
-        call_later=loop.call_later,
+def ask(server: Server, number: int, *, name: str = "m", width: int = 4) -> int:
+    """One request; those of odd numbers have an id of their own."""
+    body: dict[str, Any] = {"inputs": [tensor("x", "FP32", [1, width], [number] * width)]}
+    if number % 2:
+        body["id"] = f"c{number}"
+    return call(server.http, "POST", f"/v2/models/{name}/infer", body)[0]
+
+
+def ask_grpc(channel: grpc.Channel, number: int) -> None:
+    request = pb.ModelInferRequest(model_name="m", id=f"g{number}")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    request.raw_input_contents.append(np.full(4, number, np.float32).tobytes())
+    infer = channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=pb.ModelInferRequest.SerializeToString,
+        response_deserializer=pb.ModelInferResponse.FromString,
     )
-    engine = OnnxRuntime(measure_budget_s=0).load(LoadRequest("m", "1", path, ModelOptions()))
-    batcher = Batcher(
-        engine,
-        BatchingOptions(),
-        clock=time.monotonic_ns,
-        call_soon=loop.call_soon,
-        call_soon_threadsafe=loop.call_soon_threadsafe,
-        call_later=loop.call_later,
-    )
-    served = Served(engine.spec, batcher, ModelOptions(), telemetry.model("m", "1"), telemetry.instruments)
-    gateway.publish(gateway.table.with_model("m", ModelRoutes({"1": served}, "1")))
-    return gateway, served
-
-
-async def ask(gateway: Gateway, served: Served, capture: Capture, number: int, width: int = 4) -> Capturing:
-    permit = gateway.admit(RequestHead("http", "m", "", {}, time.monotonic_ns()))
-    x = Tensor("x", "FP32", (1, width), np.full((1, width), number, np.float32).tobytes())
-    request = InferenceRequest("m", "", f"c{number}" if number % 2 else "", [x])
-    reply = Capturing(capture, served, request, permit.tidegate_id)
-    gateway.handle(permit, request, reply)
-    await reply.ended
-    permit.release()
-    return reply
+    infer(request, timeout=20)
 
 
 def test_segments_hold_what_callers_were_answered(tmp_path: Path) -> None:
-    async def scenario() -> int:
-        gateway, served = gateway_of(models.affine(tmp_path / "affine.onnx", scale=2.0, shift=1.0))
-        settings = CaptureSettings(default=CaptureSpec(10_000), format="parquet", segment_rows=40)
-        capture = Capture(settings, tmp_path / "capture")
-        replies = await asyncio.gather(*[ask(gateway, served, capture, number) for number in range(100)])
-        assert all(reply.answer is not None for reply in replies)
-        refused = await ask(gateway, served, capture, 1000, width=3)
-        assert refused.answer is None
-        for number in range(1, 100, 2):
-            assert capture.offer_label("m", f"c{number}", "", float(number))
-        await asyncio.to_thread(capture.close)
-        return len(entries(tmp_path / "capture", "m", "requests"))
+    folder = tmp_path / "state" / "capture"
+    with serve(tmp_path) as server:
 
-    assert asyncio.run(scenario()) > 2
-    export_dataset(tmp_path / "capture", "m", tmp_path / "out.parquet", Wanted())
+        def caller(first: int) -> None:
+            for number in range(first, 100, 4):
+                assert ask(server, number, name="also" if number % 3 == 0 else "m") == 200
+
+        threads = [threading.Thread(target=caller, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        with grpc.insecure_channel(server.grpc) as channel:
+            for number in range(200, 210):
+                ask_grpc(channel, number)
+        assert ask(server, 1000, width=3) == 400
+        assert ask(server, 1001, name="nobody") == 404
+        assert ask(server, 7, name="quiet") == 200
+        labels = [{"id": f"c{number}", "outcome": number} for number in range(1, 100, 2)]
+        status, told, _ = call(server.http, "POST", "/v2/models/also/feedback", labels)
+        assert (status, told) == (200, {"accepted": 50, "joined": 50})
+        assert call(server.http, "POST", "/v2/models/quiet/feedback", labels[3])[1]["joined"] == 0
+        assert total(server, "tidegate_captured_total") == 111 + 50
+        server.terminate()
+        assert server.wait() == 0
+    assert len(entries(folder, "m", "requests")) > 2
+    assert not (folder / "quiet").exists()
+    cli("data", "export", "--capture-dir", str(folder), "--model", "m", "-o", str(tmp_path / "out.parquet"))
     with duckdb.connect() as connection:
         connection.execute(f"CREATE VIEW rows AS SELECT * FROM '{tmp_path / 'out.parquet'}'")  # noqa: S608
 
         def one(query: str) -> object:
             return connection.execute(f"SELECT {query} FROM rows").fetchone()  # noqa: S608 - the test's own words
 
-        assert one("count(*), count(DISTINCT __id)") == (101, 101)
-        assert one('count(*) FILTER ("y[0]" = 2 * "x[0]" + 1 AND "y[3]" = 2 * "x[3]" + 1)') == (100,)
+        assert one("count(*), count(DISTINCT __id)") == (111, 111)
+        assert one('count(*) FILTER ("y[0]" = 2 * "x[0]" + 1 AND "y[3]" = 2 * "x[3]" + 1)') == (110,)
         assert one("count(*) FILTER (__label = \"x[0]\" AND __client_id = 'c' || CAST(__label AS INT))") == (50,)
         assert one("count(*) FILTER (__status = 'invalid_argument' AND \"x[0]\" IS NULL)") == (1,)
-        assert one("count(*) FILTER (__arm = 'stable' AND __version = '1' AND __latency_ns > 0)") == (100,)
+        assert one("count(*) FILTER (__arm = 'stable' AND __version = '1' AND __latency_ns > 0)") == (111,)
+        assert one("count(*) FILTER (__client_id LIKE 'g%')") == (10,)
+        names = {row[0] for row in connection.execute("DESCRIBE rows").fetchall()}
+        assert {"x[0]", "x[2]"} <= names
+        assert "x[1]" not in names

@@ -21,6 +21,7 @@ from server.demo import data, train, wire
 from server.demo.clients import CallFailed, Load
 from server.demo.installer import ClientsUnavailable, clients_python
 from server.demo.models import ServedModel, batched_config, write_repository
+from server.demo.options import Act
 from server.demo.process import ServerFailed, ServerProcess, kept_server
 from server.demo.report import percentiles
 from server.demo.run import DemoOptions, run_demo
@@ -297,10 +298,15 @@ def test_a_worker_that_cannot_start_is_told(tmp_path: Path) -> None:
 # --- The whole -----------------------------------------------------------------------------------------------------
 
 
-def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def demo(tmp_path: Path, act: Act = "serve", **told: object) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "server", "demo", "--state-dir", str(tmp_path / "state"), *arguments]
+    options = {"state_dir": tmp_path / "state", "plain": True, "act": act, **told}
+    code = (
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom server.demo.run import DemoOptions, run_demo\n"
+        f"sys.exit(run_demo(DemoOptions(**{options!r})))"
+    )
     pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
     return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
@@ -348,7 +354,7 @@ def test_no_kept_server_where_none_answers(tmp_path: Path) -> None:
 
 
 def test_offline_with_nothing_cached_serves_the_trained_models(tmp_path: Path) -> None:
-    process = demo(tmp_path, "--offline", "--seconds", "2")
+    process = demo(tmp_path, offline=True, seconds=2)
     output, _ = process.communicate(timeout=55)
     assert process.returncode == 0, output
     assert "skipped: magika, silero_vad, gRPC callers" in output
@@ -362,7 +368,7 @@ def test_offline_with_nothing_cached_serves_the_trained_models(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_all_of_it_then_kept_up_then_refused(tmp_path: Path) -> None:
-    process = demo(tmp_path, "--seconds", "4", "--keep")
+    process = demo(tmp_path, seconds=4, keep=True)
     output, _ = process.communicate(timeout=200)
     kept = json.loads((tmp_path / "state" / "kept-server.json").read_text())
     try:
@@ -373,7 +379,7 @@ def test_all_of_it_then_kept_up_then_refused(tmp_path: Path) -> None:
         assert "over 3 protocols" in output
         assert "all good" in output
         assert f"kill {kept['pid']}" in output
-        again = demo(tmp_path, "--seconds", "1")
+        again = demo(tmp_path, seconds=1)
         refusal, _ = again.communicate(timeout=60)
         assert again.returncode == 1
         assert f"pid {kept['pid']}" in refusal
@@ -384,13 +390,76 @@ def test_all_of_it_then_kept_up_then_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_sigterm_in_mid_load_takes_the_server_down(tmp_path: Path) -> None:
-    process = demo(tmp_path, "--offline", "--seconds", "60")
+    process = demo(tmp_path, offline=True, seconds=60)
     assert process.stdout is not None
     address = ""
     for line in process.stdout:
         if "ready: HTTP" in line:
             address = line.split("HTTP ")[1].split(",")[0]
         if "of 60 s" in line:
+            break
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    record = tmp_path / "kept-server.json"
+    record.write_text(json.dumps({"pid": 0, "http": address}))
+    assert kept_server(record) is None
+
+
+CLAIMED = (
+    "no alarm in March",
+    "origin ranks first",
+    "no input differs from January-February",
+    "names the trigger in its lineage",
+    "quality gates passed",
+    "champion is 2, previous is 1",
+    "the job of the training is promoted",
+    "refused by its gates, 0 flights",
+    "rolled back by itself: worse by drift",
+    "the chain holds",
+    "the loop is closed",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_the_loop_closes_and_again_beside_nothing_of_the_first(tmp_path: Path) -> None:
+    """The second time its server stays up, so that a third one is refused."""
+    loop(tmp_path, keep=False)
+    output = loop(tmp_path, keep=True)
+    kept = json.loads((tmp_path / "state" / "kept-server.json").read_text())
+    try:
+        assert f"kill {kept['pid']}" in output
+        refused = demo(tmp_path, "loop")
+        refusal, _ = refused.communicate(timeout=60)
+        assert (refused.returncode, f"pid {kept['pid']}" in refusal) == (1, True)
+        for page in ("drift-report.html", "model-card.html"):
+            assert "<html" in (tmp_path / "state" / "loop" / page).read_text()
+    finally:
+        os.kill(kept["pid"], signal.SIGTERM)
+
+
+def loop(tmp_path: Path, *, keep: bool) -> str:
+    """What the second act prints, when all that it claims is so."""
+    process = demo(tmp_path, "loop", keep=keep, offline=True)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert [claim for claim in CLAIMED if claim not in output] == []
+    assert "FAILED" not in output
+    assert output.index("drift.raised") < output.index("retrain.requested") < output.index("rollout.rolled_back")
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_sigterm_in_the_loop_takes_its_server_down(tmp_path: Path) -> None:
+    process = demo(tmp_path, "loop", offline=True)
+    assert process.stdout is not None
+    address = ""
+    for line in process.stdout:
+        if "ready: HTTP" in line:
+            address = line.split("HTTP ")[1].split(",")[0]
+        if "no alarm in March" in line:
             break
     process.terminate()
     process.communicate(timeout=60)

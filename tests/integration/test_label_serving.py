@@ -290,3 +290,124 @@ def test_rules_refuse_and_count_and_the_sample_makes_a_profile(place: Place, rec
     made = place.root / "made.tgp"
     cli("monitor", "profile", str(place.root / "kept.npz"), "--model", str(place.root / "m.onnx"), "-o", str(made))
     assert ReferenceProfile.load(made).rows == 500
+
+
+# --- over a restart ---
+
+SAFE = (
+    "{labels: {task: binary, output: y, form: class, windows: [100], learn_rows: 200, expected_run: 100000, "
+    "persistence: 1 of 1}}"
+)
+
+
+def outcomes(server: Server, rows: int, right: bool) -> None:
+    """Rows with a class each, and what became of them."""
+    for _ in range(rows // 50):
+        said = [[float(row % 2), 0.0] for row in range(50)]
+        name = ask(server, said)
+        tell(server, [{"id": name, "row": row, "outcome": row % 2 if right else 1 - row % 2} for row in range(50)])
+
+
+def joined(place: Place, server: Server, count: int) -> dict[str, Any]:
+    """The performance once so many rows have their label."""
+    found: dict[str, Any] = {}
+
+    def there() -> bool:
+        found.update(place.performance(server))
+        return bool(found["join"]["groups"]) and found["join"]["groups"][0]["joined"] == count
+
+    eventually(there, f"not {count} labels were joined")
+    return found
+
+
+def test_labels_outlive_a_clean_stop_and_a_kill(place: Place, receiver: Receiver) -> None:
+    """The reference, the alarm and the counts stay; after a kill, what came since the alarm was saved is lost."""
+    with place.serve(SAFE, hook(receiver)) as server:
+        outcomes(server, 300, right=True)
+        joined(place, server, 300)
+        server.terminate()
+        server.wait()
+    with place.serve(SAFE, hook(receiver)) as server:
+        found = joined(place, server, 300)
+        assert found["learning"] == []
+        assert [window["rows"] for window in found["windows"]] == [100]
+        outcomes(server, 100, right=False)
+        receiver.wait(lambda got: len(got) >= 1)
+        (path,) = (place.state / "monitors" / "m").glob("*.labels")
+        eventually(
+            lambda: '"active":[true]' in path.read_text(errors="replace").replace("\\", ""), "the alarm was not saved"
+        )
+        server.process.kill()
+        server.wait()
+    with place.serve(SAFE, hook(receiver)) as server:
+        count = place.performance(server)["join"]["groups"][0]["joined"]
+        assert 300 < count <= 400
+        assert place.admin(server, "monitors")[1]["monitors"] == [
+            {"model": "m", "version": "1", "profile": "", "windows": ["100rows"], "alarms": {"stable": ["accuracy"]}}
+        ]
+        outcomes(server, 200, right=False)  # decayed from the first row on: neither news nor the norm
+        found = joined(place, server, count + 200)
+        assert found["windows"][0]["in_alarm"] == ["accuracy"]
+        assert found["windows"][0]["signals"][0]["reference"] == 1.0
+        outcomes(server, 1000, right=True)
+        got = receiver.wait(lambda got: len(got) >= 2)
+    assert [one.event["type"].rpartition(".")[2] for one in got] == ["raised", "cleared"]
+    assert got[0].event["data"]["key"] == got[1].event["data"]["key"]
+
+
+def test_other_settings_start_anew_and_say_so(place: Place) -> None:
+    with place.serve(SAFE) as server:
+        outcomes(server, 50, right=True)
+        joined(place, server, 50)
+        server.terminate()
+        server.wait()
+    with place.serve(SAFE.replace("[100]", "[200]")) as server:
+        server.wait_for("labels_start_anew", model="m")
+        assert place.performance(server)["join"]["groups"] == []
+
+
+def test_a_list_with_text_that_is_no_class_is_refused_whole(place: Place) -> None:
+    labels = "{labels: {task: binary, output: y, windows: [200], classes: [bad, good], name: fate}}"
+    with place.serve(labels) as server, grpc.insecure_channel(server.grpc) as channel:
+        name = ask(server, [[0.5, 0.0], [0.6, 0.0], [0.7, 0.0]])
+        items = [{"id": name, "row": 0, "outcome": 1}, {"id": name, "row": 1, "outcome": "fine"}]
+        for bad in (items, [items[0], {"id": name, "row": 1, "outcome": "good", "name": "other"}]):
+            status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", bad)
+            assert status == 400
+            assert "'outcome' as text must be" in answer["error"]
+        report = channel.unary_unary(
+            "/tidegate.v1.Feedback/Report",
+            request_serializer=feedback_pb2.ReportRequest.SerializeToString,
+            response_deserializer=feedback_pb2.ReportResponse.FromString,
+        )
+        request = feedback_pb2.ReportRequest(model_name="m")
+        request.outcomes.add(id=name, row=0, value=1.0)
+        request.outcomes.add(id=name, row=1, text="fine")
+        with pytest.raises(grpc.RpcError) as refused:
+            report(request, timeout=20)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert tell(server, [{"id": name, "row": 2, "outcome": "good"}])["joined"] == 1
+        joined(place, server, 1)
+
+
+def test_the_reference_of_the_profile_is_used_from_the_first_label_on(place: Place, stream: Any) -> None:
+    scores = stream.random((4000, 2)).astype("f4")
+    truth = (stream.random(4000) < scores[:, 0]).astype(int)
+    data, made = place.root / "valid.npz", place.root / "p.tgp"
+    np.savez(data, x=scores, fate=truth)
+    cli(
+        "monitor", "profile", str(data), "--model", str(place.root / "m.onnx"), "--run", "-o", str(made),
+        "--label", "fate", "--predict", "y[0]",
+    )  # fmt: skip
+    with place.serve(f"{{profile: {made}, labels: {{task: binary, output: y, windows: [500]}}}}") as server:
+        for start in range(0, 1000, 50):
+            part = slice(start, start + 50)
+            name = ask(server, scores[part].tolist())
+            tell(server, [{"id": name, "row": row, "outcome": 1 - int(truth[start + row])} for row in range(50)])
+        found = joined(place, server, 1000)
+        assert found["learning"] == []
+        (window,) = found["windows"]
+        known = {signal["name"]: signal["reference"] for signal in window["signals"]}
+        assert known["log_loss"] == pytest.approx(log_loss(truth, scores[:, 0]), rel=1e-6)
+        assert known["auc"] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-3)
+        assert {"accuracy", "auc", "log_loss"} <= set(window["in_alarm"])

@@ -293,7 +293,7 @@ class Running:
             self.control,
             MemorySettings(),
             self.catalog.subscribe,
-            lambda model, feedback: feedback.id == "a",
+            lambda model, items: sum(item.id == "a" for item in items),
         )
         app = build_app(self.port, services, statuses=statuses, settings=http)
         grpc: GrpcSettings = options.get("grpc") or GrpcSettings()

@@ -442,3 +442,76 @@ def test_the_signature_of_the_description_is_what_a_profile_is_held_against() ->
     Path("about.json").write_text(json.dumps(about))
     text = refused("registry", "publish", "m", model, "--profile", profile_of(model), "--description", "about.json")
     assert "has 4 elements a row, the model's has 9" in text
+
+
+# --- labels ---
+
+
+def labelled(path: str = "v.csv") -> tuple[Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows of scores, and labels that come as the first of them says; every tenth row has none."""
+    rng = np.random.default_rng(8)
+    scores = rng.random((ROWS, 4)).round(6)
+    fate = (rng.random(ROWS) < scores[:, 0]).astype("f8")
+    fate[::10] = np.nan
+    return csv(path, np.column_stack([scores, fate]), (*NAMES, "fate")), scores, fate
+
+
+def test_a_profile_carries_how_good_predictions_were() -> None:
+    data, scores, fate = labelled()
+    model = models.identity(Path("m.onnx"))
+    common = ("--model", model, "--run", "-o", "p.tgp")
+    result = ok("monitor", "profile", data, *common, "--label", "fate", "--predict", "y[0]")
+    with_labels = ReferenceProfile.load(Path("p.tgp"))
+    assert [name for name, *_ in columns_of()] == [*NAMES, *[f"y[{i}]" for i in range(4)]]
+    assert with_labels.labels is not None
+    assert with_labels.labels.rows == ROWS * 9 // 10
+    assert with_labels.labels.basis["output"] == "y"
+    told = ~np.isnan(fate)
+    right = ((scores[:, 0] >= 0.5) == fate)[told].mean()
+    assert f"accuracy {right:.4g}" in result.output
+    shown = json.loads(ok("monitor", "profile", data, *common, "--label", "fate", "--predict", "y[0]", "--json").output)
+    assert shown["labels"]["accuracy"] == pytest.approx(right)
+    csv("plain.csv", scores)
+    ok("monitor", "profile", "plain.csv", *common)
+    plain = ReferenceProfile.load(Path("p.tgp"))
+    assert plain.labels is None
+    assert plain.sha256 != with_labels.sha256
+
+
+def test_labels_by_the_names_of_classes_and_numbers() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.dirichlet(np.ones(4), 500).astype("f4")
+    names = np.array(["a", "b", "c", "d"])[x.argmax(axis=1)]
+    np.savez("v.npz", x=x, fate=names, amount=x[:, 1].astype("f8") + 1)
+    model = models.identity(Path("m.onnx"))
+    common = ("monitor", "profile", "v.npz", "--model", model, "--run", "-o", "p.tgp", "--json")
+    many = ok(*common, "--label", "fate", "--predict", "y", "--task", "multiclass", "--classes", "a,b,c,d")
+    assert json.loads(many.output)["labels"]["accuracy"] == 1.0
+    number = ok(*common, "--label", "amount", "--predict", "y[1]", "--task", "regression")
+    assert json.loads(number.output)["labels"]["bias"] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--label", "none"), "the data have no column 'none'"),
+        (("--label", "fate"), "--predict must name one of y[0], y[1], y[2], y[3]"),
+        (("--label", "fate", "--predict", "z"), "got 'z'"),
+        (("--label", "fate", "--predict", "y[4]"), "'y' has no element 4"),
+        (("--label", "fate", "--predict", "y", "--task", "multiclass"), "multiclass needs 2 to 256 classes, got 0"),
+        (("--label", "fate", "--predict", "y[0]", "--classes", "no,yes,maybe"), "binary needs 0 to 2 classes"),
+        (("--label", "a", "--predict", "y[0]"), "--label: 'a' holds"),
+        (("--label", "fate", "--predict", "y[0]", "--form", "class"), "are no class of a binary task"),
+    ],
+)
+def test_labels_that_do_not_fit_are_told(arguments: tuple[str, ...], text: str) -> None:
+    data, _, _ = labelled()
+    model = models.identity(Path("m.onnx"))
+    if arguments[1] == "a":
+        csv("v.csv", np.column_stack([values(), values()[:, 0]]), ("w", "x1", "y1", "z1", "a"))
+    assert text in refused("monitor", "profile", data, "--model", model, "--run", "-o", "p.tgp", *arguments)
+
+
+def test_labels_need_what_the_model_answers() -> None:
+    data, _, _ = labelled()
+    assert "use --model with --run" in refused("monitor", "profile", data, "-o", "p.tgp", "--label", "fate")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from server.demo.loop.claims import LoopFailed, until
+from server.demo.loop.replay import CALLERS
 from server.demo.loop.rows import MODEL, break_forest, shuffled
 from server.demo.loop.settings import FORCED, ROLLOUT, forced_text
 from server.demo.loop.stage import Stage
 
 #: Rollouts count calls, so the calls are small.
 _ROWS: Final = 4
+#: A window of drift counts flights, so here they are larger.
+_MORE_ROWS: Final = 16
 _CLIMBED_S: Final = 90.0
 _GATE_FAILED: Final = 3
 _OPERATOR: Final = "operator"
@@ -31,11 +34,13 @@ async def climb(stage: Stage, version: str) -> None:
     gated = next((event for event in story if event["action"] == "rollout.gated"), None)
     passed = gated is not None and gated["detail"]["status"] == "passed"
     stage.claims.check(passed, f"quality gates passed on flights held out from the training{_findings(gated)}")
-    states = [event["action"].removeprefix("rollout.") for event in story]
+    states = [event["action"].removeprefix("rollout.") for event in story if event is not gated]
     stage.claims.check("shadowing" in states and states[-1] == "promoted", f"went through {', '.join(states)}")
     aliases = await _aliases(stage)
     moved = aliases == {"champion": int(version), "previous": int(version) - 1}
     stage.claims.check(moved, f"champion is {aliases.get('champion')}, previous is {aliases.get('previous')}")
+    job = await until(lambda: _closed_job(stage, version), "the job of the training was not closed", _CLIMBED_S)
+    stage.claims.check(job["version"] == version, f"the job of the training is {job['state']}")
     _nobody_failed(stage, before)
 
 
@@ -47,7 +52,7 @@ async def refuse(stage: Stage, good: Path, version: int) -> None:
     await _refused_in_a_pipeline(stage, good, broken)
     june = shuffled(stage.flights.months(6, 6), seed=7)
     before = len(stage.replay.book.errors)
-    async with stage.replay.going_on(june, _ROWS, arrivals=False):
+    async with stage.replay.going_on(june, _MORE_ROWS, arrivals=False):
         number = await stage.tidegate.publish(MODEL, broken, good.with_suffix(".tgp"), "challenger")
         await _refused_by_the_server(stage, str(number))
         await _forced(stage, str(number))
@@ -88,9 +93,14 @@ async def _forced(stage: Stage, number: str) -> None:
     await _settled(stage, number)
 
 
+async def _closed_job(stage: Stage, version: str) -> dict[str, Any] | None:
+    """The training's job once its version is promoted."""
+    jobs = await stage.jobs()
+    return next((job for job in jobs if (job["version"], job["state"]) == (version, "promoted")), None)
+
+
 async def _settled(stage: Stage, number: str) -> None:
     """From now on nothing reaches it, though the replay goes on."""
-    await asyncio.sleep(0)
     book, before = stage.replay.book, stage.replay.book.versions[number]
     rows = book.rows
 
@@ -99,7 +109,7 @@ async def _settled(stage: Stage, number: str) -> None:
 
     await until(more, "the replay stood still", _CLIMBED_S)
     late = book.versions[number] - before
-    stage.claims.check(late <= _ROWS * 4, f"none of the next {book.rows - rows:,} flights is answered by it")
+    stage.claims.check(late <= _MORE_ROWS * CALLERS, f"none of the next {book.rows - rows:,} flights is answered by it")
 
 
 async def _ends(stage: Stage, rollout: str, wanted: str, progress: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from server.demo.clients import CallFailed, binary_request
 from server.demo.data import Array, Flights
 from server.demo.loop.rows import MODEL
 
-_CALLERS: Final = 4
+CALLERS: Final = 4
 _TIMEOUT_S: Final = 30.0
 #: So many calls lie between a flight's prediction and the news of its arrival.
 _LATE_CALLS: Final = 40
@@ -70,7 +70,7 @@ class Replay:
 
     async def __aenter__(self) -> Replay:
         http, grpc = self._addresses
-        for number in range(_CALLERS):
+        for number in range(CALLERS):
             name, opened = ("gRPC", _grpc(grpc)) if number % 2 else ("HTTP", _http(http))
             self._callers.append((name, await self._stack.enter_async_context(opened)))
         self._feedback = await self._stack.enter_async_context(_client(http))

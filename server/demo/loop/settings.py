@@ -50,6 +50,10 @@ class Places:
     def report(self) -> Path:
         return self.root / "drift-report.html"
 
+    @property
+    def card(self) -> Path:
+        return self.root / "model-card.html"
+
 
 def config_text(places: Places) -> str:
     """The configuration as YAML."""
@@ -66,8 +70,11 @@ def forced_text(places: Places) -> str:
     document = _document(places)
     del document["gates"]
     model = document["models"][MODEL]
-    del model["gate"], model["rollout"]["shadow"], model["rollout"]["gates"]["diverge"]
-    model["rollout"]["id"] = FORCED
+    rollout = model["rollout"]
+    del model["gate"], rollout["shadow"], rollout["gates"]["diverge"]
+    rollout |= {"id": FORCED, "keep_warm": "1m"}
+    for step in rollout["steps"][:-1]:
+        step["min"] = "5s"  # what its drift gate needs to fill a window
     return _yaml(document)
 
 
@@ -116,6 +123,7 @@ def _monitor() -> dict[str, Any]:
             "index": 1,
             "windows": [LABEL_WINDOW],
             "learn_rows": LEARN_ROWS,
+            "expected_run": "10M",
         },
     }
 

@@ -35,3 +35,8 @@ class Stage:
     async def first_audited(self, *actions: str) -> dict[str, Any] | None:
         """The first of them."""
         return next(iter(await self.audited(*actions)), None)
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """The trainings that were asked for."""
+        found = await self.admin.get("retrains")
+        return [] if found is None else list(found["retrains"])

@@ -11,7 +11,7 @@ from typing import Final
 from rich.table import Table
 
 from server.demo.clients import CallFailed
-from server.demo.data import KNOWN_WHEN, LATE_MINUTES, Flights, load_flights
+from server.demo.data import Flights, load_flights
 from server.demo.loop.admin import Admin
 from server.demo.loop.claims import Claims, LoopFailed
 from server.demo.loop.climbing import climb, refuse
@@ -25,7 +25,7 @@ from server.demo.loop.timeline import timeline
 from server.demo.loop.training import described, train
 from server.demo.loop.watching import watch
 from server.demo.options import DemoOptions
-from server.demo.process import Addresses
+from server.demo.process import Addresses, ServerFailed
 from server.demo.report import Reporter
 from server.demo.serving import Server, serving
 
@@ -33,7 +33,7 @@ _CHAMPION_MONTHS: Final = (1, 2)
 
 
 def run_loop(options: DemoOptions, reporter: Reporter) -> list[str]:
-    """The second act; what went wrong. Raises ServerFailed and CallFailed."""
+    """The second act; what went wrong."""
     begun = time.monotonic()
     reporter.line("\n[bold]The loop[/bold]: from a change in the world to a new version in service")
     places = Places((options.state_dir / "loop").resolve())
@@ -43,7 +43,7 @@ def run_loop(options: DemoOptions, reporter: Reporter) -> list[str]:
         kept_file = options.kept_file if options.keep else None
         with serving(Server(places.config, places.state, places.log, kept_file), reporter) as up:
             asyncio.run(_play(flights, places, reporter, claims, up))
-    except (LoopFailed, CommandFailed, CallFailed) as error:
+    except (ServerFailed, CommandFailed, CallFailed) as error:
         claims.failures.append(str(error))
     count = len(claims.failures)
     verdict = f"[bold red]{count} failures[/bold red]" if count else "[bold green]the loop is closed[/bold green]"
@@ -60,9 +60,7 @@ def _prepare(places: Places, reporter: Reporter) -> Flights:
         flights = load_flights()
         write_table(places.holdout, held_out(flights).months(*REPLAYED), labels=True)
         step.detail = f"{len(flights.late):,} flights from New York in 2013; a fifth of them held out"
-    reporter.line(f"        predicted at departure: will it arrive over {LATE_MINUTES} min late? Known:")
-    for moment, columns in KNOWN_WHEN:
-        reporter.line(f"        - {moment}: {columns}")
+    reporter.known_when()
     places.config.write_text(config_text(places), encoding="utf-8")
     places.policy.write_text(policy_text(places), encoding="utf-8")
     asyncio.run(_champion(flights, places, reporter))
@@ -85,30 +83,47 @@ async def _play(flights: Flights, places: Places, reporter: Reporter, claims: Cl
         replay = await stack.enter_async_context(Replay(up.http, up.grpc))
         stage = Stage(kept(flights), places, reporter, claims, Tidegate(places.state), admin, replay, up.admin)
         try:
-            await watch(stage)
-            version = await relearn(stage)
-            await climb(stage, version)
-            await refuse(stage, places.root / "retrained.onnx", int(version))
-            await _closed(stage)
-        finally:
-            await _show_timeline(stage)
+            await _scenes(stage)
+        except (LoopFailed, CommandFailed, CallFailed) as error:
+            claims.failures.append(str(error))
+        await _show_timeline(stage)
+
+
+async def _scenes(stage: Stage) -> None:
+    await watch(stage)
+    version = await relearn(stage)
+    await climb(stage, version)
+    await refuse(stage, stage.places.root / "retrained.onnx", int(version))
+    await _closed(stage)
 
 
 async def _closed(stage: Stage) -> None:
-    reporter, book = stage.reporter, stage.replay.book
-    reporter.line("\n[bold]In the end[/bold]")
+    book = stage.replay.book
+    stage.reporter.line("\n[bold]In the end[/bold]")
+    await _card(stage)
     done = await stage.tidegate.here("audit", "verify", codes=(0, 1))
     stage.claims.check(done.code == 0, f"tidegate audit verify: {(done.output or done.errors).strip()}")
     calls = ", ".join(f"{count:,} over {protocol}" for protocol, count in sorted(book.calls.items()))
     stage.claims.check(not book.errors, f"{calls}; {len(book.errors)} of all calls failed")
 
 
+async def _card(stage: Stage) -> None:
+    """Everything that is known of the version that serves, on one page."""
+    words = ("registry", "card", f"{MODEL}@champion", "--html", "--url", stage.admin_address)
+    page = (await stage.tidegate.here(*words)).output
+    await asyncio.to_thread(stage.places.card.write_text, page, encoding="utf-8")
+    (job,) = await stage.jobs()
+    whole = job["trigger_id"] in page and "slices of origin" in page
+    stage.claims.check(whole, f"model card with lineage, gates, rollout and drift: {stage.places.card}")
+
+
 async def _show_timeline(stage: Stage) -> None:
     """What the audit trail tells of it, also when something failed."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title="Timeline, from the audit trail")
-    table.add_column("s", justify="right")
-    for name in ("what", "of", "by", ""):
+    table.add_column("s", justify="right", no_wrap=True)
+    for name in ("what", "of", "by"):
         table.add_column(name, no_wrap=True)
+    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
     for moment in timeline(await stage.admin.audit()):
         table.add_row(f"{moment.at_s:.1f}", moment.action, moment.subject, moment.actor, moment.detail)
     stage.reporter.console.print(table)

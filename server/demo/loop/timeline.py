@@ -12,7 +12,11 @@ _TOLD: Final = (
     "registry.publish", "registry.promote", "drift.", "quality.", "performance.", "calibration.", "retrain.",
     "gate.", "rollout.", "config.",
 )  # fmt: skip
-_MOST_DETAIL: Final = 78
+#: Told by its own rows: ``gate.passed``, ``gate.failed``.
+_UNTOLD: Final = frozenset({"rollout.gated"})
+_MOST_DETAIL: Final = 64
+#: What a row says in words, and how much of it is shown.
+_MOST_OF: Final = {"reason": 60, "feature": 40, "name": 40, "alias": 40, "trigger_id": 12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Moment:
 
 def timeline(events: Iterable[Mapping[str, Any]]) -> list[Moment]:
     """The moments of the trail, in its order; alarms of several signals at once are one line each."""
-    told = [event for event in events if str(event["action"]).startswith(_TOLD)]
+    told = [event for event in events if event["action"].startswith(_TOLD) and event["action"] not in _UNTOLD]
     if not told:
         return []
     begun = datetime.fromisoformat(told[0]["ts"])
@@ -53,9 +57,9 @@ def _parts(detail: Mapping[str, Any]) -> Iterator[str]:
     """What a reader wants of a row: where, why, of what, how much."""
     if detail.get("arm") not in (None, "", "stable"):
         yield str(detail["arm"])
-    for name in ("reason", "status", "feature", "name", "alias", "trigger_id"):
+    for name in _MOST_OF:
         if detail.get(name):
-            yield str(detail[name])[:60]
+            yield str(detail[name])[: _MOST_OF[name]]
     if isinstance(reasons := detail.get("reasons"), list):
         yield " and ".join(f"{one['kind']}: {one['name']}" for one in reasons)
     for name in ("psi", "value", "reference"):

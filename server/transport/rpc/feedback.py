@@ -28,8 +28,7 @@ class FeedbackRpcs:
             raise InvalidArgument(f"at most {MAX_ITEMS} outcomes are taken at once, got {len(request.outcomes)}")
         items = [_feedback(number, outcome) for number, outcome in enumerate(request.outcomes)]
         self._catalog.model_ready(request.model_name, "")
-        hear = self._hear
-        joined = 0 if hear is None else sum(hear(request.model_name, item) for item in items)
+        joined = 0 if self._hear is None else self._hear(request.model_name, items)
         return pb.ReportResponse(accepted=len(items), joined=joined).SerializeToString()
 
 

@@ -14,8 +14,8 @@ from server.config.schema import DIALECT, config_schema
 
 _KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "enum",
-    "exclusiveMaximum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
-    "minProperties", "minimum", "pattern", "patternProperties", "properties", "required", "title", "type",
+    "exclusiveMaximum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
+    "minLength", "minProperties", "minimum", "pattern", "patternProperties", "properties", "required", "title", "type",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from monitor import sealed
 from monitor.errors import ProfileError
+from monitor.outcomes import LabelReference
 from monitor.profile import MAX_CATEGORIES, ReferenceProfile, datatype_of, quantile_knots
 from monitor.types import Column
 
@@ -199,3 +201,18 @@ def test_datatypes_of_arrays() -> None:
     assert datatype_of(np.zeros(1, ">f8"), "x") == "FP64"
     assert datatype_of(np.zeros(1, "u2"), "x") == "UINT16"
     assert datatype_of(np.array(["a"]), "x") == "BYTES"
+
+
+def test_a_reference_of_labels_is_kept_and_named_by_the_digest() -> None:
+    plain = mixed()
+    cells = np.zeros((2, 8), "i8")
+    labels = LabelReference({"task": "binary"}, 3, np.array([1, 2], "i8"), np.zeros((2, 5), "u1"), cells)
+    kept = ReferenceProfile.from_bytes(replace(plain, labels=labels).to_bytes())
+    assert kept.sha256 != plain.sha256
+    assert kept.labels is not None
+    assert (kept.labels.basis, kept.labels.rows) == ({"task": "binary"}, 3)
+    np.testing.assert_array_equal(kept.labels.counts, [1, 2])
+    assert ReferenceProfile.from_bytes(plain.to_bytes()).labels is None
+    for broken in (replace(labels, rows=0), replace(labels, cells=cells[:1]), replace(labels, counts=-labels.counts)):
+        with pytest.raises(ProfileError, match="damaged"):
+            ReferenceProfile.from_bytes(replace(plain, labels=broken).to_bytes())

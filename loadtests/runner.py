@@ -1,0 +1,69 @@
+"""Runs a scenario: its server when it has to be started, its rounds, its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from loadtests import h2load, machine
+from loadtests.crew import Crew, Pace, Sample
+from loadtests.payloads import Payload
+from loadtests.results import Result
+from loadtests.scenario import Scenario, payload_of
+from loadtests.servers import Target, serving
+
+
+@contextmanager
+def target_of(scenario: Scenario) -> Iterator[Target]:
+    """The server of a scenario, started when it says so, on a core apart from the generator's."""
+    given = scenario.target
+    if given.serve is None:
+        yield Target(given.label, given.http, given.grpc, pid=given.pid)
+        return
+    cores, _ = machine.split_cores()
+    with serving(given.serve, given.transport, cores) as (pid, ready):
+        yield Target(given.label, ready["http"], ready["grpc"], pid=pid)
+
+
+async def run(scenario: Scenario, target: Target, say: Callable[[str], object]) -> Result:
+    """All rounds. Raises ConfigError or OSError when the target cannot be asked."""
+    payload = payload_of(scenario, target.http, target.grpc)
+    settings = {"scenario": scenario.model_dump(mode="json"), "generator": scenario.generator}
+    result = Result(scenario.name, settings)
+    for number in range(scenario.rounds):
+        sample = await _window(scenario, target, payload, number)
+        result.add(scenario.name, target.label, sample)
+        say(f"round {number + 1} of {scenario.rounds}: {line(sample)}")
+    return result
+
+
+async def _window(scenario: Scenario, target: Target, payload: Payload, number: int) -> Sample:
+    way = scenario.way()
+    if scenario.generator == "h2load":
+        return await h2load.measure(target, scenario.model, way, payload, scenario.duration_s, scenario.version)
+    crew = Crew(target, scenario.model, way, payload, version=scenario.version)
+    pace = Pace(scenario.rate, scenario.arrivals)
+    try:
+        return await crew.measure(
+            scenario.duration_s,
+            pace,
+            ramp_s=scenario.ramp_s,
+            count_instructions=bool(target.pid) and machine.counts_instructions(),
+            seed=number + 1,
+        )
+    finally:
+        await crew.close()
+
+
+def line(sample: Sample) -> str:
+    """A sample in one line."""
+    parts = [f"{sample.rate:.0f}/s"]
+    parts += [f"p{p:g} {sample.latency.percentile(p) / 1000:.0f} us" for p in (50, 99, 99.9)]
+    if sample.server_cpu_s is not None:
+        parts.append(f"server CPU {sample.cpu_us:.1f} us each")
+    if sample.instructions is not None:
+        parts.append(f"{sample.instructions_each:.0f} instructions each")
+    if sample.late.count:
+        parts.append(f"{sample.late_sends} of {sample.late.count} sent late")
+    others = {outcome: count for outcome, count in sample.outcomes.items() if outcome != "ok"}
+    return ", ".join(parts) + (f", errors {others}" if others else "")
