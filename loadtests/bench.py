@@ -1,293 +1,272 @@
-"""What one served request costs, against ONNX Runtime called in this process: ``make bench``.
+"""Tidegate beside the usual stacks and beside its floors, in one interleaved run: ``make bench``.
 
-A small model (30 floats in, 2 out) is served by ``tidegate serve`` and asked over HTTP JSON, HTTP binary tensors and
-gRPC, one row a request. Rounds of all ways are interleaved, so that a slow spell of the machine hits all alike; ratios
-and their spread are what to read. The clients are plain Python on the same machine: **their own cost limits the rate**,
-so requests per second understate the server, and the client's CPU time stands beside the server's. The server's CPU
-time is read from the operating system and does not contain the client's.
+    python -m loadtests.bench [--quick] [--only ROW ...] [--peer http=HOST:PORT,grpc=HOST:PORT,model=NAME,pid=PID,label=X]
+
+All servers run at once, on one core; the generator has another one. Every round takes each cell once, in an order that
+turns from round to round, so that a slow spell of the machine hits all alike: ratios and their intervals are what to
+read. A neighbour on the machine widens the intervals and moves CPU time per request too, if less than rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import statistics
-import struct
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import grpc
 import numpy as np
-import onnx
-import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+import uvloop
 
-from server._pb import inference_pb2 as pb
+from loadtests import bench_table, h2load, machine, models
+from loadtests.bench_rows import (
+    ALONE,
+    BARE,
+    FLOORS,
+    GRPC_ECHO,
+    HEAVY_ROW,
+    NATIVE_ECHO,
+    OURS,
+    ROWS,
+    USUAL_GRPC,
+    USUAL_HTTP,
+    Row,
+)
+from loadtests.crew import Crew, Pace, Sample, Way, checking
+from loadtests.histogram import Histogram
+from loadtests.models import HEAVY, MODEL, WIDE, bench_row
+from loadtests.payloads import Payload, made_up
+from loadtests.results import Result
+from loadtests.scenario import signature
+from loadtests.servers import ROOT, Target, floor, parse_target, serving
+from server.errors import InvalidArgument, TidegateError
 
-ROOT = Path(__file__).resolve().parent.parent
-FEATURES = 30
-MODEL = "bench"
-INFER = "/inference.GRPCInferenceService/ModelInfer"
-START_SECONDS = 60.0
-FLOOR = "in-process ONNX Runtime"
-
-#: Sends one request and raises when the answer is not the right one.
-Call = Callable[[], Awaitable[None]]
+_HEAVY_BATCH_S: Final = 0.005
+_RAMP_S: Final = 0.15
+#: Tails of an open loop and large JSON tensors need some seconds to show.
+_OPEN_FACTOR: Final = 3.0
+_LARGE_RATE: Final = 1.0
 
 
-@dataclass
-class Sample:
-    """One round of one way to ask."""
-
-    requests: int
+@dataclass(slots=True)
+class Plan:
+    rows: tuple[Row, ...]
+    rounds: int
     seconds: float
-    server_cpu_seconds: float
-    client_cpu_seconds: float
+    peers: tuple[Target, ...] = ()
 
 
-@dataclass
-class Way:
-    """One way to ask: its callers, one per connection, and what was measured."""
+@dataclass(slots=True)
+class Bench:
+    """All servers, the models, and what each is asked."""
 
-    name: str
-    calls: list[Call]
-    samples: list[Sample] = field(default_factory=list)
+    plan: Plan
+    folder: Path
+    result: Result
+    targets: dict[str, Target] = field(default_factory=dict)
+    payloads: dict[str, Payload] = field(default_factory=dict)
+    wanted: dict[str, Payload] = field(default_factory=dict)
+    server_cores: set[int] = field(default_factory=lambda: machine.split_cores()[0])
+
+    # --- set-up ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Write the models and know their answers."""
+        folder = self.folder / "models"
+        folder.mkdir()
+        models.write_model(folder / f"{MODEL}.onnx")
+        models.write_wide(folder / f"{WIDE}.onnx")
+        if self._has(HEAVY_ROW):
+            with machine.pinned(self.server_cores):
+                took = models.write_heavy_for(folder / f"{HEAVY}.onnx", _HEAVY_BATCH_S)
+            self._note(f"heavy model: a batch of {models.HEAVY_ROWS} rows takes {1000 * took:.1f} ms alone.")
+        random = np.random.default_rng(2)
+        self.payloads = {
+            MODEL: {"x": bench_row()},
+            WIDE: {"x": random.standard_normal((1, models.WIDE_FEATURES)).astype(np.float32)},
+            HEAVY: {"x": random.standard_normal((1, models.HEAVY_FEATURES)).astype(np.float32)},
+        }
+        for path in folder.glob("*.onnx"):
+            answer = models.session(path).run(None, dict(self.payloads[path.stem]))[0]
+            self.wanted[path.stem] = {"y": np.asarray(answer)}
+        if h2load.path() is None:
+            self._note("h2load is not installed: its row is left out; all others are asked by our own generator.")
+        else:
+            self._note(
+                "The h2load row is asked by h2load (C, the same headers each time), all others by our own generator."
+            )
+
+    def config(self) -> Path:
+        """The gateway's configuration: these models, batches of the heavy one as it was measured alone."""
+        lines = ["apiVersion: tidegate/v1", "models:"]
+        for path in sorted((self.folder / "models").glob("*.onnx")):
+            batching = f", batching: {{max_rows: {models.HEAVY_ROWS}}}" if path.stem == HEAVY else ""
+            lines.append(f"  {path.stem}: {{source: {path}{batching}}}")
+        config = self.folder / "config.yaml"
+        config.write_text("\n".join([*lines, ""]))
+        return config
+
+    def start(self, stack: ExitStack) -> None:
+        """Every server that the rows name."""
+        named = {column for row in self.plan.rows for column in row.columns}
+        for transport in OURS:
+            if transport in named:
+                print(f"  starting {transport}", flush=True)
+                pid, ready = stack.enter_context(serving(self.config(), transport, self.server_cores))
+                self.targets[transport] = Target(transport, ready["http"], ready["grpc"], pid=pid)
+        for name in (BARE, NATIVE_ECHO, GRPC_ECHO, USUAL_GRPC, USUAL_HTTP):
+            if name in named:
+                print(f"  starting {name}", flush=True)
+                models_of = self.folder / "models"
+                self.targets[name] = stack.enter_context(floor(name, models_of, self.server_cores))
+        for peer in self.plan.peers:
+            self.targets[peer.label] = peer
+
+    def _has(self, row: str) -> bool:
+        return any(one.name == row for one in self.plan.rows)
+
+    def _note(self, text: str) -> None:
+        self.result.settings.setdefault("notes", []).append(text)
+
+    # --- rounds ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        cells = [(row, column) for row in self.plan.rows for column in self._columns(row)]
+        for number in range(-1, self.plan.rounds):
+            warming = number < 0
+            print("  warming up" if warming else f"  round {number + 1} of {self.plan.rounds}", flush=True)
+            turn = (number + 1) * 7 % max(1, len(cells))
+            for row, column in cells[turn:] + cells[:turn]:
+                sample = await self._cell(row, column, self.plan.seconds / 4 if warming else self.plan.seconds)
+                if not warming:
+                    self.result.add(row.name, column, sample)
+
+    def _columns(self, row: Row) -> list[str]:
+        """Who is asked: those that the row names, and peers that speak its protocol and serve its model."""
+        peers = [
+            peer.label
+            for peer in self.plan.peers
+            if (peer.grpc if row.way.protocol.startswith("grpc") else peer.http) and row.model == MODEL
+        ]
+        if row.external and h2load.path() is None:
+            return []
+        alone = [ALONE] if row.name == HEAVY_ROW else []
+        return [*row.columns, *alone, *peers]
+
+    async def _cell(self, row: Row, column: str, seconds: float) -> Sample:
+        if column == ALONE:
+            return self._alone(seconds)
+        target = self.targets[column]
+        payload, check = self._asked(row, column)
+        if row.external:
+            return await h2load.measure(target, row.model, row.way, payload, seconds)
+        crew = Crew(target, row.model, row.way, payload, check)
+        if row.all_cores:
+            machine.pin_tree(target.pid, machine.usable_cores())
+        try:
+            if row.pace.rate:
+                return await self._paced(crew, row, target, seconds * _OPEN_FACTOR)
+            return await crew.measure(seconds, ramp_s=_RAMP_S)
+        finally:
+            await crew.close()
+            if row.all_cores:
+                machine.pin_tree(target.pid, self.server_cores)
+
+    def _asked(self, row: Row, column: str) -> tuple[Payload, Any]:
+        """What is sent, and how the answer is checked: floors have one answer only, and a peer's model is its own."""
+        peer = next((one for one in self.plan.peers if one.label == column), None)
+        if peer is not None and peer.model:
+            return made_up(signature(peer.http, peer.grpc, peer.model), 1), None
+        payload = self.payloads[row.model]
+        if column in FLOORS and row.model != MODEL:
+            return payload, None
+        return payload, checking(row.way.protocol, self.wanted[row.model])
+
+    async def _paced(self, crew: Crew, row: Row, target: Target, seconds: float) -> Sample:
+        if not row.beside_large:
+            return await crew.measure(seconds, row.pace, ramp_s=_RAMP_S)
+        large = Crew(target, WIDE, Way("http-json", 2), self.payloads[WIDE], checking("http-json", self.wanted[WIDE]))
+        try:
+            small, _ = await asyncio.gather(
+                crew.measure(seconds, row.pace, ramp_s=_RAMP_S),
+                large.measure(seconds, Pace(_LARGE_RATE, "constant")),
+            )
+        finally:
+            await large.close()
+        return small
+
+    def _alone(self, seconds: float) -> Sample:
+        """The heavy model without a server, at the number of rows that gives most rows a second."""
+        path = self.folder / "models" / f"{HEAVY}.onnx"
+        with machine.pinned(self.server_cores):
+            model = models.session(path)
+            sizes = (1, models.HEAVY_ROWS // 2, models.HEAVY_ROWS)
+            took = {rows: models.batch_seconds(model, rows, models.HEAVY_FEATURES, 3) for rows in sizes}
+            best = max(sizes, key=lambda rows: rows / took[rows])
+            batch = np.repeat(self.payloads[HEAVY]["x"], best, axis=0)
+            cpu, started, done, latency = time.process_time(), time.perf_counter(), 0, Histogram()
+            while time.perf_counter() - started < seconds:
+                model.run(None, {"x": batch})
+                done += best
+            took_s = time.perf_counter() - started
+        return Sample(took_s, done, {"ok": done}, latency, server_cpu_s=time.process_time() - cpu)
 
 
-def write_model(path: Path) -> None:
-    """A two-layer network with fixed weights: FP32 [batch, 30] -> FP32 [batch, 2]."""
-    random = np.random.default_rng(7)
-    weights = {
-        "w1": random.normal(size=(FEATURES, 64)).astype(np.float32),
-        "w2": random.normal(size=(64, 2)).astype(np.float32),
-    }
-    nodes = [
-        helper.make_node("MatMul", ["x", "w1"], ["h1"]),
-        helper.make_node("Relu", ["h1"], ["h2"]),
-        helper.make_node("MatMul", ["h2", "w2"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        MODEL,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+def chosen(names: list[str] | None) -> tuple[Row, ...]:
+    """Rows by name. Raises InvalidArgument for one that is not there."""
+    known = {row.name: row for row in ROWS}
+    for name in names or ():
+        if name not in known:
+            raise InvalidArgument(f"--only takes one of {', '.join(known)}; got {name!r}")
+    rows = tuple(row for row in ROWS if not names or row.name in names)
+    return rows if h2load.path() else tuple(row for row in rows if not row.external)
+
+
+def measure(plan: Plan) -> Result:
+    """Start everything, measure, stop everything."""
+    result = Result("bench", {"rounds": plan.rounds, "seconds": plan.seconds, "peers": [p.label for p in plan.peers]})
+    _, generator_cores = machine.split_cores()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        bench = Bench(plan, Path(name), result)
+        bench.prepare()
+        bench.start(stack)
+        with machine.pinned(generator_cores):
+            uvloop.run(bench.run())
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="under 2 minutes: shorter and fewer rounds, wide intervals"
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-
-
-def session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def measure_floor(model: ort.InferenceSession, row: np.ndarray[Any, Any], seconds: float) -> Sample:
-    """One row at a time, no server: the CPU time that no gateway can go below without batching."""
-    started, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - started < seconds:
-        for _ in range(100):
-            model.run(None, {"x": row})
-        count += 100
-    return Sample(count, time.perf_counter() - started, time.process_time() - cpu, 0.0)
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A gateway on free loopback ports: its process id and its ``ready`` event."""
-    flags = [part for name in ("--http", "--grpc", "--metrics", "--admin") for part in (name, "127.0.0.1:0")]
-    command = [sys.executable, "-m", "server", "serve", str(model), *flags, "--state-dir", str(model.parent / "state")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    log = model.parent / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen([*command, "--log-format", "json"], stderr=file, env=environment)
-    try:
-        yield process.pid, wait_ready(process, log)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_ready(process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        for line in log.read_text().splitlines():
-            event = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-            if event.get("event") == "ready":
-                return dict(event)
-        time.sleep(0.1)
-    raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-4000:]}")
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of one process, from the operating system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-async def http_call(address: str, head: dict[str, str], body: bytes, expect: Callable[[bytes], bool]) -> Call:
-    """A keep-alive connection that sends the same bytes each time. Closed with the event loop."""
-    host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    fields = {"host": address, "content-length": str(len(body)), **head}
-    lines = [f"POST /v2/models/{MODEL}/infer HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    request = "\r\n".join([*lines, "", ""]).encode() + body
-
-    async def call() -> None:
-        writer.write(request)
-        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
-        _, _, rest = answer.partition(b"\r\ncontent-length: ")
-        content = await reader.readexactly(int(rest.partition(b"\r\n")[0]))
-        if not answer.startswith(b"http/1.1 200") or not expect(content):
-            raise RuntimeError(f"wrong answer: {answer!r} {content[:400]!r}")
-
-    return call
-
-
-def grpc_call(channel: grpc.aio.Channel, request: bytes, expect: Callable[[bytes], bool]) -> Call:
-    """Bytes in, bytes out: no protobuf object is made by the client."""
-    method = channel.unary_unary(INFER)
-
-    async def call() -> None:
-        answer = await method(request)
-        if not expect(answer):
-            raise RuntimeError(f"wrong answer: {answer[:400]!r}")
-
-    return call
-
-
-async def all_ways(ready: dict[str, Any], row: np.ndarray[Any, Any], want: bytes, width: int) -> list[Way]:
-    """The three ways to ask, each with ``width`` requests in flight."""
-    tensor = {"name": "x", "datatype": "FP32", "shape": [1, FEATURES]}
-    text = json.dumps({"inputs": [{**tensor, "data": row.ravel().tolist()}]}).encode()
-    sized = {**tensor, "parameters": {"binary_data_size": row.nbytes}}
-    head = json.dumps({"inputs": [sized], "parameters": {"binary_data_output": True}}).encode()
-    lengths = {"inference-header-content-length": str(len(head))}
-    message = pb.ModelInferRequest(
-        model_name=MODEL,
-        inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, FEATURES])],
-        raw_input_contents=[row.tobytes()],
-    ).SerializeToString()
-    wanted = struct.unpack("<2f", want)
-
-    def close(got: Sequence[float]) -> bool:
-        return all(abs(a - b) <= 1e-4 * max(1.0, abs(b)) for a, b in zip(got, wanted, strict=True))
-
-    def json_close(body: bytes) -> bool:
-        return close(json.loads(body)["outputs"][0]["data"])
-
-    def tail_close(body: bytes) -> bool:
-        return close(struct.unpack("<2f", body[-len(want) :]))
-
-    address = str(ready["http"])
-    channels = [grpc.aio.insecure_channel(ready["grpc"], [("grpc.use_local_subchannel_pool", 1)]) for _ in range(width)]
-    return [
-        Way("HTTP JSON", [await http_call(address, {}, text, json_close) for _ in range(width)]),
-        Way("HTTP binary", [await http_call(address, lengths, head + row.tobytes(), tail_close) for _ in range(width)]),
-        Way("gRPC", [grpc_call(channel, message, tail_close) for channel in channels]),
-    ]
-
-
-async def measure(way: Way, pid: int, seconds: float) -> Sample:
-    """Every connection asks again as soon as it is answered, for ``seconds``."""
-    end = time.perf_counter() + seconds
-
-    async def repeat(call: Call) -> int:
-        count = 0
-        while time.perf_counter() < end:
-            await call()
-            count += 1
-        return count
-
-    started, server, client = time.perf_counter(), cpu_seconds(pid), time.process_time()
-    counts = await asyncio.gather(*(repeat(call) for call in way.calls))
-    return Sample(sum(counts), time.perf_counter() - started, cpu_seconds(pid) - server, time.process_time() - client)
-
-
-async def run(rounds: int, seconds: float, width: int) -> dict[str, list[Sample]]:
-    row = np.random.default_rng(1).normal(size=(1, FEATURES)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / f"{MODEL}.onnx"
-        write_model(model)
-        local = session(model)
-        want = np.asarray(local.run(None, {"x": row})[0]).tobytes()
-        floor: list[Sample] = []
-        with serving(model) as (pid, ready):
-            ways = await all_ways(ready, row, want, width)
-            for way in ways:
-                await measure(way, pid, 1.0)  # warm connections, code and learned plans; not counted
-            for number in range(rounds):
-                print(f"  round {number + 1} of {rounds}", flush=True)
-                floor.append(measure_floor(local, row, seconds / 2))
-                for way in ways[number % 3 :] + ways[: number % 3]:
-                    way.samples.append(await measure(way, pid, seconds))
-        return {FLOOR: floor, **{way.name: way.samples for way in ways}}
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def report(results: dict[str, list[Sample]], width: int) -> None:
-    floors = [1e6 * sample.server_cpu_seconds / sample.requests for sample in results[FLOOR]]
-    print(
-        f"\nOne row of {FEATURES} floats a request, {width} in flight; median (lowest-highest) of {len(floors)} rounds."
-    )
-    print(f"{'way':<26}{'requests/s':>24}{'server CPU us/request':>28}{'ratio to floor':>24}{'client CPU us':>16}")
-    for name, samples in results.items():
-        rates = [sample.requests / sample.seconds for sample in samples]
-        costs = [1e6 * sample.server_cpu_seconds / sample.requests for sample in samples]
-        ratios = [cost / floor for cost, floor in zip(costs, floors, strict=True)]
-        client = statistics.median(1e6 * sample.client_cpu_seconds / sample.requests for sample in samples)
-        print(f"{name:<26}{spread(rates, 0):>24}{spread(costs, 1):>28}{spread(ratios, 1):>24}{client:>16.1f}")
-    print(
-        "The client is Python on the same cores: requests/s is a lower bound, CPU per request is the figure to compare."
-    )
-
-
-def save(results: dict[str, list[Sample]], width: int, folder: Path) -> Path:
-    """Raw samples with the facts of the machine, so that runs can be compared later."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
-        "grpcio": grpc.__version__,
-        "in_flight": width,
-    }
-    content = {"facts": facts, "samples": {name: [asdict(s) for s in samples] for name, samples in results.items()}}
-    path = folder / f"bench-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(content, indent=1))
-    return path
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="CPU time and rate of served requests against in-process ONNX Runtime."
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of one way's turn in a round")
-    parser.add_argument("--in-flight", type=int, default=16, help="connections, one request on each")
-    parser.add_argument("--output", type=Path, default=ROOT / "loadtests" / "results", help="folder for raw samples")
+    parser.add_argument("--rounds", type=int, help="5, or 2 with --quick")
+    parser.add_argument("--seconds", type=float, help="length of a cell in a round: 1.2, or 0.4 with --quick")
+    parser.add_argument("--only", action="append", metavar="ROW", help="only this row; may be repeated")
+    parser.add_argument("--peer", action="append", default=[], metavar="KEY=VALUE,...", help="a V2 server beside ours")
+    parser.add_argument("--output", type=Path, default=ROOT / "loadtests" / "results", help="folder for the result")
     options = parser.parse_args()
-    if min(options.rounds, options.seconds, options.in_flight) <= 0:
-        parser.error("rounds, seconds and in-flight must be positive")
-    results = asyncio.run(run(options.rounds, options.seconds, options.in_flight))
-    report(results, options.in_flight)
-    print(f"Raw samples: {save(results, options.in_flight, options.output)}")
+    rounds = options.rounds or (2 if options.quick else 5)
+    seconds = options.seconds or (0.4 if options.quick else 1.2)
+    if rounds < 1 or not 0.05 <= seconds <= 600:
+        parser.error("rounds must be positive, and seconds from 0.05 to 600")
+    try:
+        peers = tuple(parse_target(text) for text in options.peer)
+        plan = Plan(chosen(options.only), rounds, seconds, peers)
+        result = measure(plan)
+    except (TidegateError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    path = options.output / f"bench-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    result.save(path)
+    print("\n" + bench_table.text(result, plan.rows))
+    print(f"\nResult: {path}\nFor people: python -m loadtests plot {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ _PROC: Final = Path("/proc")
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PACKAGES: Final = ("tidegate", "numpy", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "ngh2", "uvloop")
 _SERVER_PACKAGES: Final = ("httptools", "orjson", "starlette", "uvicorn")
+_ALLOWED: Final = frozenset(os.sched_getaffinity(0))
 _REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 
@@ -64,9 +65,14 @@ def busy_seconds() -> float:
 # --- pinning ---------------------------------------------------------------------------------------------------------
 
 
+def usable_cores() -> set[int]:
+    """All cores that this process was started on, also when this thread is pinned to some of them."""
+    return set(_ALLOWED)
+
+
 def split_cores() -> tuple[set[int], set[int]]:
     """Cores for the server and for the generator, apart from each other where there are two or more."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(usable_cores())
     return ({cores[0]}, {cores[-1]}) if len(cores) > 1 else ({cores[0]}, {cores[0]})
 
 
@@ -98,7 +104,7 @@ def facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)),
+        "usable_cores": len(usable_cores()),
         "machine": platform.machine(),
         "kernel": platform.release(),
         "python": platform.python_version(),

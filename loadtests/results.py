@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from loadtests import machine
 from loadtests.crew import Sample
 from loadtests.histogram import Histogram
+from loadtests.machine import facts, load_average
 from server.errors import ConfigError
 
 SCHEMA: Final = "tidegate-loadtest/1"
@@ -46,9 +46,9 @@ class Result:
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=machine.facts)
+    machine: dict[str, Any] = field(default_factory=facts)
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    load_start: float = field(default_factory=machine.load_average)
+    load_start: float = field(default_factory=load_average)
     load_end: float = 0.0
     cells: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Result:
         return [read(sample, metric) for sample in self.cells.get(row, {}).get(column, [])]
 
     def save(self, path: Path) -> None:
-        self.load_end = machine.load_average()
+        self.load_end = load_average()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False))
 

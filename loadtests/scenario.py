@@ -36,7 +36,7 @@ class TargetSection(_Section):
     label: str = "target"
     http: str = ""
     grpc: str = ""
-    pid: int = Field(0, ge=0)
+    pid: int = Field(default=0, ge=0)
     serve: Path | None = None
     transport: Literal["native", "reference"] = "native"
 
@@ -77,14 +77,14 @@ class TensorSection(_Section):
 
 
 class Generate(_Section):
-    rows: int = Field(1, ge=1, le=65_536)
-    seed: int = Field(1, ge=0)
+    rows: int = Field(default=1, ge=1, le=65_536)
+    seed: int = Field(default=1, ge=0)
 
 
 class PayloadSection(_Section):
     """One of: ``inline`` arrays, an ``npz`` file, or ``generate`` from the model's signature (the default)."""
 
-    inline: dict[str, TensorSection] | None = Field(None, min_length=1)
+    inline: dict[str, TensorSection] | None = Field(default=None, min_length=1)
     npz: Path | None = None
     generate: Generate | None = None
 
@@ -102,16 +102,16 @@ class Scenario(_Section):
     target: TargetSection
     model: str = Field(min_length=1)
     version: str = ""
-    payload: PayloadSection = PayloadSection()
+    payload: PayloadSection = Field(default_factory=PayloadSection)
     protocol: Protocol
     loop: Literal["closed", "open"] = "closed"
-    connections: int = Field(1, ge=1, le=_MOST_CONNECTIONS)
-    streams: int = Field(1, ge=1, le=1000)
-    rate: float = Field(0.0, ge=0.0, le=1e6, allow_inf_nan=False)
+    connections: int = Field(default=1, ge=1, le=_MOST_CONNECTIONS)
+    streams: int = Field(default=1, ge=1, le=1000)
+    rate: float = Field(default=0.0, ge=0.0, le=1e6, allow_inf_nan=False)
     arrivals: Arrivals = "poisson"
-    ramp_s: float = Field(1.0, ge=0.0, le=_LONGEST_S, allow_inf_nan=False)
-    duration_s: float = Field(10.0, gt=0.0, le=_LONGEST_S, allow_inf_nan=False)
-    rounds: int = Field(3, ge=1, le=1000)
+    ramp_s: float = Field(default=1.0, ge=0.0, le=_LONGEST_S, allow_inf_nan=False)
+    duration_s: float = Field(default=10.0, gt=0.0, le=_LONGEST_S, allow_inf_nan=False)
+    rounds: int = Field(default=3, ge=1, le=1000)
     generator: Literal["own", "h2load"] = "own"
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ def signature(http: str, grpc_address: str, model: str, version: str = "") -> di
 
 def _http_metadata(address: str, model: str, version: str) -> dict[str, Any]:
     url = f"http://{address}/v2/models/{model}" + (f"/versions/{version}" if version else "")
-    with urllib.request.urlopen(url, timeout=_ASK_S) as answer:  # noqa: S310 - the address is the user's choice
+    with urllib.request.urlopen(url, timeout=_ASK_S) as answer:
         return dict(orjson.loads(answer.read()))
 
 

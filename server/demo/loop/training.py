@@ -13,13 +13,16 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from server.demo.data import Flights
 from server.demo.loop.commands import Tidegate
 from server.demo.loop.rows import MODEL, PLACES, read_captured, write_table
 from server.demo.loop.settings import Places
 from server.demo.train import train_flights
+
+#: A sink may be told of more than trainings, such as alarms.
+_ASKED: Final = "io.tidegate.retrain.requested.v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,10 @@ async def retrain(event: dict[str, Any], places: Places) -> int:
 
 
 def main() -> None:
-    """Exit code 0 when a version was published."""
+    """Exit code 0 when a version was published, or when the event asks for none."""
     event = json.load(sys.stdin)
+    if event["type"] != _ASKED:
+        return
     version = asyncio.run(retrain(event, Places(Path(sys.argv[1]))))
     print(f"{MODEL}:{version} published for {event['data']['trigger_id']}")
 
