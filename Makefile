@@ -96,7 +96,7 @@ proto-fresh: $(DEV)
 
 # --- tools ---
 
-.PHONY: fmt proto bench constraints clean
+.PHONY: fmt proto bench bench-quick constraints clean
 fmt: $(DEV) ## format and mend what can be mended by itself
 	@echo "== formatting"
 	@$(PY) -m ruff format $(SOURCES)
@@ -106,9 +106,13 @@ proto: $(DEV) ## generate the protobuf code again
 	@echo "== generating protobuf code"
 	@$(PY) scripts/proto.py
 
-bench: $(DEV) ## cost per request against in-process ONNX Runtime (under 3 minutes)
+bench: $(DEV) ## cost per request beside the usual stacks and floors (under 10 minutes)
 	@echo "== bench"
-	@$(PY) -m loadtests.bench
+	@$(PY) -m loadtests.bench $(BENCH)
+
+bench-quick: $(DEV) ## the same, shorter and less sure (under 2 minutes)
+	@echo "== bench, quick"
+	@$(PY) -m loadtests.bench --quick $(BENCH)
 
 constraints: ## resolve all versions anew and write the constraints files
 	@echo "== resolving"

@@ -22,7 +22,8 @@ def text(result: Result, rows: Iterable[Row]) -> str:
 
 def _heading(result: Result) -> Iterator[str]:
     machine = result.machine
-    yield f"{machine['cpu']}, {machine['usable_cores']} cores, Python {machine['python']}, commit {machine['commit'] or '-'}"
+    commit = machine["commit"] or "unknown"
+    yield f"{machine['cpu']}, {machine['usable_cores']} cores, Python {machine['python']}, commit {commit}"
     yield f"load average {result.load_start:.2f} at the start, {result.load_end:.2f} at the end"
 
 

@@ -1,15 +1,15 @@
 """Two results beside each other: for each cell that both have, how the second relates to the first, with intervals.
 
 Runs are taken one after the other, so that their rounds are no pairs: a slow hour of the machine in one of them looks
-like a change. Facts of the machine that differ are named first.
+like a change. Facts of the machine and settings that differ are named first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from loadtests import stats
 from loadtests.results import METRICS, Result
@@ -67,12 +67,19 @@ def _ratio(first: list[float], second: list[float]) -> Estimate | None:
 
 
 def differences(first: Result, second: Result) -> list[str]:
-    """Facts of the machine that are not the same, as sentences."""
-    return [
-        f"{name} differs: {first.machine.get(name)} and {second.machine.get(name)}"
-        for name in _UNLIKE
-        if first.machine.get(name) != second.machine.get(name)
-    ]
+    """Facts of the machine and settings that are not the same, as sentences."""
+    machines = [(name, first.machine.get(name), second.machine.get(name)) for name in _UNLIKE]
+    asked = [_settings(first.settings), _settings(second.settings)]
+    settings = [(name, asked[0].get(name), asked[1].get(name)) for name in {**asked[0], **asked[1]}]
+    return [f"{name} differs: {a} and {b}" for name, a, b in [*machines, *settings] if a != b]
+
+
+def _settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was asked, without what is only said of it."""
+    scenario = settings.get("scenario")
+    if not isinstance(scenario, dict):
+        return {name: value for name, value in settings.items() if name != "notes"}
+    return {name: value for name, value in scenario.items() if name not in ("name", "target", "rounds")}
 
 
 def text(first: Result, second: Result) -> str:

@@ -1,6 +1,6 @@
 """What the operating system says: facts of the machine, processor time of process trees, pinning, instructions.
 
-Linux only, by ``/proc``. Processor time is in units of 1/100 s for each process: windows should last a second or more.
+Linux only, by ``/proc``.
 """
 
 from __future__ import annotations
@@ -48,11 +48,21 @@ def tree(pid: int) -> list[int]:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process tree, with that of children that have ended and were waited for."""
-    ticks = 0
+    total = 0.0
     for one in tree(pid):
         with suppress(OSError):
-            ticks += sum(int(field) for field in _stat(one)[11:15])
-    return ticks / _TICKS
+            fields = [int(field) for field in _stat(one)[11:15]]
+            total += max(sum(fields[:2]) / _TICKS, _thread_seconds(one)) + sum(fields[2:]) / _TICKS
+    return total
+
+
+def _thread_seconds(pid: int) -> float:
+    """Time of the threads that live, to the nanosecond; less than the process's when threads have ended."""
+    total = 0
+    for thread in (_PROC / str(pid) / "task").iterdir():
+        with suppress(OSError):
+            total += int((thread / "schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def busy_seconds() -> float:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 FEATURES: Final = 30
 MODEL: Final = "bench"
-#: 600 kB of FP32 in a row; 1.4 MB of JSON.
+#: 600 kB of FP32 in a row; about 1.4 MB of JSON when its numbers have few digits.
 WIDE_FEATURES: Final = 150_000
 WIDE: Final = "wide"
 HEAVY: Final = "heavy"

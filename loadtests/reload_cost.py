@@ -16,23 +16,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from loadtests.bench import FEATURES, MODEL, Way, all_ways, measure, serving, session, write_model
+from loadtests.crew import Crew, Protocol, Way, checking
+from loadtests.models import MODEL, bench_row, session, write_model
+from loadtests.servers import Target, serving
+from loadtests.stats import interval
 
-CONFIDENCE = 0.95
+WAYS: dict[str, Protocol] = {"HTTP JSON": "http-json", "HTTP binary": "http-binary", "gRPC": "grpc"}
 
 
 @dataclass
@@ -105,56 +107,52 @@ def loop_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def half(way: Way, pid: int, seconds: float, reloads: Reloads | None) -> Half:
+async def half(crew: Crew, seconds: float, reloads: Reloads | None) -> Half:
+    pid = crew.target.pid
     before, done = loop_seconds(pid), 0 if reloads is None else reloads.done
     if reloads is None:
-        sample = await measure(way, pid, seconds)
+        sample = await crew.measure(seconds)
     else:
         async with reloads.going_on():
-            sample = await measure(way, pid, seconds)
-    loop_us = 1e6 * (loop_seconds(pid) - before) / sample.requests
-    process_us = 1e6 * sample.server_cpu_seconds / sample.requests
-    return Half(loop_us, process_us, sample.requests, 0 if reloads is None else reloads.done - done)
+            sample = await crew.measure(seconds)
+    loop_us = 1e6 * (loop_seconds(pid) - before) / sample.completed
+    return Half(loop_us, sample.cpu_us, sample.completed, 0 if reloads is None else reloads.done - done)
 
 
-async def pair(way: Way, pid: int, seconds: float, reloads: Reloads) -> Pair:
+async def pair(crew: Crew, seconds: float, reloads: Reloads) -> Pair:
     found: dict[bool, Half] = {}
     for busy in random.sample((False, True), 2):
-        found[busy] = await half(way, pid, seconds, reloads if busy else None)
+        found[busy] = await half(crew, seconds, reloads if busy else None)
     return Pair(found[False], found[True])
 
 
 async def run(pairs: int, seconds: float, every_s: float, width: int) -> dict[str, list[Pair]]:
-    row = np.random.default_rng(1).normal(size=(1, FEATURES)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
         for model in (MODEL, "other"):
             write_model(folder / f"{model}.onnx")
-        want = np.asarray(session(folder / f"{MODEL}.onnx").run(None, {"x": row})[0]).tobytes()
+        payload = {"x": bench_row()}
+        wanted = {"y": np.asarray(session(folder / f"{MODEL}.onnx").run(None, dict(payload))[0])}
         config = folder / "config.yaml"
         config.write_text(Reloads("", "", folder, every_s).text())
         with serving(config) as (pid, ready):
-            token = (folder / "state" / "admin-token").read_text().strip()
+            token = (folder / "state-native" / "admin-token").read_text().strip()
             reloads = Reloads(ready["admin"], token, folder, every_s, options=1)
-            ways = await all_ways(ready, row, want, width)
-            for way in ways:
-                await half(way, pid, 1.0, reloads)  # warm connections, code and the first reloads; not counted
-            found: dict[str, list[Pair]] = {way.name: [] for way in ways}
+            target = Target("gateway", ready["http"], ready["grpc"], pid=pid)
+            crews = {
+                name: Crew(target, MODEL, Way(protocol, width), payload, checking(protocol, wanted))
+                for name, protocol in WAYS.items()
+            }
+            for crew in crews.values():
+                await half(crew, 1.0, reloads)  # warm connections, code and the first reloads; not counted
+            found: dict[str, list[Pair]] = {name: [] for name in crews}
             for number in range(pairs):
                 print(f"  pair {number + 1} of {pairs}", flush=True)
-                for way in ways:
-                    found[way.name].append(await pair(way, pid, seconds, reloads))
+                for name, crew in crews.items():
+                    found[name].append(await pair(crew, seconds, reloads))
+            for crew in crews.values():
+                await crew.close()
         return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of the median that hold with ``CONFIDENCE`` or more; the whole range where there are too few values."""
-    ordered, count = sorted(values), len(values)
-    outside, rank = 2 * 0.5**count, 0
-    while outside + 2 * math.comb(count, rank + 1) * 0.5**count <= 1 - CONFIDENCE:
-        rank += 1
-        outside += 2 * math.comb(count, rank) * 0.5**count
-    return ordered[rank], ordered[-1 - rank]
 
 
 def report(found: dict[str, list[Pair]], every_s: float) -> None:

@@ -28,7 +28,7 @@ def target_of(scenario: Scenario) -> Iterator[Target]:
 async def run(scenario: Scenario, target: Target, say: Callable[[str], object]) -> Result:
     """All rounds. Raises ConfigError or OSError when the target cannot be asked."""
     payload = payload_of(scenario, target.http, target.grpc)
-    settings = {"scenario": scenario.model_dump(mode="json"), "generator": scenario.generator}
+    settings = {"scenario": scenario.model_dump(mode="json"), "generator_says": generator_says(scenario)}
     result = Result(scenario.name, settings)
     for number in range(scenario.rounds):
         sample = await _window(scenario, target, payload, number)
@@ -53,6 +53,13 @@ async def _window(scenario: Scenario, target: Target, payload: Payload, number: 
         )
     finally:
         await crew.close()
+
+
+def generator_says(scenario: Scenario) -> str:
+    """Who asks, for people."""
+    if scenario.generator == "h2load":
+        return "h2load (C; the same headers each time)"
+    return "grpcio's asyncio client" if scenario.protocol == "grpcio" else "the generator of loadtests, on one core"
 
 
 def line(sample: Sample) -> str:

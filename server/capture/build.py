@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.capture.events import EventSender
+from server.capture.segments import default_format
 from server.capture.service import Capture
 from server.config.capture_options import CaptureSettings
 
@@ -24,7 +25,8 @@ class Recording:
         """The pattern of the segments of a models entry; none when nothing of it is captured."""
         if not self.settings.of(model).sample:
             return ()
-        return (str(self.capture.folder.absolute() / model / "requests-*"),)
+        pattern = f"requests-*.{default_format(self.settings.format)}"
+        return (str(self.capture.folder.absolute() / model / pattern),)
 
     def close(self) -> None:
         """Write and send what waits. Blocks; call it off the loop, after the last answer."""

@@ -49,7 +49,7 @@ TRAIN = """\
 import glob, json, subprocess, sys
 root, event = sys.argv[1], json.load(sys.stdin)
 data = event["data"]
-files = [file for path in data["capture"]["paths"] for file in glob.glob(path + ".jsonl")]
+files = [file for path in data["capture"]["paths"] for file in glob.glob(path)]
 rows = sum(len(open(file).readlines()) for file in files)
 open(root + "/event.json", "a").write(json.dumps(event) + "\\n")
 about = {"metrics": [{"dataset": "capture", "name": "rows", "value": rows}],
@@ -155,8 +155,7 @@ def test_decay_leads_to_one_training_whose_version_climbs_to_champion(tmp_path: 
         (verdict,) = loop.actions(server, "gate.")
         assert (verdict["action"], verdict["subject"]) == ("gate.passed", "m:2")
         assert verdict["detail"]["against"] == "1"
-        assert loop.admin(server, "POST", "retrains/m", {"reason": "again"})[0] in (202, 409)
-    (event,) = [json.loads(line) for line in (tmp_path / "event.json").read_text().splitlines()][:1]
+    (event,) = [json.loads(line) for line in (tmp_path / "event.json").read_text().splitlines()]
     assert event["id"] == event["idempotencykey"] == job["trigger_id"]
     assert event["data"]["reasons"][0]["kind"] == "labels"
     assert event["data"]["champion"]["version"] == "1"

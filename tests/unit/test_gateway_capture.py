@@ -1,4 +1,4 @@
-"""server.gateway and who records its requests: what is offered, after the answer, once for each request that was tried."""
+"""server.gateway and who records its requests: what is offered, after the answer, once per request that was tried."""
 
 from __future__ import annotations
 

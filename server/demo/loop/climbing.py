@@ -33,7 +33,7 @@ async def climb(stage: Stage, version: str) -> None:
     story = await _told(stage, rollout)
     gated = next((event for event in story if event["action"] == "rollout.gated"), None)
     passed = gated is not None and gated["detail"]["status"] == "passed"
-    stage.claims.check(passed, f"quality gates passed on flights held out from the training{_findings(gated)}")
+    stage.claims.check(passed, f"quality gates passed on flights that were held out{_findings(gated)}")
     states = [event["action"].removeprefix("rollout.") for event in story if event is not gated]
     stage.claims.check("shadowing" in states and states[-1] == "promoted", f"went through {', '.join(states)}")
     aliases = await _aliases(stage)
@@ -75,7 +75,9 @@ async def _refused_by_the_server(stage: Stage, number: str) -> None:
     with stage.reporter.step(f"{MODEL}:{number} published as challenger all the same") as step:
         found = await _ends(stage, rollout, "failed", step.progress)
     answered = stage.replay.book.versions[number]
-    stage.claims.check(not answered, f"refused by its gates, {answered} flights answered by it: {found['reason']}")
+    stage.claims.check(
+        not answered, f"refused by its gates, {answered} flights answered by it; {_first(found['reason'])}"
+    )
 
 
 async def _forced(stage: Stage, number: str) -> None:
@@ -140,9 +142,20 @@ async def _told(stage: Stage, rollout: str) -> list[dict[str, Any]]:
 
 
 def _findings(gated: dict[str, Any] | None) -> str:
-    """The comparison of the losses in few words."""
+    """How both models did on the holdout, and what else was asked."""
     found = [] if gated is None else list(gated["detail"]["evidence"])
-    return f": {', '.join(str(one.get('gate')) for one in found)}" if found else ""
+    quality: dict[str, Any] = next((one["evidence"] for one in found if one["gate"] == "quality"), {})
+    metrics = quality.get("metrics")
+    if not metrics:
+        return ""
+    ours, theirs = metrics["candidate"], metrics["champion"]
+    better = ", ".join(f"{name} {theirs[name]:.4f} -> {ours[name]:.4f}" for name in ("brier", "auc"))
+    return f" ({quality['rows']:,}): {better}; {', '.join(one['gate'] for one in found if one['gate'] != 'quality')}"
+
+
+def _first(reason: str) -> str:
+    """The first of several reasons."""
+    return reason.partition(";")[0]
 
 
 async def _aliases(stage: Stage) -> dict[str, int]:

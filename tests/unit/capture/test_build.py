@@ -18,11 +18,11 @@ def test_nothing_is_recorded_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_segments_lie_in_the_state_folder_or_where_it_says(tmp_path: Path) -> None:
-    settings = CaptureSettings(specs={"m": CaptureSpec(sample=100)})
+    settings = CaptureSettings(specs={"m": CaptureSpec(sample=100)}, format="jsonl")
     made = open_recording(settings, tmp_path)
     assert made is not None
     with closing(made):
-        assert made.paths("m") == (str(tmp_path / "capture" / "m" / "requests-*"),)
+        assert made.paths("m") == (str(tmp_path / "capture" / "m" / "requests-*.jsonl"),)
         assert made.paths("other") == ()
         with pytest.raises(ConfigError, match="written by another process"):
             open_recording(settings, tmp_path)
