@@ -7,7 +7,8 @@ SHELL := bash
 .NOTPARALLEL:
 
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest
+# Two workers, a file of tests to each at a time; PYTEST_ARGS is added.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 DEMO := .venv/.demo-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv-clients/.installed
@@ -47,7 +48,7 @@ $(CLIENTS): requirements-clients.txt constraints-clients.txt
 # --- the main job ---
 
 .PHONY: demo
-demo: $(DEMO) $(CLIENTS) ## serve real models on real data, call them, show the result
+demo: $(DEMO) $(CLIENTS) ## real models on real data: served, checked, watched, retrained, rolled out and back
 	@echo "== demo"
 	@.venv/bin/tidegate demo
 

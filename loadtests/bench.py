@@ -147,11 +147,13 @@ class Bench:
                     self.result.add(row.name, column, sample)
 
     def _columns(self, row: Row) -> list[str]:
-        """Who is asked: those that the row names, and peers that speak its protocol and serve its model."""
+        """Who is asked: those that the row names, and peers that speak its protocol, in closed loops over one model."""
         peers = [
             peer.label
             for peer in self.plan.peers
-            if (peer.grpc if row.way.protocol.startswith("grpc") else peer.http) and row.model == MODEL
+            if (peer.grpc if row.way.protocol.startswith("grpc") else peer.http)
+            and row.model == MODEL
+            and not row.pace.rate
         ]
         if row.external and h2load.path() is None:
             return []
@@ -227,6 +229,15 @@ def chosen(names: list[str] | None) -> tuple[Row, ...]:
     return rows if h2load.path() else tuple(row for row in rows if not row.external)
 
 
+def check_labels(peers: tuple[Target, ...]) -> None:
+    """Raises InvalidArgument when a peer's label is that of another column."""
+    taken = {ALONE, *(column for row in ROWS for column in row.columns)}
+    for peer in peers:
+        if peer.label in taken:
+            raise InvalidArgument(f"a peer needs a label of its own, got {peer.label!r}")
+        taken.add(peer.label)
+
+
 def measure(plan: Plan) -> Result:
     """Start everything, measure, stop everything."""
     result = Result("bench", {"rounds": plan.rounds, "seconds": plan.seconds, "peers": [p.label for p in plan.peers]})
@@ -253,12 +264,13 @@ def main() -> int:
     options = parser.parse_args()
     # The generator's gRPC library would speak of every process that is started beside it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    rounds = options.rounds or (2 if options.quick else 6)
-    seconds = options.seconds or (0.3 if options.quick else 1.0)
+    rounds = (2 if options.quick else 6) if options.rounds is None else options.rounds
+    seconds = (0.3 if options.quick else 1.0) if options.seconds is None else options.seconds
     if rounds < 1 or not 0.05 <= seconds <= 600:
         parser.error("rounds must be positive, and seconds from 0.05 to 600")
     try:
         peers = tuple(parse_target(text) for text in options.peer)
+        check_labels(peers)
         plan = Plan(chosen(options.only), rounds, seconds, peers)
         result = measure(plan)
     except (TidegateError, OSError) as error:

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from loadtests import stats
-from loadtests.bench_rows import GOALS, Goal, Row
+from loadtests.bench_rows import GOALS, NATIVE, Goal, Row
 from loadtests.results import Result
 from loadtests.stats import Estimate
 
 _UNITS: Final = {"cpu_us": "us CPU", "p50_us": "us p50", "p99_us": "us p99", "rate": "/s"}
 _WIDTH: Final = 16
+#: Share of a core, over which rate and latency are the generator's own. CPU per request of the server is not.
+_BUSY_GENERATOR: Final = 0.9
 
 
 def text(result: Result, rows: Iterable[Row]) -> str:
     """Everything that is to be read."""
-    return "\n".join([*_heading(result), "", *_table(result, rows), "", *_goals(result), "", *_notes(result)])
+    return "\n".join(
+        [*_heading(result), "", *_table(result, rows), "", *_goals(result), *_peers(result), "", *_notes(result)]
+    )
 
 
 def _heading(result: Result) -> Iterator[str]:
@@ -30,7 +34,8 @@ def _heading(result: Result) -> Iterator[str]:
 def _table(result: Result, rows: Iterable[Row]) -> Iterator[str]:
     """Medians over the rounds; rates in brackets where the row is about cost."""
     kept = [row for row in rows if row.name in result.cells]
-    columns = list(dict.fromkeys(column for row in kept for column in result.cells[row.name]))
+    named = [column for row in kept for column in (*row.columns, *result.cells[row.name])]
+    columns = [column for column in dict.fromkeys(named) if any(column in result.cells[row.name] for row in kept)]
     yield f"{'':<20}{'':<8}" + "".join(f"{column[: _WIDTH - 1]:>{_WIDTH}}" for column in columns)
     for row in kept:
         cells = [_cell(result, row, column) for column in columns]
@@ -76,6 +81,17 @@ def _goals(result: Result) -> Iterator[str]:
         yield f"{name:<62}{limit:>10}  {_shown(ratio):<28}{reached(goal, ratio)}"
 
 
+def _peers(result: Result) -> Iterator[str]:
+    """What each peer takes and gives, of what ``native`` does."""
+    for peer in result.settings.get("peers", []):
+        yield ""
+        for row, columns in result.cells.items():
+            if peer in columns and NATIVE in columns:
+                for metric in ("cpu_us", "rate"):
+                    ratio = estimate(result, Goal(row, peer, row, NATIVE, metric, 1.0))
+                    yield f"{f'{row}: {peer} to {NATIVE}, {_UNITS[metric]}':<62}{'':>10}  {_shown(ratio)}"
+
+
 def _shown(ratio: Estimate) -> str:
     return "-" if math.isnan(ratio.value) else ratio.text(3)
 
@@ -88,4 +104,6 @@ def _notes(result: Result) -> Iterator[str]:
             errors = sum(sample.errors for sample in samples)
             if errors:
                 yield f"ERRORS: {row}, {column}: {errors} of {sum(s.latency.count for s in samples)} requests"
+            if stats.median([s.client_cpu_s / s.seconds for s in samples]).value > _BUSY_GENERATOR:
+                yield f"The generator was the limit of the rate: {row}, {column}"
     yield from (str(note) for note in result.settings.get("notes", []))

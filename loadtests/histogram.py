@@ -14,7 +14,7 @@ from typing import Any, Final
 BITS: Final = 8
 #: Longer than 18 minutes is counted as this.
 MOST_NS: Final = 2**40 - 1
-_SIZE: Final = (MOST_NS.bit_length() - BITS) << BITS
+_SIZE: Final = (MOST_NS.bit_length() - BITS + 1) << BITS
 
 
 def bucket(value_ns: int) -> int:

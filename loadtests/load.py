@@ -70,7 +70,8 @@ class _Loop:
         self._grace_s = grace_s
         self._taken = Taken()
         self._under_way: Counter[int] = Counter()  # by the time they were due
-        self._begin_ns = self._end_ns = 0
+        self._begin_ns = 0
+        self._end_ns: float = math.inf  # until it has come
         self._measuring = self._ended = self._over = False
         self._idle = asyncio.Event()
         for lane in lanes:
@@ -80,16 +81,16 @@ class _Loop:
         """One ramp, which is not measured, and one window. Every request has ended or is given up afterwards."""
         start_ns = time.perf_counter_ns()
         self._begin_ns = start_ns + int(ramp_s * _SECOND_NS)
-        self._end_ns = self._begin_ns + int(seconds * _SECOND_NS)
         self._start(start_ns, ramp_s, seconds)
         await self._until(self._begin_ns)
         begun_ns = time.perf_counter_ns()
         self._measuring = True
         self._on_begin()
-        await self._until(self._end_ns)
+        await self._until(self._begin_ns + int(seconds * _SECOND_NS))
         self._on_end()
         self._measuring, self._ended = False, True
-        self._taken.seconds = (time.perf_counter_ns() - begun_ns) / _SECOND_NS
+        self._end_ns = time.perf_counter_ns()
+        self._taken.seconds = (self._end_ns - begun_ns) / _SECOND_NS
         await self._settle()
         return self._taken
 

@@ -29,7 +29,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from loadtests.bench import FEATURES, INFER, MODEL, cpu_seconds, serving, write_model
+from loadtests.lanes import INFER_PATH as INFER
+from loadtests.machine import cpu_seconds
+from loadtests.models import FEATURES, MODEL, write_model
+from loadtests.servers import serving
 from monitor.profile import ReferenceProfile
 from server._pb import inference_pb2 as pb
 

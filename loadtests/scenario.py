@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -175,7 +176,7 @@ def read_npz(path: Path) -> payloads.Payload:
             arrays = {str(name): file[name] for name in file.files}
         for array in arrays.values():
             payloads.datatype_of(array)
-    except (OSError, ValueError, InvalidArgument, AttributeError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, InvalidArgument, AttributeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not arrays:
         raise ConfigError(f"{path}: has no arrays")

@@ -44,8 +44,8 @@ class CompiledRoutes(Generic[T]):
     """One public name's routes, ready to decide. Never changed after it is built."""
 
     __slots__ = (
-        "_choices", "_edges", "_reject", "_rules", "_samplers", "_seed", "_sources", "_split", "_stable", "_to_stable",
-        "_version_rules", "arms", "model", "name", "routes", "spans",
+        "_choices", "_edges", "_plain", "_reject", "_rules", "_samplers", "_seed", "_sources", "_split", "_stable",
+        "_to_stable", "_version_rules", "arms", "model", "name", "routes", "spans",
     )  # fmt: skip
 
     def __init__(self, name: str, routes: ModelRoutes[T]) -> None:
@@ -65,6 +65,9 @@ class CompiledRoutes(Generic[T]):
         self._samplers: tuple[_Sampler[T], ...] = tuple(
             (seed_of(shadow.id), positions(shadow.sample), shadow) for shadow in routes.shadows
         )
+        asks = self._rules or self._split or self._samplers
+        #: The decision of routes where nothing of a request matters but its version, for the newest generation asked.
+        self._plain: RouteDecision[T] | None = None if asks else self._default(0)
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -116,6 +119,10 @@ class CompiledRoutes(Generic[T]):
         """Where one request goes. Raises UnknownVersion, BadVersion or KeyMissing."""
         if query.version:
             return self._explicit(query, generation)
+        if self._plain is not None:
+            if self._plain.generation != generation:
+                self._plain = self._default(generation)
+            return self._plain
         if self._rules:
             rule = first_match(self._rules, query)
             if rule is not None and rule.choice is not None:
@@ -142,6 +149,14 @@ class CompiledRoutes(Generic[T]):
         return RouteDecision(
             model, version, arm, reason, generation, target, self.name, counted,
             propensity if counted else 1.0, unit, key_hash, fallback, shadows,
+        )  # fmt: skip
+
+    def _default(self, generation: int) -> RouteDecision[T]:
+        """The decision of routes that ask nothing: one object for all requests of a generation, never changed."""
+        arm, model, version, target, _, fallback = self._stable
+        return RouteDecision(
+            model, version, arm, "default", generation, target, self.name, True,
+            self._stable.propensity, "request", 0, fallback, (),
         )  # fmt: skip
 
     def _sampled(self, choice: Choice[T], draw: int) -> tuple[ShadowRoute[T], ...]:

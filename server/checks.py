@@ -151,7 +151,7 @@ def _whole(parameters: Mapping[str, ParameterValue], name: str, most: int) -> in
 def check_request(request: InferenceRequest, spec: ModelSpec) -> tuple[list[Tensor | None], int, list[int] | None]:
     """All checks of one request: ordered inputs, rows, and the outputs to answer with."""
     ordered, rows = fit_inputs(spec, request.inputs)
-    return ordered, rows, pick_outputs(spec, request.outputs)
+    return ordered, rows, pick_outputs(spec, request.outputs) if request.outputs else None
 
 
 def _quoted(names: object) -> str:

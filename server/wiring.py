@@ -53,6 +53,7 @@ from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSo
 from server.delivery import metrics as delivery_metrics
 from server.delivery.build import make_sinks
 from server.delivery.dispatcher import Dispatcher
+from server.delivery.options import TRAINING
 from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
 from server.gates.keeper import Gatekeeper
 from server.gateway import AdmissionLimits, Gateway, Served
@@ -370,8 +371,9 @@ class Delivery:
 
 def _delivery(settings: ServerSettings, state: State, audit: Audit, telemetry: Telemetry) -> Delivery:
     sinks = make_sinks(settings.delivery.sinks, settings.state_dir / "commands")
-    names = [sink.name for sink in sinks]
-    outbox = Outbox(state.store, state.audit, sinks=names, limits=settings.delivery.limits)
+    # What trains gets what asks for a training, by name; every other sink gets the alarms.
+    listeners = [name for name, options in settings.delivery.sinks.items() if not isinstance(options, TRAINING)]
+    outbox = Outbox(state.store, state.audit, sinks=listeners, limits=settings.delivery.limits)
     dispatcher = Dispatcher(outbox, sinks, retry=settings.delivery.retry)
     alerts = AlertQueue(outbox.publish, audit)
 

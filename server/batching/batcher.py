@@ -439,15 +439,21 @@ class Batcher:
     # --- answering -------------------------------------------------------------------------------------------
 
     def _answer_all(self, execution: _Execution, members: list[Work]) -> None:
+        error, rows, count, number = execution.error, execution.rows, len(execution.members), execution.id
+        assembled_ns, computed_ns = execution.assembled_ns, execution.computed_ns
+        finished_ns = execution.finished_ns
         for work in members:
-            work.error = execution.error
-            work.assembled_ns = execution.assembled_ns
-            work.computed_ns = execution.computed_ns
-            work.finished_ns = execution.finished_ns
-            work.batch_rows = execution.rows
-            work.batch_members = len(execution.members)
-            work.batch_id = execution.id
-            self._answer(work)
+            work.error = error
+            work.assembled_ns = assembled_ns
+            work.computed_ns = computed_ns
+            work.finished_ns = finished_ns
+            work.batch_rows = rows
+            work.batch_members = count
+            work.batch_id = number
+            if self._order is None:
+                self._reply(work)
+            else:
+                self._answer_in_order()
         self._tell_idle()
 
     def _expire(self, work: Work, reason: Reason) -> None:
@@ -480,14 +486,20 @@ class Batcher:
         if work.state == TAKEN:  # else it was cancelled, perhaps by a neighbour's ``done``
             work.state = GONE
             self._unanswered -= 1
-            self._call_back(work.done, work)
+            try:
+                work.done(work)
+            except Exception as error:  # noqa: BLE001 - the request's boundary
+                self._raised(error)
 
     def _call_back(self, callback: Callable[[T], None], argument: T) -> None:
-        """A callback that raises is a defect of its owner: logged, and kept from the neighbours."""
         try:
             callback(argument)
         except Exception as error:  # noqa: BLE001 - the request's boundary
-            _log.error("callback_raised", **self._log_fields(), exc_info=error)
+            self._raised(error)
+
+    def _raised(self, error: Exception) -> None:
+        """A callback that raises is a defect of its owner: logged, and kept from the neighbours."""
+        _log.error("callback_raised", **self._log_fields(), exc_info=error)
 
     # --- words -----------------------------------------------------------------------------------------------
 

@@ -174,11 +174,6 @@ class _Group(Generic[M]):
         self.rows += member.rows or 1
         self.ripe += member.ripe
 
-    def drop(self, member: M) -> None:
-        del self.lanes[member.lane][member.ticket]
-        self.rows -= member.rows or 1
-        self.ripe -= member.ripe
-
     def head(self, lane: int) -> int:
         """The foremost ticket of a lane; 0 when the lane is empty."""
         return next(iter(self.lanes[lane]), 0)
@@ -235,14 +230,18 @@ class Planner(Generic[M]):
 
     def add(self, member: M) -> Full | None:
         """Let a member wait, or say which bound refuses it. ``enqueued_ns`` and ``plan`` are set. Then tick."""
-        level = self._level(member.priority)
-        if full := self._full(level):
-            return full
+        limits = self._limits
+        number = member.priority if 0 < member.priority <= limits.priority_levels else limits.default_level
+        level = self._levels.get(number) or self._level(number)
+        policy = level.policy
+        if 0 < limits.max_waiting <= self._waiting or 0 < policy.max_queue_size <= level.waiting:
+            return self._full(level)
         member.lane = level.lane
-        member.timeout_ns = _timeout_ns(member, level.policy)
-        member.ripe = not self._limits.max_delay_ns
+        if policy.default_timeout_us or member.timeout_us:
+            member.timeout_ns = _timeout_ns(member, policy)
+        member.ripe = not limits.max_delay_ns
         member.state = WAITING
-        self._enqueue(member)
+        self._enqueue(member, level)
         return None
 
     def cancel(self, member: M) -> None:
@@ -260,14 +259,14 @@ class Planner(Generic[M]):
 
     def tick(self, now: int) -> list[Action[M]]:
         """Expire what is due, then fill every free slot. Runs come first among the actions."""
-        expired = self._fire(now)
+        expired = self._fire(now) if self._timers else []
         actions: list[Action[M]] = []
         while self._free and (members := self._next_piece() or self._compose()):
             slot = self._free.pop()
             self._running[slot] = members
             actions.append(Run(slot, members))
         actions += expired
-        next_ns = self._next_timer()
+        next_ns = self._next_timer() if self._timers else 0
         if next_ns and (not self._wake_ns or next_ns < self._wake_ns):
             self._wake_ns = next_ns
             actions.append(WakeAt(next_ns))
@@ -292,22 +291,17 @@ class Planner(Generic[M]):
 
     # --- waiting ---------------------------------------------------------------------------------------------
 
-    def _level(self, priority: int) -> _Level:
-        limits = self._limits
-        number = priority if 0 < priority <= limits.priority_levels else limits.default_level
-        level = self._levels.get(number)
-        if level is None:
-            level = self._levels[number] = _Level(number, limits.policies.get(number, limits.default_policy))
+    def _level(self, number: int) -> _Level:
+        """A level whose first member comes."""
+        level = self._levels[number] = _Level(number, self._limits.policies.get(number, self._limits.default_policy))
         return level
 
-    def _full(self, level: _Level) -> Full | None:
+    def _full(self, level: _Level) -> Full:
         if 0 < self._limits.max_waiting <= self._waiting:
             return Full(self._waiting, self._limits.max_waiting)
-        if 0 < level.policy.max_queue_size <= level.waiting:
-            return Full(level.waiting, level.policy.max_queue_size, level.lane // 2)
-        return None
+        return Full(level.waiting, level.policy.max_queue_size, level.lane // 2)
 
-    def _enqueue(self, member: M) -> None:
+    def _enqueue(self, member: M, level: _Level) -> None:
         self._tickets += 1
         member.ticket = self._tickets
         group = self._groups.get(member.plan)
@@ -315,8 +309,9 @@ class Planner(Generic[M]):
             group = self._groups[member.plan] = _Group()
         group.put(member)
         self._waiting += 1
-        self._levels[member.lane // 2].waiting += 1
-        self._set_timer(member)
+        level.waiting += 1
+        if member.deadline_ns or member.timeout_ns or not member.ripe:
+            self._set_timer(member)
         if len(group.listed) < len(group.lanes):
             self._offer(group)
 
@@ -327,12 +322,18 @@ class Planner(Generic[M]):
 
     def _remove(self, group: _Group[M], members: list[M]) -> None:
         """Take members of one group out of the queue."""
-        levels, timed = self._levels, self._timed
+        levels, timed, lanes = self._levels, self._timed, group.lanes
+        rows = ripe = 0
         for member in members:
-            group.drop(member)
-            levels[member.lane // 2].waiting -= 1
+            lane, ticket = member.lane, member.ticket
+            del lanes[lane][ticket]
+            rows += member.rows or 1
+            ripe += member.ripe
+            levels[lane // 2].waiting -= 1
             if timed:
-                timed.pop(member.ticket, None)
+                timed.pop(ticket, None)
+        group.rows -= rows
+        group.ripe -= ripe
         self._waiting -= len(members)
         if not group.rows:
             del self._groups[members[0].plan]
@@ -500,7 +501,7 @@ class Planner(Generic[M]):
         member.lane += 1
         member.timeout_ns = 0
         member.ripe = True
-        self._enqueue(member)
+        self._enqueue(member, self._levels[member.lane // 2])
 
 
 def _timeout_ns(member: Member, policy: QueuePolicy) -> int:

@@ -165,8 +165,15 @@ def doctor(state_dir: Path, as_json: bool) -> None:
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("demo-state"), show_default=True)
 @click.option("--offline", is_flag=True, help="Use no network: skip what is not on this machine yet.")
 @click.option("--plain", is_flag=True, help="Plain lines instead of a live display.")
+@click.option(
+    "--act",
+    type=click.Choice(["serve", "loop", "all"]),
+    default="all",
+    show_default=True,
+    help="serve: all protocols at once, every answer checked. loop: from drift to a new version, and a bad one's end.",
+)
 def demo(**options: Any) -> None:
-    """Serve real models on real data, call them over HTTP and gRPC at once, and check every answer."""
+    """Serve real models on real data and check every answer; then let drift, labels and gates change the model."""
     from server.demo.run import DemoOptions, run_demo
 
     sys.exit(run_demo(DemoOptions(**options)))

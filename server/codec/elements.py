@@ -5,7 +5,9 @@ Every error is an InvalidArgument that names the input, the element and what its
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -23,6 +25,11 @@ _INT: Final[frozenset[type]] = frozenset({int})
 _BOOL: Final[frozenset[type]] = frozenset({bool})
 _STRING: Final[frozenset[type]] = frozenset({str})
 _NUMBER: Final[frozenset[type]] = frozenset({int, float})
+#: Floats that ``struct`` writes too: it rounds to even and refuses what overflows, as numpy is told to.
+_CODES: Final = {"FP32": "f", "FP64": "d"}
+#: Up to this many elements: each count has a layout of its own, and large lists are numpy's.
+_STRUCT_ELEMENTS: Final = 512
+_STRUCTS: Final = 256
 
 
 class InexactIntegerError(Exception):
@@ -110,6 +117,12 @@ def _floats(datatype: str, values: list[Any], _exact: bool) -> bytes:
 
 def _packed(datatype: str, values: list[Any]) -> bytes:
     """FloatingPointError or OverflowError when a finite value would become infinite."""
+    code = _CODES.get(datatype)
+    if code is not None and len(values) <= _STRUCT_ELEMENTS:
+        try:  # the same bytes as numpy's; 30 numbers take a quarter of the time
+            return _struct(code, len(values)).pack(*values)
+        except struct.error:  # an integer beyond any double; other types were refused before
+            raise OverflowError from None
     with np.errstate(over="raise"):
         if datatype != "BF16":
             return np.array(values, dtype=DATATYPES[datatype][0]).tobytes()
@@ -118,6 +131,11 @@ def _packed(datatype: str, values: list[Any]) -> bytes:
     if np.any(((bits & 0x7FFF) == 0x7F80) & np.isfinite(doubles)):
         raise OverflowError
     return bits.astype("<u2").tobytes()
+
+
+@lru_cache(maxsize=_STRUCTS)
+def _struct(code: str, count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}{code}")
 
 
 def _overflows(datatype: str, value: float) -> bool:

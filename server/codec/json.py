@@ -46,6 +46,7 @@ from server.types import (
 )
 
 _PARAMETER_TYPES: Final[frozenset[type]] = frozenset({bool, int, float, str})
+_INT: Final[frozenset[type]] = frozenset({int})
 
 
 # --- Requests: bytes -> document -----------------------------------------------------------------------------------
@@ -154,7 +155,9 @@ class _Decoder:
     def request(self, document: Any, model: str, version: str) -> InferenceRequest:
         if type(document) is not dict:
             raise InvalidArgument(f"the request must be a JSON object, got {_kind(document)}")
-        parameters = self._parameters("request", document.get("parameters"))
+        parameters = document.get("parameters")
+        if parameters is not None:
+            parameters = self._parameters("request", parameters)
         request = InferenceRequest(
             model,
             version,
@@ -198,7 +201,8 @@ class _Decoder:
             raise InvalidArgument(f"'inputs' must be a list of at least one tensor, got {_kind(items)}")
         check_limit("inputs", len(items), self._limits.max_inputs)
         tensors = [self._input(item) for item in items]
-        check_unique("input", [tensor.name for tensor in tensors])
+        if len(tensors) > 1:
+            check_unique("input", [tensor.name for tensor in tensors])
         return tensors
 
     def _input(self, item: Any) -> Tensor:
@@ -208,14 +212,16 @@ class _Decoder:
             raise InvalidArgument(f"input {shown(name)}: 'datatype' must be a string, got {_kind(datatype)}")
         check_datatype(name, datatype)
         shape = _shape(name, item.get("shape"))
-        check_shape(name, shape, self._limits.max_dims)
+        count = check_shape(name, shape, self._limits.max_dims)
         parameters = item.get("parameters")
         if parameters is not None:
             parameters = self._parameters(f"input {shown(name)}", parameters)
             refuse_shared_memory("input", name, parameters)
             if "binary_data_size" in parameters:
                 return self._binary_input(name, datatype, shape, item, parameters["binary_data_size"])
-        values = flat_values(name, shape, item.get("data"))
+        values = item.get("data")
+        if type(values) is not list or not values or len(values) != count or type(values[0]) is list:
+            values = flat_values(name, shape, values)
         return Tensor(name, datatype, shape, contents(name, datatype, values, exact=self._exact))
 
     def _binary_input(
@@ -281,6 +287,8 @@ def _name(where: str, item: Any) -> str:
 def _shape(name: str, items: Any) -> tuple[int, ...]:
     if type(items) is not list:
         raise InvalidArgument(f"input {shown(name)}: 'shape' must be a list of integers, got {_kind(items)}")
+    if _INT.issuperset(map(type, items)):
+        return tuple(items)
     shape = []
     for item in items:
         dim = item if type(item) is int else whole_number(item)
@@ -332,7 +340,7 @@ def encode_infer(
     and ``-Infinity``, which common clients read and strict JSON parsers refuse; with ``strict_json`` they raise
     InvalidArgument naming the output. So do BYTES in JSON that are not UTF-8.
     """
-    chosen = {output.name: output.binary for output in outputs if output.binary is not None}
+    chosen = {output.name: output.binary for output in outputs if output.binary is not None} if outputs else {}
     tail: list[Buffer] = []
     entries: list[bytes] = []
     for tensor in response.outputs:

@@ -186,11 +186,22 @@ def _parameter(owner: str, key: str, message: pb.InferParameter) -> ParameterVal
 
 
 def encode_infer(response: InferenceResponse) -> bytes:
-    """A ModelInferResponse with the outputs in ``raw_output_contents``.
+    """A ModelInferResponse with the outputs in ``raw_output_contents``."""
+    return b"".join(infer_parts(response))
 
-    The fields are joined in place, as protobuf allows for serialized messages: what repeats from answer to answer is
-    serialized once, and contents are copied once.
+
+def infer_parts(response: InferenceResponse) -> list[Buffer]:
+    """A ModelInferResponse in pieces, with the outputs in ``raw_output_contents``.
+
+    The fields follow each other as protobuf allows for serialized messages: what repeats from answer to answer is
+    serialized once, and contents are referred to. The usual answer, one output and nothing else, is two pieces.
     """
+    outputs = response.outputs
+    if len(outputs) == 1 and not response.id and not response.parameters:
+        output = outputs[0]
+        raw = raw_contents(output)
+        head = _single_head(response.model, response.version, output.name, output.datatype, output.shape, len(raw))
+        return [head, raw]
     parts: list[Buffer] = [_model_head(response.model, response.version)]
     if response.id:
         identifier = response.id.encode()
@@ -201,7 +212,7 @@ def encode_infer(response: InferenceResponse) -> bytes:
     for tensor in response.outputs:
         raw = raw_contents(tensor)
         parts += (_prefix(_RAW_CONTENTS, len(raw)), raw)
-    return b"".join(parts)
+    return parts
 
 
 def encode_stream_infer(response: InferenceResponse) -> bytes:
@@ -219,6 +230,12 @@ def encode_stream_error(message: str, request_id: str) -> bytes:
 @lru_cache(maxsize=1024)
 def _model_head(model: str, version: str) -> bytes:
     return pb.ModelInferResponse(model_name=model, model_version=version).SerializeToString()
+
+
+@lru_cache(maxsize=4096)
+def _single_head(model: str, version: str, name: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
+    """All of an answer with one output up to its contents, which are ``size`` bytes."""
+    return _model_head(model, version) + _output_head(name, datatype, shape) + _prefix(_RAW_CONTENTS, size)
 
 
 @lru_cache(maxsize=4096)

@@ -8,9 +8,8 @@ protobuf would have given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -18,7 +17,7 @@ from server._pb import inference_pb2 as pb
 from server.codec.binary import input_tensor
 from server.codec.checks import check_id, check_name, check_shape, check_unique
 from server.errors import TidegateError
-from server.types import ALL_DATATYPES, InferenceRequest, RequestedOutput, RequestLimits
+from server.types import ALL_DATATYPES, DATATYPES, InferenceRequest, RequestedOutput, RequestLimits, Tensor
 
 # Tags of length-delimited fields: (number << 3) | 2.
 _MODEL_NAME: Final = 0x0A
@@ -37,16 +36,8 @@ class _UnusualError(Exception):
     """Not for the scan."""
 
 
-@dataclass(slots=True)
-class _Fields:
-    """The top-level fields of one message, still as bytes."""
-
-    model: bytes = b""
-    version: bytes = b""
-    id: bytes = b""
-    inputs: list[bytes] = field(default_factory=list)
-    outputs: list[bytes] = field(default_factory=list)
-    contents: list[memoryview] = field(default_factory=list)
+#: The top-level fields of one message, still as bytes: model, version, id, inputs, outputs, contents.
+_Fields: TypeAlias = tuple[bytes, bytes, bytes, list[bytes], list[bytes], list[memoryview]]
 
 
 def scan(raw: bytes, limits: RequestLimits) -> InferenceRequest | None:
@@ -58,8 +49,11 @@ def scan(raw: bytes, limits: RequestLimits) -> InferenceRequest | None:
 
 
 def _fields(raw: bytes) -> _Fields:
-    fields = _Fields()
-    view = memoryview(raw)
+    """One loop over the message, without a call for a field: it runs once for each of them in every request."""
+    model = version = identifier = b""
+    inputs: list[bytes] = []
+    outputs: list[bytes] = []
+    contents: list[memoryview] = []
     position, size = 0, len(raw)
     while position < size:
         tag, length, start = raw[position], raw[position + 1], position + 2
@@ -69,26 +63,21 @@ def _fields(raw: bytes) -> _Fields:
         if position > size:
             raise _UnusualError
         if tag == _RAW_CONTENTS:
-            fields.contents.append(view[start:position])
+            contents.append(memoryview(raw)[start:position])
+        elif tag == _INPUT:
+            inputs.append(raw[start:position])
+        elif tag == _OUTPUT:
+            outputs.append(raw[start:position])
+        # A singular field that comes again would have to be merged, and the first value still be checked.
+        elif tag == _MODEL_NAME and not model:
+            model = raw[start:position]
+        elif tag == _ID and not identifier:
+            identifier = raw[start:position]
+        elif tag == _MODEL_VERSION and not version:
+            version = raw[start:position]
         else:
-            _take(fields, tag, raw[start:position])
-    return fields
-
-
-def _take(fields: _Fields, tag: int, value: bytes) -> None:
-    # A singular field that comes again would have to be merged, and the first value still be checked.
-    if tag == _INPUT:
-        fields.inputs.append(value)
-    elif tag == _OUTPUT:
-        fields.outputs.append(value)
-    elif tag == _MODEL_NAME and not fields.model:
-        fields.model = value
-    elif tag == _ID and not fields.id:
-        fields.id = value
-    elif tag == _MODEL_VERSION and not fields.version:
-        fields.version = value
-    else:
-        raise _UnusualError
+            raise _UnusualError
+    return model, version, identifier, inputs, outputs, contents
 
 
 def _long_length(raw: bytes, position: int) -> tuple[int, int]:
@@ -104,21 +93,29 @@ def _long_length(raw: bytes, position: int) -> tuple[int, int]:
 
 
 def _request(fields: _Fields, limits: RequestLimits) -> InferenceRequest:
-    count = len(fields.inputs)
-    if not 0 < count <= limits.max_inputs or count != len(fields.contents) or len(fields.outputs) > limits.max_outputs:
+    model, version, raw_id, inputs, requested, contents = fields
+    count = len(inputs)
+    if not 0 < count <= limits.max_inputs or count != len(contents) or len(requested) > limits.max_outputs:
         raise _UnusualError
-    tensors = [
-        input_tensor(*_input_entry(_key(entry), limits.max_dims), contents)
-        for entry, contents in zip(fields.inputs, fields.contents, strict=True)
-    ]
-    outputs = [RequestedOutput(_output_entry(_key(entry))) for entry in fields.outputs]
+    tensors = [_input(entry, data, limits.max_dims) for entry, data in zip(inputs, contents, strict=True)]
+    outputs = [RequestedOutput(_output_entry(_key(entry))) for entry in requested] if requested else []
     if count > 1:
         check_unique("input", [tensor.name for tensor in tensors])
     if len(outputs) > 1:
         check_unique("output", [output.name for output in outputs])
-    identifier = fields.id.decode()
-    check_id(identifier, limits.max_id_bytes)
-    return InferenceRequest(fields.model.decode(), fields.version.decode(), identifier, tensors, outputs)
+    identifier = ""
+    if raw_id:
+        identifier = raw_id.decode()
+        check_id(identifier, limits.max_id_bytes)
+    return InferenceRequest(model.decode(), version.decode(), identifier, tensors, outputs)
+
+
+def _input(entry: bytes, data: memoryview, max_dims: int) -> Tensor:
+    """The size that the entry's shape asks for is kept with it, so the usual input is checked by one comparison."""
+    name, datatype, shape, size = _input_entry(_key(entry), max_dims)
+    if len(data) == size:
+        return Tensor(name, datatype, shape, data)
+    return input_tensor(name, datatype, shape, data)
 
 
 def _key(entry: bytes) -> bytes:
@@ -127,16 +124,24 @@ def _key(entry: bytes) -> bytes:
     return entry
 
 
+#: Datatypes of which any bytes will do.
+_ANY_BYTES: Final = frozenset(DATATYPES) - {"BOOL"}
+
+
 @lru_cache(maxsize=_MAX_ENTRIES)
-def _input_entry(entry: bytes, max_dims: int) -> tuple[str, str, tuple[int, ...]]:
-    """Name, datatype and checked shape; raises (and keeps nothing) for what is no ordinary raw input."""
+def _input_entry(entry: bytes, max_dims: int) -> tuple[str, str, tuple[int, ...], int]:
+    """Name, datatype, checked shape, and the bytes of its contents (-1: they must be looked at).
+
+    Raises (and keeps nothing) for what is no ordinary raw input.
+    """
     message = pb.ModelInferRequest.InferInputTensor.FromString(entry)
     if message.parameters or message.HasField("contents") or message.datatype not in ALL_DATATYPES:
         raise _UnusualError
     check_name("input", message.name)
     shape = tuple(message.shape)
-    check_shape(message.name, shape, max_dims)
-    return message.name, message.datatype, shape
+    count = check_shape(message.name, shape, max_dims)
+    size = count * DATATYPES[message.datatype][1] if message.datatype in _ANY_BYTES else -1
+    return message.name, message.datatype, shape, size
 
 
 @lru_cache(maxsize=_MAX_ENTRIES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from server.delivery.airflow import AirflowOptions
 from server.delivery.backoff import RetryPolicy
@@ -51,6 +51,8 @@ class WebhookOptions:
 
 
 SinkOptions: TypeAlias = LogOptions | WebhookOptions | CommandOptions | AirflowOptions
+#: Sinks that start a training: an alarm alone is no reason for one.
+TRAINING: Final = (CommandOptions, AirflowOptions)
 
 
 @dataclass(slots=True, frozen=True)

@@ -129,8 +129,11 @@ class Call:
     def _try(self, route: RouteDecision[Served]) -> None:
         """Begin an attempt, on stable when this version's breaker is open. Raises what a bad request deserves."""
         now = self._gateway.clock()
-        self._set_timer(now)
-        term = self._admitted(route, now)
+        if self._policy is None and not self._permit.head.deadline_ns:
+            term = 1  # nothing limits its time or refuses its version
+        else:
+            self._set_timer(now)
+            term = self._admitted(route, now)
         if term == REFUSED:
             instead = route.fall_back()
             if instead is None:
@@ -162,7 +165,7 @@ class Call:
         rules = attempt.served.rules
         if rules is not None and (wrong := rules.refusal(request.inputs)) is not None:
             raise InvalidArgument(f"model '{spec.name}' refuses the request: {wrong}")
-        priority, timeout_us = queue_terms(request.parameters)
+        priority, timeout_us = queue_terms(request.parameters) if request.parameters else (0, 0)
         work = Work(inputs, rows, partial(self._ran, attempt), deadline_ns, priority, timeout_us)
         if self._policy is not None and self._policy.rollout is not None:
             work.apart = self._policy.rollout.lane(attempt.route.arm)
@@ -217,14 +220,16 @@ class Call:
 
     def _attempt_ended(self, attempt: Attempt, code: str) -> None:
         """Count one attempt, before anything else is decided about the request."""
-        now, route, served = self._gateway.clock(), attempt.route, attempt.served
+        route, served, policy = attempt.route, attempt.served, self._policy
         served.attempted(route.arm, code)
+        if policy is None:
+            return
+        now = self._gateway.clock()
         breaker = self._breaker(served)
         if breaker is not None and breaker.settle(attempt.term, outcome_of(code), now):
             state = breaker.state.value
             log.warning("breaker", name=route.public_name, model=route.model, version=route.version, state=state)
-        policy = self._policy
-        if policy is None or not route.counted:
+        if not route.counted:
             return
         if policy.rollout is not None and not self._retries:
             policy.rollout.attempt(route.arm, route.key_hash, code, attempt.work)
@@ -308,7 +313,8 @@ class Call:
     def _finish_books(self, code: str) -> None:
         """Everything that the end of a request owes, whichever end it was."""
         self._done = True
-        self._stop_timer()
+        if self._timer is not None:
+            self._stop_timer()
         attempt, self._attempt = self._attempt, None
         if attempt is None:
             self._gateway.telemetry.rejected(code).inc()

@@ -412,6 +412,7 @@ CLAIMED = (
     "no input differs from January-February",
     "names the trigger in its lineage",
     "quality gates passed",
+    "got copies of the traffic, then 10 %, 50 %, 100 % of it",
     "champion is 2, previous is 1",
     "the job of the training is promoted",
     "refused by its gates, 0 flights",

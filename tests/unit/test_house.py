@@ -479,18 +479,6 @@ def test_configuration_in_the_readme_is_valid(tmp_path: Path) -> None:
     assert found == ["digits", "fraud", "digits"]
 
 
-def test_bench_measures_every_way(tmp_path: Path) -> None:
-    flags = ["--rounds", "2", "--seconds", "0.2", "--in-flight", "2", "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "loadtests.bench", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
-    assert result.returncode == 0, result.stderr
-    (raw,) = tmp_path.glob("*.json")
-    samples = json.loads(raw.read_text())["samples"]
-    assert list(samples) == ["in-process ONNX Runtime", "HTTP JSON", "HTTP binary", "gRPC"]
-    assert all(sample["requests"] > 0 for taken in samples.values() for sample in taken)
-    assert all(len(taken) == 2 for taken in samples.values())
-
-
 def test_links_between_documents_lead_somewhere() -> None:
     for path in documents():
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from server.demo.loop.claims import LoopFailed, until
 from server.demo.loop.replay import CALLERS
 from server.demo.loop.rows import MODEL, break_forest, shuffled
-from server.demo.loop.settings import FORCED, ROLLOUT, forced_text
+from server.demo.loop.settings import FORCED, ROLLOUT, STEPS, forced_text
 from server.demo.loop.stage import Stage
 
 #: Rollouts count calls, so the calls are small.
@@ -19,6 +20,10 @@ _MORE_ROWS: Final = 16
 _CLIMBED_S: Final = 90.0
 _GATE_FAILED: Final = 3
 _OPERATOR: Final = "operator"
+#: Rows of the trail that give a candidate more traffic.
+_GROWTH: Final = ("rollout.step", "rollout.promoting")
+#: States that a job of retraining ends in.
+_CLOSED: Final = ("promoted", "rejected", "lost")
 
 
 async def climb(stage: Stage, version: str) -> None:
@@ -30,18 +35,24 @@ async def climb(stage: Stage, version: str) -> None:
         async with stage.replay.going_on(may, _ROWS):
             await _ends(stage, rollout, "promoted", step.progress)
         step.detail = f"{stage.replay.book.versions[version]:,} flights answered by it meanwhile"
-    story = await _told(stage, rollout)
-    gated = next((event for event in story if event["action"] == "rollout.gated"), None)
-    passed = gated is not None and gated["detail"]["status"] == "passed"
-    stage.claims.check(passed, f"quality gates passed on flights that were held out{_findings(gated)}")
-    states = [event["action"].removeprefix("rollout.") for event in story if event is not gated]
-    stage.claims.check("shadowing" in states and states[-1] == "promoted", f"went through {', '.join(states)}")
+    _climbed(stage, await _told(stage, rollout))
     aliases = await _aliases(stage)
     moved = aliases == {"champion": int(version), "previous": int(version) - 1}
     stage.claims.check(moved, f"champion is {aliases.get('champion')}, previous is {aliases.get('previous')}")
     job = await until(lambda: _closed_job(stage, version), "the job of the training was not closed", _CLIMBED_S)
-    stage.claims.check(job["version"] == version, f"the job of the training is {job['state']}")
+    stage.claims.check(job["state"] == "promoted", f"the job of the training is {job['state']}")
     _nobody_failed(stage, before)
+
+
+def _climbed(stage: Stage, story: Sequence[dict[str, Any]]) -> None:
+    """By the trail: the gates first, then copies, then the shares of the steps, each once."""
+    gated = next((event for event in story if event["action"] == "rollout.gated"), None)
+    passed = gated is not None and gated["detail"]["status"] == "passed"
+    stage.claims.check(passed, f"quality gates passed on flights that were held out{_findings(gated)}")
+    shares = [event["detail"]["weight"] / 100 for event in story if event["action"] in _GROWTH]
+    shadowed = any(event["action"] == "rollout.shadowing" for event in story)
+    shown = ", ".join(f"{share:g} %" for share in shares)
+    stage.claims.check(shadowed and shares == list(STEPS), f"got copies of the traffic, then {shown} of it")
 
 
 async def refuse(stage: Stage, good: Path, version: int) -> None:
@@ -96,9 +107,9 @@ async def _forced(stage: Stage, number: str) -> None:
 
 
 async def _closed_job(stage: Stage, version: str) -> dict[str, Any] | None:
-    """The training's job once its version is promoted."""
+    """The training's job once it is known what became of its version."""
     jobs = await stage.jobs()
-    return next((job for job in jobs if (job["version"], job["state"]) == (version, "promoted")), None)
+    return next((job for job in jobs if job["version"] == version and job["state"] in _CLOSED), None)
 
 
 async def _settled(stage: Stage, number: str) -> None:

@@ -20,6 +20,8 @@ from server.demo.loop.rows import MODEL
 
 CALLERS: Final = 4
 _TIMEOUT_S: Final = 30.0
+#: A caller whose call failed waits so long before the next, so that a broken server is not hammered.
+_PAUSE_AFTER_ERROR_S: Final = 0.1
 #: So many calls lie between a flight's prediction and the news of its arrival.
 _LATE_CALLS: Final = 40
 #: Outcomes told at once.
@@ -83,11 +85,19 @@ class Replay:
         self, flights: Flights, rows: int, *, arrivals: bool = True, progress: Callable[[str], None] = lambda _: None
     ) -> None:
         """Every flight once, ``rows`` a call; with ``arrivals`` the outcomes follow, all of them when it returns."""
+        await self._send(flights, rows, arrivals, progress, asyncio.Event())
+
+    async def _send(
+        self, flights: Flights, rows: int, arrivals: bool, progress: Callable[[str], None], enough: asyncio.Event
+    ) -> None:
+        """The same until ``enough`` is set. No call is cut off: its connection could not be used again."""
         total = len(flights.late)
         turns = iter(range(0, total, rows))
 
         async def work(name: str, caller: Caller) -> None:
             for first in turns:
+                if enough.is_set():
+                    return
                 await self._call(name, caller, flights.rows(slice(first, first + rows)), arrivals)
                 progress(f"{min(first + rows, total):,} of {total:,} flights")
 
@@ -102,6 +112,7 @@ class Replay:
             reply = await caller.predict(flights)
         except CallFailed as error:
             self.book.errors.append(str(error))
+            await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
             return
         self.book.versions[reply.version] += len(flights.late)
         if arrivals:
@@ -126,19 +137,19 @@ class Replay:
 
     @contextlib.asynccontextmanager
     async def going_on(self, flights: Flights, rows: int, *, arrivals: bool = True) -> AsyncIterator[None]:
-        """Replay the flights over and over while the block runs."""
+        """Replay the flights over and over while the block runs, and end it with no call or arrival left open."""
+        enough = asyncio.Event()
 
         async def forever() -> None:
-            while True:
-                await self.send(flights, rows, arrivals=arrivals)
+            while not enough.is_set():
+                await self._send(flights, rows, arrivals, lambda _: None, enough)
 
         task = asyncio.create_task(forever())
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            enough.set()
+            await task
 
 
 def _reply(told: Mapping[str, str], outputs: Callable[[], Mapping[str, Array]]) -> Reply:

@@ -134,8 +134,7 @@ class Http2Connection(asyncio.Protocol):
         self.tasks: set[asyncio.Task[None]] = set()
         self._answered_bytes = 0  # handed to the session
         self._stalled_at = 0
-        self._stalled_since = 0.0
-        self._opened = self._seen = server.now
+        self._opened = self._seen = self._stalled_since = server.now
         self._pinged = 0.0
         self._idle_frames: float = _IDLE_FRAMES[0]
         self._idle_counted = server.now
@@ -250,7 +249,10 @@ class Http2Connection(asyncio.Protocol):
                 self.windows.came(stream_id, len(data))
         elif not event.end_stream:
             self._idle_frame()
-        self._feed(stream, data, event.end_stream)
+        try:
+            stream.data(data, event.end_stream)
+        except Exception as error:  # noqa: BLE001 - the boundary of one stream: its neighbours go on
+            self._guard(stream, partial(stream.fail, error))
 
     def _feed(self, stream: Stream, data: bytes, end: bool) -> None:
         try:
@@ -292,12 +294,14 @@ class Http2Connection(asyncio.Protocol):
 
     # --- answers ---------------------------------------------------------------------------------------------
 
-    def done(self, stream_id: int) -> None:
-        """A stream has said everything."""
+    def done(self, stream_id: int, size: int = 0) -> None:
+        """A stream has said everything, the last ``size`` bytes of it with this."""
         self.windows.forget(stream_id)
         self.streams.pop(stream_id, None)
-        self._idle_frames += _EARNED_BY_ANSWER
-        self.flush_soon()
+        self._answered_bytes += size
+        self._idle_frames += _EARNED_BY_ANSWER + (_EARNED_BY_ANSWER + size * _EARNED_PER_BYTE if size else 0)
+        if not self._flush_due:
+            self.flush_soon()
 
     def end_early(self, stream_id: int) -> None:
         """The answer is complete and the peer still sends: say that the rest is not wanted, once the answer is out.
@@ -310,7 +314,8 @@ class Http2Connection(asyncio.Protocol):
         """So many bytes of answers were handed to the session."""
         self._answered_bytes += size
         self._idle_frames += _EARNED_BY_ANSWER + size * _EARNED_PER_BYTE
-        self.flush_soon()
+        if not self._flush_due:
+            self.flush_soon()
 
     def overfull(self) -> bool:
         """The peer leaves too much of its answers untaken."""
@@ -331,7 +336,7 @@ class Http2Connection(asyncio.Protocol):
         """Write what the session has to say, while the socket takes it."""
         if self._linger is not None or self.transport.is_closing():
             return
-        if not self._write() or (self._stop_early() and not self._write()):
+        if not self._write() or (self._early and self._stop_early() and not self._write()):
             return
         if (self._ending and not self.streams and not self.session.queued()) or self.session.over():
             self._finish(min(_LINGER_S, self.server.settings.discard_s))
@@ -348,7 +353,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _stop_early(self) -> bool:
         """Reset streams whose answers are out and whose peer still sends."""
-        out = [stream_id for stream_id in self._early if not self.session.queued(stream_id)] if self._early else []
+        out = [stream_id for stream_id in self._early if not self.session.queued(stream_id)]
         for stream_id in out:
             self._early.discard(stream_id)
             self.session.reset(stream_id, NO_ERROR)

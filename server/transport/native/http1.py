@@ -7,11 +7,12 @@ answers the same.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import httptools
 import structlog
@@ -32,7 +33,7 @@ from server.transport.answers import (
     too_large,
 )
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
-from server.transport.http_infer import LENGTH_HEADER, deadline_of, decoded, match_infer
+from server.transport.http_infer import LENGTH_HEADER, TIMEOUT_HEADER, deadline_of, decoded, match_infer
 from server.transport.reference.asgi import HttpProtocol
 from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
 
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 #: Pieces of an answer up to this size are joined before they are written; larger ones are not copied.
 _JOINED_BYTES: Final = 64 * 1024
+#: Longer targets are not kept, so that what is kept is bounded in bytes too.
+_KNOWN_URL_BYTES: Final = 1024
+#: Likewise the heads that connections keep.
+_KNOWN_HEAD_BYTES: Final = 4096
 
 
 class InferCycle:
@@ -91,7 +96,8 @@ class InferCycle:
             limit = self._protocol.server_side.limits.max_body_bytes
             if head.content_length is not None and head.content_length > limit:
                 raise too_large(head.content_length, limit)
-            check_version(head.version)
+            if head.version:
+                check_version(head.version)
             self._permit = self._protocol.server_side.port.admit(head)
         except TidegateError as error:
             self._fail(error)
@@ -281,6 +287,16 @@ class InferCycle:
             permit.release()
 
 
+class _Head(NamedTuple):
+    """A request's head as it came, and what it says. ``target``: (model, version) of what is taken here, else None."""
+
+    url: bytes
+    headers: list[tuple[bytes, bytes]]
+    target: tuple[str, str] | None
+    metadata: dict[str, str]
+    length: int | None
+
+
 class NativeHttp1(HttpProtocol):
     """One connection that speaks HTTP/1.1."""
 
@@ -291,6 +307,14 @@ class NativeHttp1(HttpProtocol):
         self._on_due: Callable[[], None] | None = None
         self._body_from = 0.0
         self._started: Any = None
+        self._peer = ""
+        #: The last head that could be an inference: clients repeat themselves, and to compare costs less than to read.
+        self._known: _Head | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.client:
+            self._peer = f"{self.client[0]}:{self.client[1]}"
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._abandon()
@@ -336,22 +360,28 @@ class NativeHttp1(HttpProtocol):
             or self.parser.get_method() != b"POST"
         ):
             return None
-        target = match_infer(httptools.parse_url(self.url).path)
-        if target is None:
-            return None
-        metadata = metadata_of(self.headers)
         received_ns = time.monotonic_ns()
         try:
-            length = declared_length(metadata)
-            if "content-encoding" in metadata or _leaves_loop(metadata, length, self.server_side):
+            known = self._known
+            if known is None or known.headers != self.headers or known.url != self.url:
+                known = self._read_head()
+                self._known = known if self._head_bytes <= _KNOWN_HEAD_BYTES else None
+            if known.target is None:
                 return None
-            model, version = decoded(target[0]), decoded(target[1])
-            deadline_ns = deadline_of(metadata, received_ns)
+            deadline_ns = deadline_of(known.metadata, received_ns) if TIMEOUT_HEADER in known.metadata else 0
         except TidegateError:
             return None  # refused the reference way
-        client = self.client
-        peer = f"{client[0]}:{client[1]}" if client else ""
-        return RequestHead("http", model, version, metadata, received_ns, deadline_ns, length, peer)
+        model, version = known.target
+        return RequestHead("http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer)
+
+    def _read_head(self) -> _Head:
+        """What target and headers say. Raises TidegateError."""
+        metadata = metadata_of(self.headers)
+        length = declared_length(metadata)
+        target = _target(self.url) if len(self.url) <= _KNOWN_URL_BYTES else _target.__wrapped__(self.url)
+        if "content-encoding" in metadata or _leaves_loop(metadata, length, self.server_side):
+            target = None
+        return _Head(self.url, self.headers, target, metadata, length)
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
@@ -452,6 +482,16 @@ def _decode(head: RequestHead, body: Buffer, server: NativeServer) -> InferenceR
     return json_codec.decode_infer(
         body, model=head.model, version=head.version, limits=server.limits, json_size=json_size
     )
+
+
+@lru_cache(maxsize=512)
+def _target(url: bytes) -> tuple[str, str] | None:
+    """(model, version) that a request's target names, None when it is no inference. Raises TidegateError.
+
+    Kept by the whole target, as clients repeat it: what is found there is neither cut up nor decoded twice.
+    """
+    target = match_infer(httptools.parse_url(url).path)
+    return None if target is None else (decoded(target[0]), decoded(target[1]))
 
 
 @lru_cache(maxsize=512)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, TypeVar, cast
 
 import structlog
@@ -19,6 +20,7 @@ from server.transport.native import asgi, streams
 from server.transport.native.asgi import AsgiStream
 from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
 from server.transport.native.http1 import NativeHttp1
+from server.transport.native.metadata import Metadata
 from server.transport.native.session import REFUSED_STREAM, Header
 from server.transport.native.streams import Handler, StreamCall
 from server.transport.native.unary import GrpcHead, InferCall, MethodCall, UnknownCall
@@ -151,19 +153,13 @@ class NativeServer(HttpServer):
     # --- HTTP/2 streams --------------------------------------------------------------------------------------
 
     def open_stream(
-        self, connection: Http2Connection, stream_id: int, headers: Iterable[Header], ended: bool
+        self, connection: Http2Connection, stream_id: int, headers: tuple[Header, ...], ended: bool
     ) -> Stream | None:
         """What a new stream is; None when it was answered already."""
-        path = content_type = b""
-        size = 0
-        for name, value in headers:
-            size += len(name) + len(value) + _HEADER_OVERHEAD
-            if name == b":path":
-                path = value
-            elif name == b"content-type":
-                content_type = value
+        metadata = Metadata(headers)
+        size = len(b"".join(chain.from_iterable(headers))) + _HEADER_OVERHEAD * len(headers)
         fits = size <= self.limits.max_header_bytes
-        if not _is_grpc(content_type):
+        if not _is_grpc(metadata.raw.get(b"content-type", b"")):
             if not fits:
                 asgi.refuse(connection, stream_id, error_answer(self._too_large(), self.statuses), ended=ended)
             elif len(connection.tasks) >= self.http2.max_streams:
@@ -175,7 +171,7 @@ class NativeServer(HttpServer):
             self._refuse(connection, stream_id, self._too_large(), ended)
             return None
         try:
-            return self._call(connection, stream_id, path, GrpcHead(headers))
+            return self._call(connection, stream_id, metadata.raw.get(b":path", b""), GrpcHead(metadata))
         except TidegateError as error:
             self._refuse(connection, stream_id, error, ended)
             return None
@@ -192,7 +188,7 @@ class NativeServer(HttpServer):
         raise Unimplemented(f"there is no method {path[:256].decode('latin-1')!r}")
 
     def _refuse(self, connection: Http2Connection, stream_id: int, error: TidegateError, ended: bool) -> None:
-        UnknownCall(connection, stream_id, GrpcHead(())).refuse(error, ended=ended)
+        UnknownCall(connection, stream_id, GrpcHead(Metadata(()))).refuse(error, ended=ended)
 
     def _too_large(self) -> HeadersTooLarge:
         return HeadersTooLarge(f"the request's headers are over the limit of {self.limits.max_header_bytes} bytes")
@@ -200,7 +196,7 @@ class NativeServer(HttpServer):
 
 def _is_grpc(content_type: bytes) -> bool:
     """``application/grpc``, with or without a subtype; ``application/grpc-web`` is another protocol."""
-    return content_type.startswith(b"application/grpc") and content_type[16:17] in b"+;"
+    return content_type == b"application/grpc" or content_type.startswith((b"application/grpc+", b"application/grpc;"))
 
 
 class Undecided(asyncio.Protocol):

@@ -92,8 +92,11 @@ class Session:
 
     def out(self, size: int) -> bytes:
         """What is to be written now, up to ``size`` bytes; b"" when there is nothing, or flow control says wait."""
+        connection = self._connection
+        if not connection.want_write:
+            return b""  # every read and every write ends with this question: asking costs a fifth of building nothing
         try:
-            return self._connection.data_to_send(size)
+            return connection.data_to_send(size)
         except ngh2.NGH2Error:  # over some bounds the session fails at once and has no last word
             self._over = True
             return b""
@@ -113,7 +116,14 @@ class Session:
 
     def unary(self, stream_id: int, head: Iterable[Header], body: bytes, trailers: Iterable[Header]) -> bool:
         """A whole answer with trailers."""
-        return self.head(stream_id, head) and self.body(stream_id, body) and self.trailers(stream_id, trailers)
+        connection = self._connection
+        try:
+            connection.send_response(stream_id, head)
+            connection.send_data(stream_id, body)
+            connection.send_trailers(stream_id, trailers)
+        except ngh2.NGH2Error:
+            return False
+        return True
 
     def head(self, stream_id: int, headers: Iterable[Header], *, end: bool = False) -> bool:
         """The head of an answer, or all of it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +14,7 @@ from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooM
 from server.transport.answers import decision_headers, header_value
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.native import wire
+from server.transport.native.metadata import Metadata
 from server.transport.native.session import Header
 from server.transport.rpc.unary import Method
 from server.transport.status import safe_text
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 _OK: Final = ((b"grpc-status", b"0"),)
 _HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-_KNOWN_NAMES: Final = 512
-_BINARY: Final = "-bin"
+_KNOWN_DECISIONS: Final = 512
+_INCOMPLETE: Final = "the call ended before its message was complete"
+
+_log: Any = structlog.get_logger("tidegate.grpc")
 
 
 class GrpcHead:
@@ -34,28 +36,19 @@ class GrpcHead:
 
     __slots__ = ("coding", "deadline_ns", "metadata", "received_ns")
 
-    def __init__(self, headers: Iterable[Header]) -> None:
+    def __init__(self, metadata: Metadata) -> None:
         self.received_ns = time.monotonic_ns()
-        metadata: dict[str, str] = {}
-        for name, value in headers:
-            key = _name(name)
-            if key[0] != ":" and not key.endswith(_BINARY):
-                text = value.decode("latin-1")
-                metadata[key] = f"{metadata[key]}, {text}" if key in metadata else text
         self.metadata = metadata
-        timeout = metadata.get("grpc-timeout")
-        self.deadline_ns = 0 if timeout is None else self.received_ns + wire.timeout_ns(timeout)
-        self.coding = metadata.get("grpc-encoding", "")
-        if self.coding:
+        self.deadline_ns = 0
+        self.coding = ""
+        if b"grpc-timeout" in metadata.raw:
+            self.deadline_ns = self.received_ns + wire.timeout_ns(metadata["grpc-timeout"])
+        if b"grpc-encoding" in metadata.raw:
+            self.coding = metadata["grpc-encoding"]
             wire.check_coding(self.coding)
 
 
-@lru_cache(maxsize=_KNOWN_NAMES)
-def _name(raw: bytes) -> str:
-    return raw.decode("latin-1")
-
-
-@lru_cache(maxsize=_KNOWN_NAMES)
+@lru_cache(maxsize=_KNOWN_DECISIONS)
 def _decided(version: str, arm: str, generation: int, reason: str) -> tuple[Header, ...]:
     """The head of an answer up to what differs from request to request."""
     decision = Decision("", version, arm, generation, reason)
@@ -72,7 +65,6 @@ class UnaryCall:
         "_ended",
         "_head",
         "_id",
-        "_log",
         "_parts",
         "_seen",
         "_size",
@@ -89,7 +81,6 @@ class UnaryCall:
         self._began = self._seen = connection.server.now
         self._ended = False  # the peer has said everything
         self._unpacking: asyncio.Task[None] | None = None
-        self._log: Any = structlog.get_logger("tidegate.grpc")
 
     # --- the message -----------------------------------------------------------------------------------------
 
@@ -97,6 +88,9 @@ class UnaryCall:
         self._ended = end
         try:
             if self._declared < 0 and not self._parts and len(data) >= wire.PREFIX_BYTES:
+                if end and data[0] == 0:
+                    self._whole(data)
+                    return
                 self._begin(data)
             elif data:
                 self._add(data)
@@ -104,6 +98,16 @@ class UnaryCall:
                 self._complete()
         except TidegateError as error:
             self._fail(error)
+
+    def _whole(self, data: bytes) -> None:
+        """All of an uncompressed message in one piece, as small ones come: nothing needs to be gathered."""
+        size = wire.declared(data, self._connection.server.limits.max_body_bytes)
+        self._admit(size)
+        if size != len(data) - wire.PREFIX_BYTES:
+            self._declared, self._size = size, len(data)
+            self._check_size()
+            raise InvalidArgument(_INCOMPLETE)
+        self._start(data[wire.PREFIX_BYTES :])
 
     def _begin(self, data: bytes) -> None:
         """The first piece, with the whole prefix in it as it nearly always is."""
@@ -134,11 +138,7 @@ class UnaryCall:
 
     def _complete(self) -> None:
         if self._declared < 0 or self._declared != self._size - wire.PREFIX_BYTES:
-            raise InvalidArgument(
-                "the call ended before its message was complete"
-                if self._size
-                else "a unary call takes one message, got none"
-            )
+            raise InvalidArgument(_INCOMPLETE if self._size else "a unary call takes one message, got none")
         parts, self._parts = self._parts, []
         compressed = parts[0][0]
         parts[0] = parts[0][wire.PREFIX_BYTES :]
@@ -196,7 +196,7 @@ class UnaryCall:
 
     def fail(self, error: Exception) -> None:
         tidegate_id = self._tidegate_id()
-        self._log.error("request_failed", id=tidegate_id, protocol="grpc", exc_info=error)
+        _log.error("request_failed", id=tidegate_id, protocol="grpc", exc_info=error)
         self._fail(Internal(tidegate_id))
 
     def _tidegate_id(self) -> str:
@@ -258,7 +258,8 @@ class InferCall(UnaryCall):
         if permit is None:  # an empty message is admitted like any other
             raise Internal(new_id())
         request = protobuf.decode_infer(message, server.limits)
-        check_version(request.version)
+        if request.version:
+            check_version(request.version)
         self._connection.windows.forget(self._id)
         ticket = server.port.handle(permit, request, self)
         if self._permit is not None:
@@ -286,12 +287,10 @@ class InferCall(UnaryCall):
         if self._response is None:
             raise Internal(self._tidegate_id())
         connection = self._connection
-        body = wire.framed(protobuf.encode_infer(self._response))
+        body = wire.framed_parts(protobuf.infer_parts(self._response))
         head = self._answer_head()
         self._over()
-        if connection.session.unary(self._id, head, body, _OK):
-            connection.sent(len(body))
-        connection.done(self._id)
+        connection.done(self._id, len(body) if connection.session.unary(self._id, head, body, _OK) else 0)
 
     def _tidegate_id(self) -> str:
         return new_id() if self._permit is None else self._permit.tidegate_id

@@ -44,6 +44,8 @@ class ReceiveWindows:
 
     def forget(self, stream_id: int) -> None:
         """All of it was used or thrown away, and no more comes."""
+        if not self._unused and not self._held:
+            return  # bodies in one piece are never counted: nearly all of them
         self.total -= self._unused.pop(stream_id, 0)
         held = self._held.pop(stream_id, 0)
         if held:

@@ -6,6 +6,7 @@ https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 from urllib.parse import quote_from_bytes
 
@@ -41,6 +42,11 @@ def status_text(message: str) -> bytes:
 def framed(message: Buffer) -> bytes:
     """A message behind its prefix, not compressed."""
     return PREFIX.pack(0, len(message)) + message
+
+
+def framed_parts(parts: Sequence[Buffer]) -> bytes:
+    """``framed`` for a message in pieces, which are copied once."""
+    return b"".join((PREFIX.pack(0, sum(map(len, parts))), *parts))
 
 
 def declared(prefix: Buffer, limit: int) -> int:

@@ -165,14 +165,20 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url))
-        super().on_url(url)
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count_head(len(name) + len(value) + _HEADER_OVERHEAD)
+        """As uvicorn's, in one call: it runs for each header of each request."""
+        self._head_bytes = size = self._head_bytes + len(name) + len(value) + _HEADER_OVERHEAD
+        if size > self._max_header_bytes:
+            raise _Violation(self._headers_too_large())
         if self._head_open:
-            if len(name) == 4 and name.lower() == b"host":
+            name, value = name.lower(), value.rstrip(b" \t")  # the parser has taken those before it
+            if name == b"host":
                 self._hosts += 1
-            super().on_header(name, value.rstrip(b" \t"))  # the parser has taken those before it
+            elif name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._head_open = False

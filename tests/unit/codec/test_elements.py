@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.codec.elements import InexactIntegerError, contents
 from server.errors import InvalidArgument
@@ -62,6 +64,25 @@ def test_floats_accept_integers_and_non_finite_values() -> None:
 def test_finite_values_out_of_range(datatype: str, value: float) -> None:
     with pytest.raises(InvalidArgument, match=rf"'x'.*element 1 .*{datatype} wants a number in -"):
         contents("x", datatype, [0.0, value, float("inf")], exact=True)
+
+
+@given(
+    st.sampled_from(["FP32", "FP64"]),
+    st.lists(st.floats() | st.floats(width=32) | st.integers(-(2**70), 2**70), min_size=1, max_size=40),
+)
+def test_floats_are_numpys_in_short_lists_and_long_ones(datatype: str, values: list[float]) -> None:
+    dtype = DATATYPES[datatype][0]
+    doubles = np.array(values, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        wanted = doubles.astype(dtype)
+    for factor in (1, 1 + 600 // len(values)):
+        if np.any(np.isinf(wanted) & np.isfinite(doubles)):
+            with pytest.raises(InvalidArgument, match=f"{datatype} wants a number in"):
+                contents("x", datatype, values * factor, exact=True)
+            continue
+        data = contents("x", datatype, values * factor, exact=True)
+        assert isinstance(data, bytes)
+        np.testing.assert_array_equal(np.frombuffer(data, dtype), np.tile(wanted, factor), strict=True)
 
 
 @pytest.mark.parametrize("value", [True, None, "1", [1.0], {}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ PAYLOADS = {
 }
 
 
+def decoded(body: bytes, json_size: int | None) -> InferenceRequest:
+    return json_codec.decode_infer(body, model="m", version="", limits=RequestLimits(), json_size=json_size)
+
+
 def same(request: InferenceRequest, payload: payloads.Payload) -> None:
     assert [tensor.name for tensor in request.inputs] == list(payload)
     for tensor, array in zip(request.inputs, payload.values(), strict=True):
@@ -34,13 +39,13 @@ def same(request: InferenceRequest, payload: payloads.Payload) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PAYLOADS if name != "half"])
 def test_json(name: str) -> None:
-    same(json_codec.decode_infer(payloads.json_body(PAYLOADS[name]), None, "m", "", RequestLimits()), PAYLOADS[name])
+    same(decoded(payloads.json_body(PAYLOADS[name]), None), PAYLOADS[name])
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_binary(name: str) -> None:
     body, size = payloads.binary_body(PAYLOADS[name])
-    request = json_codec.decode_infer(body, size, "m", "", RequestLimits())
+    request = decoded(body, size)
     same(request, PAYLOADS[name])
     assert request.binary_output
 
@@ -66,7 +71,7 @@ def check(found: dict[str, payloads.Array]) -> None:
 
 def test_answers_are_read_in_every_form() -> None:
     check(payloads.read_grpc(protobuf.encode_infer(answer())))
-    outputs = [
+    outputs: list[dict[str, Any]] = [
         {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [0.25, 0.001]},
         {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["high"]},
     ]

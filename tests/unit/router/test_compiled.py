@@ -30,6 +30,11 @@ def test_without_a_split_stable_answers_and_counts() -> None:
     assert (decision.counted, decision.propensity, decision.unit, decision.key_hash) == (True, 1.0, "request", 0)
 
 
+def test_a_decision_that_nothing_changes_still_says_the_generation_it_was_asked_under() -> None:
+    compiled = CompiledRoutes("m", routes())
+    assert [compiled.decide(ask("ann"), 0, generation).generation for generation in (5, 5, 6, 5, 0)] == [5, 5, 6, 5, 0]
+
+
 def test_a_key_decides_whatever_the_draw_and_is_handed_on() -> None:
     compiled = CompiledRoutes("m", FULL)
     decisions = [compiled.decide(ask("ann"), draw, 1) for draw in (0, SPACE // 2, SPACE - 1)]

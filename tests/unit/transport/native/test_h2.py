@@ -353,6 +353,18 @@ def test_a_peer_that_takes_slowly_is_not_cut_off(quick: Running) -> None:
         assert outputs(wire.answer(1)) == list(range(100))
 
 
+def test_an_answer_that_waits_from_the_first_is_no_stall_yet(server: Running) -> None:
+    """A new connection has its full time too, when its first answer is unsent as the timers are first looked at."""
+    with Http2Wire(server.grpc, {http2.INITIAL_WINDOW_SIZE: 0}, generous=False) as wire:
+        wire.send(opened(1) + body(1, grpc_message(message())))
+        pause = threading.Event()
+        for _ in range(12):
+            pause.wait(0.1)  # more than two looks in all
+            wire.settled()
+        wire.send(http2.window(1, 1 << 16))
+        assert wire.answer(1).status == "0"
+
+
 def test_a_peer_that_reads_nothing(server: Running) -> None:
     """Streams whose answers are not taken stay open, so the bound on streams ends it."""
     wide_open = {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}

@@ -85,6 +85,32 @@ def test_cut_at_every_byte(server: Running) -> None:
     assert settled(server)
 
 
+def test_a_head_is_read_anew_whenever_it_differs(server: Running) -> None:
+    """A head like the last one of its connection is not read again; any other is."""
+    seen = len(server.port.admitted)
+    heads: list[dict[str, str]] = [{}, {}, {"X-User": "ann"}, {"X-User": "bob"}, {"X-User": "bob"}, {"Y-User": "bob"}]
+    long = {"X-Long": "x" * 5000}
+    with Wire(at(server)) as wire:
+        for headers in [*heads, long, long, {}]:
+            wire.send(infer("affine", 1.0, headers=headers))
+            assert kind(wire.answer()) == "infer [3.0]"
+        wire.send(infer("nobody", 1.0))
+        assert kind(wire.answer()) == "error"
+        wire.send(infer("affine", 1.0, headers={"x-tidegate-timeout-ms": "0"}))
+        assert kind(wire.answer()) == "error"
+        for _ in range(2):
+            wire.send(infer("affine", 1.0, headers={"x-tidegate-timeout-ms": "60000"}))
+            assert kind(wire.answer()) == "infer [3.0]"
+    admitted = server.port.admitted[seen:]
+    users = [(head.metadata.get("x-user"), head.metadata.get("y-user")) for head in admitted[: len(heads)]]
+    assert users == [(None, None)] * 2 + [("ann", None)] + [("bob", None)] * 2 + [(None, "bob")]
+    assert [len(head.metadata.get("x-long", "")) for head in admitted[len(heads) :][:3]] == [5000, 5000, 0]
+    first, second = admitted[-2:]
+    assert [head.deadline_ns - head.received_ns for head in (first, second)] == [60_000_000_000] * 2
+    assert second.received_ns > first.received_ns
+    assert settled(server)
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_the_last_answer_says_so(server: Running, version: str) -> None:
     raw = infer() if version == "1.1" else infer().replace(b"HTTP/1.1", b"HTTP/1.0")

@@ -1,0 +1,72 @@
+"""``python -m loadtests`` from a scenario file to a comparison and a page, against a real server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loadtests import results
+from loadtests.__main__ import main
+from loadtests.models import MODEL, write_model
+from loadtests.servers import floor, serving
+
+SCENARIO = """
+name: {name}
+target: {{label: ours, grpc: "{grpc}", http: "{http}", pid: {pid}}}
+model: bench
+protocol: {protocol}
+{loop}
+connections: 2
+ramp_s: 0.05
+duration_s: 0.2
+rounds: 2
+"""
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_run_compare_plot(tmp_path: Path) -> None:
+    write_model(tmp_path / f"{MODEL}.onnx")
+    closed, opened = tmp_path / "closed.yaml", tmp_path / "open.yaml"
+    with serving(tmp_path / f"{MODEL}.onnx") as (pid, ready):
+        places = {"grpc": ready["grpc"], "http": ready["http"], "pid": pid}
+        closed.write_text(SCENARIO.format(name="closed", protocol="grpc", loop="streams: 2", **places))
+        opened.write_text(SCENARIO.format(name="open", protocol="http-json", loop="loop: open\nrate: 50", **places))
+        a, b = tmp_path / "a.json", tmp_path / "b.json"
+        assert "round 2 of 2" in run("run", closed, "--output", a)
+        run("run", opened, "--output", b, "--html", tmp_path / "b.html")
+    found = results.load(b).cells["open"]["ours"]
+    assert [sample.errors for sample in found] == [0, 0]
+    assert all(sample.late.count == sample.latency.count > 0 for sample in found)
+    assert (tmp_path / "b.html").read_text().startswith("<!DOCTYPE html>")
+    said = run("compare", a, b)
+    assert "warning: protocol differs: grpc and http-json" in said
+    assert "p99_us" in said
+    assert run("plot", a).strip() == str(tmp_path / "a.html")
+    assert "Latency by percentile" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize("loop", ["loop: open", "rate: 5"])
+def test_errors_are_one_line(tmp_path: Path, loop: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(SCENARIO.format(name="n", grpc="127.0.0.1:1", http="", pid=0, protocol="grpc", loop=loop))
+    result = CliRunner().invoke(main, ["run", str(path), "--output", str(tmp_path / "r.json")])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert "Traceback" not in result.output
+
+
+def test_a_model_that_cannot_be_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path / f"{MODEL}.onnx")
+    path = tmp_path / "s.yaml"
+    with floor("bare", tmp_path) as other:  # its answer to everything is no metadata
+        path.write_text(SCENARIO.format(name="n", grpc="", http=other.http, pid=0, protocol="http-json", loop=""))
+        result = CliRunner().invoke(main, ["run", str(path), "--output", str(tmp_path / "r.json")])
+    assert result.exit_code == 1
+    assert "metadata" in result.output
