@@ -214,6 +214,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         # What start-up made lives for good: keep the collector from walking it on every request's account.
         gc.collect()
         gc.freeze()
+        # The usual threshold has it run every few dozen requests, to find nothing: requests leave no cycles behind.
+        gc.set_threshold(10_000, 20, 20)
 
     async def reload() -> None:
         try:
