@@ -84,16 +84,15 @@ class _Feed:
         rows = 0
         while rows < TURN_ROWS and (items := self.tap.take(BLOCK_ROWS)):
             rows += sum([item.rows for item in items])
-            items = [item._replace(now_ns=item.now_ns + wall_offset_ns) for item in items]
-            counted += self._count(items, failures)
+            counted += self._count(items, wall_offset_ns, failures)
         self._report_drops()
         return counted
 
-    def _count(self, items: list[Item], failures: list[Exception]) -> int:
+    def _count(self, items: list[Item], offset_ns: int, failures: list[Exception]) -> int:
         counted = 0
         for monitor, arm in self.targets:
             try:
-                found = monitor.ingest(self.tap.keys, items if arm is None else _answered(items), arm)
+                found = monitor.ingest(self.tap.keys, items if arm is None else _answered(items), arm, offset_ns)
                 counted += found if arm is None else 0
             except Exception as error:  # noqa: BLE001 - the boundary of one monitor: the others go on
                 failures.append(error)

@@ -119,19 +119,19 @@ class Monitor:
         bounds = {"max_rows": self.settings.ring_rows, "max_bytes": self.settings.ring_bytes}
         return Tap(chosen["input"], chosen["output"], **bounds, wake=wake)
 
-    def ingest(self, keys: Sequence[Key], items: Sequence[Item], arm: str | None = None) -> int:
+    def ingest(self, keys: Sequence[Key], items: Sequence[Item], arm: str | None = None, offset_ns: int = 0) -> int:
         """Count batches taken from a tap with these ``keys``, in order; rows counted. ``arm`` overrides the items'.
 
-        Item times are wall ns here. Raises ProfileMismatch when a monitored tensor is not among the keys, and
-        NotCounted after all items when some block of them failed; its rows are refused.
+        Item times are wall ns, when ``offset_ns`` is added. Raises ProfileMismatch when a monitored tensor is not among
+        the keys, and NotCounted after all items when some block of them failed; its rows are refused.
         """
         order = self._order(keys)
         counted = failed = 0
         cause: Exception | None = None
         with self._lock:
-            for name, block in self._blocks(items, arm):
+            for name, block in self._blocks(items, arm, offset_ns):
                 try:
-                    counted += self._count(name, order, block)
+                    counted += self._count(name, order, block, offset_ns)
                 except Exception as error:  # noqa: BLE001 - the boundary of a block: the others are counted
                     cause = cause or error
                     failed += self._refuse(name, block)
@@ -158,12 +158,15 @@ class Monitor:
             raise ProfileMismatch(f"the traffic does not carry {', '.join(absent)} of the profile")
         return [found[key] for key in self.keys]
 
-    def _blocks(self, items: Sequence[Item], arm: str | None) -> Iterator[tuple[str, list[Item]]]:
+    def _blocks(self, items: Sequence[Item], arm: str | None, offset_ns: int) -> Iterator[tuple[str, Sequence[Item]]]:
         """Consecutive items of one arm and one pane of time, about ``BLOCK_ROWS`` rows at a time."""
 
         def key(item: Item) -> tuple[str, int]:
-            return (arm or item.arm, item.now_ns // self._quantum_ns if self._quantum_ns else 0)
+            return (arm or item.arm, (item.now_ns + offset_ns) // self._quantum_ns if self._quantum_ns else 0)
 
+        if self._is_one_block(items, arm, offset_ns):
+            yield arm or items[0].arm, items
+            return
         for (name, _), group in groupby(items, key):
             block: list[Item] = []
             rows = 0
@@ -176,7 +179,18 @@ class Monitor:
             if block:
                 yield name, block
 
-    def _count(self, name: str, order: Sequence[int], block: Sequence[Item]) -> int:
+    def _is_one_block(self, items: Sequence[Item], arm: str | None, offset_ns: int) -> bool:
+        """Whether the usual holds: one arm, one pane of time, not too many rows. Cheaper than to find out by groups."""
+        if not items or (arm is None and len({item.arm for item in items}) > 1):
+            return False
+        if self._quantum_ns:
+            times = [item.now_ns for item in items]
+            first, last = min(times) + offset_ns, max(times) + offset_ns
+            if first // self._quantum_ns != last // self._quantum_ns:
+                return False
+        return sum([item.rows for item in items]) <= BLOCK_ROWS
+
+    def _count(self, name: str, order: Sequence[int], block: Sequence[Item], offset_ns: int) -> int:
         rows = sum([item.rows for item in block])
         arm = self._arm(name)
         if arm is None:
@@ -185,22 +199,24 @@ class Monitor:
         contents = _contents(order, block)
         read = self.layout.read(contents, rows) if contents is not None else None
         if read is not None:
-            self._add(arm, read, block)
+            self._add(arm, read, block, offset_ns)
             return rows
         if len(block) == 1:
             arm.store.refuse(rows)
             return 0
-        return sum([self._count(name, order, [item]) for item in block])
+        return sum([self._count(name, order, [item], offset_ns) for item in block])
 
-    def _add(self, arm: _Arm, block: Block, items: Sequence[Item]) -> None:
+    def _add(self, arm: _Arm, block: Block, items: Sequence[Item], offset_ns: int) -> None:
         times = [item.now_ns for item in items]
+        first_ns, last_ns = min(times) + offset_ns, max(times) + offset_ns
         rules = self.judge.rules
         marked = marks(rules, block) if rules else None
-        arm.store.add(block.matrices, block.rows, max(times), min(times), marked)
+        arm.store.add(block.matrices, block.rows, last_ns, first_ns, marked)
         if self.judge.cutter is not None:
-            self._add_segments(arm, block, max(times), min(times), self.judge.cutter.codes(block))
+            self._add_segments(arm, block, last_ns, first_ns, self.judge.cutter.codes(block))
         if self._sample is not None:
-            self._sample.add(arm.name, np.repeat(np.array(times, "i8"), [item.rows for item in items]), block)
+            stamps = np.repeat(np.array(times, "i8") + offset_ns, [item.rows for item in items])
+            self._sample.add(arm.name, stamps, block)
 
     def _add_segments(self, arm: _Arm, block: Block, now_ns: int, first_ns: int, codes: Array) -> None:
         for code in np.unique(codes[codes >= 0]).tolist():
