@@ -85,12 +85,17 @@ def status_of(place: Place, server: Server, rollout: str = "r1") -> dict[str, An
 
 
 def reaches(place: Place, server: Server, *states: str, rollout: str = "r1", seconds: float = 30) -> dict[str, Any]:
-    """The status once a rollout is in one of some states."""
+    """The status once a rollout is in one of some states, and its table in force.
+
+    A step is recorded before its table is published, and after a restart it stands there until the candidate is loaded.
+    """
     until = time.monotonic() + seconds
-    while (found := status_of(place, server, rollout))["state"] not in states:
+    while True:
+        found = status_of(place, server, rollout)
+        if found["state"] in states and (found["state"] not in ("step", "awaiting") or found["weight"]):
+            return found
         assert time.monotonic() < until, found
         time.sleep(0.02)
-    return found
 
 
 def order(place: Place, server: Server, word: str, rollout: str = "r1", **headers: str) -> tuple[int, Any]:
