@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from router.registry.base import CHALLENGER, CHAMPION, RegistryError
+from router.registry.references import split_reference
 from server.cli import show
-from server.cli.registry import AS_JSON, STATE_DIR, split_reference
+from server.cli.registry import AS_JSON, STATE_DIR
 from server.errors import NotFound, TidegateError
 from server.state import open_state, operator
 

@@ -14,6 +14,7 @@ from router.registry.base import CHAMPION, RegistryError, Version
 from router.registry.embedded import EmbeddedRegistry
 from router.registry.gc import collect
 from router.registry.manifest import Description, ManifestError, describe, parse_description
+from router.registry.references import split_reference
 from server.cli import show
 from server.cli.profiles import check_profile, files_to_publish
 from server.errors import TidegateError
@@ -42,15 +43,6 @@ def opened(state_dir: Path) -> Iterator[EmbeddedRegistry]:
         raise TidegateError(str(error)) from error
     finally:
         state.close()
-
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """``model``, ``model:7`` or ``model@alias`` -> (model, "" | "7" | "@alias")."""
-    for mark in ("@", ":"):
-        model, found, rest = reference.partition(mark)
-        if found:
-            return model, f"@{rest}" if mark == "@" else rest
-    return reference, ""
 
 
 @registry.command()

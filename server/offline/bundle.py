@@ -24,10 +24,11 @@ from router.registry.base import CHAMPION, Version
 from router.registry.blobs import sync_folder
 from router.registry.directory import CONFIG_FILENAME, DEFAULT_FILENAME
 from router.registry.manifest import MODEL, PROFILE, Manifest, describe
+from router.registry.references import split_reference
 from server.capture.segments import sha256_of
 from server.config.load import load_config
 from server.errors import FailedPrecondition, InvalidArgument, TidegateError
-from server.offline.models import split_reference, state_of
+from server.offline.models import state_of
 
 FORMAT: Final = "tidegate.bundle/1"
 MANIFEST: Final = "manifest.json"

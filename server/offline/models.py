@@ -9,6 +9,7 @@ from pathlib import Path
 
 from router.registry.base import CHAMPION, RegistryError, Version
 from router.registry.manifest import ManifestError
+from router.registry.references import split_reference
 from server.config.compile import compile_defaults, compile_versions
 from server.config.load import load_config
 from server.control.registry import Over, RegistryPlans
@@ -39,15 +40,6 @@ def state_of(folder: Path) -> Iterator[State]:
         raise TidegateError(str(error)) from error
     finally:
         state.close()
-
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """``model``, ``model:7`` or ``model@alias`` -> (model, "" | "7" | "@alias")."""
-    for mark in ("@", ":"):
-        model, found, rest = reference.partition(mark)
-        if found:
-            return model, f"@{rest}" if mark == "@" else rest
-    return reference, ""
 
 
 def find_model(reference: str, state_dir: Path, config: Path | None = None) -> Found:
