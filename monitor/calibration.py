@@ -34,7 +34,6 @@ import numpy as np
 from monitor.errors import CalibrationError, StateError
 from monitor.kernels import tails
 from monitor.kernels.distances import chi_square
-from monitor.kernels.folding import fold
 from monitor.layout import Layout
 from monitor.types import HOUR_NS, AlarmRules, Array, Window, WindowCounts
 
@@ -285,8 +284,7 @@ class Inflation:
 
     def add(self, pane: Array) -> None:
         """One closed pane's counts of cells; panes without rows are passed over."""
-        bins = np.empty(int(self._layout.bin_start[-1]), "i8")
-        fold(pane.astype("i8"), self._layout.bin_of, bins)
+        bins = self._layout.bins.fold(pane.astype("i8"))
         before, self._before = self._before, bins
         if before is None:
             return

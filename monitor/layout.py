@@ -120,6 +120,28 @@ class TensorPlan:
 
 
 @dataclass(slots=True, frozen=True, eq=False)
+class Folding:
+    """Which cells make up which bins, as runs of neighbours: ``start`` int64 (runs + 1), ``bin_of`` int32 (runs)."""
+
+    start: Array
+    bin_of: Array
+    size: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Array], size: int) -> Folding:
+        """From every cell's bin, column after column; ``size`` bins."""
+        bin_of = _joined(parts, "i4")
+        first = np.flatnonzero(np.diff(bin_of, prepend=-1))
+        return cls(np.append(first, len(bin_of)).astype("i8"), bin_of[first], size)
+
+    def fold(self, cells: Array) -> Array:
+        """int64 counts of bins from int64 counts of cells."""
+        out = np.empty(self.size, "i8")
+        fold(cells, self.start, self.bin_of, out)
+        return out
+
+
+@dataclass(slots=True, frozen=True, eq=False)
 class Block:
     """Rows of all tensors of a layout. ``matrices``: as ``TensorPlan.rows_of`` makes them; ``strings[t]``: the elements
     of a BYTES tensor, None for others."""
@@ -156,11 +178,13 @@ class Layout:
         self.cells = int(self.start[-1])
         self.reference = _joined([found.counts for found in ordered], "i8")
         self.bin_start = _starts([len(found.bins) for found in ordered])
-        self.bin_of = _joined([f.bin_of + s for f, s in zip(ordered, self.bin_start, strict=False)], "i4")
+        bins = [f.bin_of + s for f, s in zip(ordered, self.bin_start, strict=False)]
+        self.bins = Folding.of(bins, int(self.bin_start[-1]))
         self.level_start = _starts([found.levels for found in ordered])
-        self.level_of = _joined([f.level_of + s for f, s in zip(ordered, self.level_start, strict=False)], "i4")
-        self.reference_bins = folded(self.reference, self.bin_of, self.bin_start)
-        self.reference_levels = folded(self.reference, self.level_of, self.level_start)
+        levels = [f.level_of + s for f, s in zip(ordered, self.level_start, strict=False)]
+        self.levels = Folding.of(levels, int(self.level_start[-1]))
+        self.reference_bins = self.bins.fold(self.reference)
+        self.reference_levels = self.levels.fold(self.reference)
         #: bool per column: is it discrete, and is it tested by KS.
         self.discrete = np.array([found.column.discrete for found in ordered], bool)
         self.ordered = np.array([found.ordered for found in ordered], bool)
@@ -241,13 +265,6 @@ def _check_group(columns: Sequence[Column]) -> None:
     for column in columns:
         if (column.width, column.datatype) != (first.width, first.datatype):
             raise ProfileError(f"columns of tensor '{first.tensor}' disagree on its width or datatype")
-
-
-def folded(cells: Array, bin_of: Array, start: Array) -> Array:
-    """int64 counts of bins (``start[-1]`` of them) from int64 counts of cells."""
-    out = np.empty(int(start[-1]), "i8")
-    fold(cells, bin_of, out)
-    return out
 
 
 def _starts(sizes: Sequence[int]) -> Array:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from monitor.layout import Layout, folded
+from monitor.layout import Layout
 from monitor.types import Array
 
 
@@ -25,18 +25,18 @@ class Pair:
     @cached_property
     def bins(self) -> tuple[Array, Array]:
         """(reference, window) counts of the PSI bins, column after column (``layout.bin_start``)."""
-        window = folded(self.window, self.layout.bin_of, self.layout.bin_start)
+        window = self.layout.bins.fold(self.window)
         if self.reference is self.layout.reference:
             return self.layout.reference_bins, window
-        return folded(self.reference, self.layout.bin_of, self.layout.bin_start), window
+        return self.layout.bins.fold(self.reference), window
 
     @cached_property
     def levels(self) -> tuple[Array, Array]:
         """The same for levels (``layout.level_start``)."""
-        window = folded(self.window, self.layout.level_of, self.layout.level_start)
+        window = self.layout.levels.fold(self.window)
         if self.reference is self.layout.reference:
             return self.layout.reference_levels, window
-        return folded(self.reference, self.layout.level_of, self.layout.level_start), window
+        return self.layout.levels.fold(self.reference), window
 
     @cached_property
     def rows(self) -> tuple[Array, Array]:

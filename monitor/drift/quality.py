@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,9 @@ class Checks:
     #: Per check against the reference: row of the table (check, column) that its count is in.
     kinds: Array
     tolerated: Array
-    #: By (check, column): what the profile's own reference leads one to expect; see ``_expected``.
+    #: Likewise: the one cell that its count is in, -1 where it is not in one cell.
+    cells: Array
+    #: Likewise: what the profile's own reference leads one to expect; see ``_expected``.
     expected: Array
 
     def __len__(self) -> int:
@@ -68,14 +70,23 @@ def checks_of(layout: Layout, rules: Sequence[tuple[int, str, float]]) -> Checks
         if kind == 0 or bool(layout.discrete[place]) == (name == "new_category")
     ]
     places = [*[place for _, place in found], *[place for place, _, _ in rules]]
+    kinds = np.array([kind for kind, _ in found], "i8")
     return Checks(
         tuple([layout.names[place] for place in places]),
         np.array(places, "i8"),
         (*[REFERENCE_CHECKS[kind] for kind, _ in found], *[name for _, name, _ in rules]),
-        np.array([kind for kind, _ in found], "i8"),
+        kinds,
         np.array([share for _, _, share in rules], "f8"),
-        _expected(layout, layout.reference),
+        np.array([_cell(layout, kind, place) for kind, place in found], "i8"),
+        _expected(layout, layout.reference)[kinds, np.array([place for _, place in found], "i8")],
     )
+
+
+def _cell(layout: Layout, kind: int, place: int) -> int:
+    """The cell that ``amounts`` reads for a check, -1 for a sum of several or none."""
+    first, last = int(layout.start[place]), int(layout.start[place + 1]) - 1
+    cell = {"missing": last, "below": first, "above": last - 1}.get(REFERENCE_CHECKS[kind], -1)
+    return -1 if cell == first == last - 1 else cell
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -128,38 +139,58 @@ def judge_quality(
     reference_rows, rows = pair.rows
     own, others = len(checks.kinds), checks.places[len(checks.kinds) :]
     at = checks.places[:own]
-    count = _table(amounts(pair.layout, pair.window))[checks.kinds, at]
+    count = _counts(checks, pair)
     own_reference = pair.reference is pair.layout.reference
-    table = checks.expected if own_reference else _expected(pair.layout, pair.reference)
-    expected = table[checks.kinds, at]
+    expected = checks.expected if own_reference else _expected(pair.layout, pair.reference)[checks.kinds, at]
     m, n = reference_rows[at], rows[at]
-    excess = _ratio(count, n) - _ratio(expected, m)
+    share, allowed = _ratio(count, n), _ratio(expected, m)
+    excess = share - allowed
     small = excess < rules.clear_ratio * rules.min_rate
     large = np.flatnonzero(~small)
     reference_log_p = np.zeros(own)
     if len(large):
         reference_log_p[large] = _two_shares(count[large], n[large], expected[large], m[large]) / inflation[at[large]]
-    rule_rows = rows[others]
-    rule_share = _ratio(marks, rule_rows)
-    rule_over = rule_share > checks.tolerated
-    rule_log_p = np.zeros(len(others))
-    if rule_over.any():
-        evidence = _evidence(marks, rule_rows, checks.tolerated)
-        rule_log_p = np.where(rule_over, -evidence / inflation[others], 0.0)
-    log_p = np.maximum(np.concatenate([reference_log_p, rule_log_p]), _LEAST)
+    quiet = small | (reference_log_p > log_level + _HYSTERESIS)
+    found = _Found(count, n, share, allowed, reference_log_p, excess >= rules.min_rate, quiet)
+    if len(others):
+        found = _with_rules(found, marks, rows[others], checks.tolerated, inflation[others])
+    log_p = np.maximum(found.log_p, _LEAST)
     real = log_p < log_level
-    quiet = np.concatenate([small | (reference_log_p > log_level + _HYSTERESIS), ~rule_over])
     return QualityJudgement(
-        np.concatenate([count, marks]),
-        np.concatenate([n, rule_rows]),
-        np.concatenate([_ratio(count, n), rule_share]),
-        np.concatenate([_ratio(expected, m), checks.tolerated]),
-        log_p,
-        real,
-        real & np.concatenate([excess >= rules.min_rate, rule_over]),
-        quiet,
-        log_level,
+        found.counted, found.rows, found.share, found.allowed, log_p, real, real & found.large, found.quiet, log_level
     )
+
+
+class _Found(NamedTuple):
+    """Per check; ``large``: over what is allowed by enough to raise an alarm."""
+
+    counted: Array
+    rows: Array
+    share: Array
+    allowed: Array
+    log_p: Array
+    large: Array
+    quiet: Array
+
+
+def _with_rules(found: _Found, marks: Array, rows: Array, tolerated: Array, inflation: Array) -> _Found:
+    share = _ratio(marks, rows)
+    over = share > tolerated
+    log_p = np.zeros(len(marks))
+    if over.any():
+        log_p = np.where(over, -_evidence(marks, rows, tolerated) / inflation, 0.0)
+    both = zip(found, _Found(marks, rows, share, tolerated, log_p, over, ~over), strict=True)
+    return _Found(*[np.concatenate(pair) for pair in both])
+
+
+def _counts(checks: Checks, pair: Pair) -> Array:
+    """What ``amounts`` finds in the window, per check against the reference: most are read from one cell."""
+    count = pair.window[checks.cells]
+    summed = np.flatnonzero(checks.cells < 0)
+    if len(summed):
+        own = checks.places[: len(checks.kinds)]
+        count[summed] = _table(amounts(pair.layout, pair.window))[checks.kinds[summed], own[summed]]
+    return np.asarray(count)
 
 
 def _table(found: Amounts) -> Array:

@@ -15,12 +15,19 @@ _I64 = read_only(types.int64)
 _OUT = types.Array(types.int64, 1, "C")
 
 
-@kernel((_I64, read_only(types.int32), _OUT))
-def fold(cells: Array, bin_of: Array, out: Array) -> None:
-    """``out[b]`` = sum of the cells whose ``bin_of`` is b. ``out`` is overwritten."""
+@kernel((_I64, _I64, read_only(types.int32), _OUT))
+def fold(cells: Array, start: Array, bin_of: Array, out: Array) -> None:
+    """``out[b]`` = sum of the cells in bin b, which ``bin_of[r]`` is for cells ``start[r]`` to ``start[r + 1]``.
+
+    Bins are made of neighbours, so runs are few and their sums are vector instructions. ``out`` is overwritten.
+    """
     out[:] = 0
-    for c in range(cells.size):
-        out[bin_of[c]] += cells[c]
+    for r in range(bin_of.size):
+        run = cells[start[r] : start[r + 1]]
+        total = 0
+        for c in range(run.size):
+            total += run[c]
+        out[bin_of[r]] += total
 
 
 @kernel((_OUT, read_only(types.int32), types.int64))

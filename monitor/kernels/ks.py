@@ -25,30 +25,35 @@ def ks_interval(reference: Array, window: Array, start: Array, low: Array, high:
     ``low == high == D``, ties included. The last cell of a column (missing) is left out.
     """
     for f in range(low.size):
-        first = start[f]
-        last = start[f + 1] - 1
-        m = 0
-        n = 0
-        for c in range(first, last):
-            m += reference[c]
-            n += window[c]
+        # Slices: an index that counts up from 0 needs no check for a negative one.
+        expected = reference[start[f] : start[f + 1] - 1]
+        found = window[start[f] : start[f + 1] - 1]
+        m = np.float64(expected.sum())
+        n = np.float64(found.sum())
         if m == 0 or n == 0:
             low[f] = np.nan
             high[f] = np.nan
             continue
-        fm = np.float64(m)
-        fn = np.float64(n)
-        r = 0.0  # reference values so far, times n; exact below 2**53
-        w = 0.0  # window values so far, times m
-        least = 0.0
+        # All times m n, so exact below 2**53: the difference of the distribution functions, its extremes at the ends of
+        # cells, and the extremes that it may have inside a gap.
+        ahead = 0.0
+        top = 0.0
+        bottom = 0.0
         most = 0.0
-        for c in range(first, last):
-            r_before = r
-            w_before = w
-            r += np.float64(reference[c]) * fn
-            w += np.float64(window[c]) * fm
-            least = max(least, abs(r - w))
-            if (c - first) & 1 == 0:
-                most = max(most, r - w_before, w - r_before)
-        low[f] = least / (fm * fn)
-        high[f] = max(least, most) / (fm * fn)
+        least = 0.0
+        for k in range(expected.size >> 1):
+            r = np.float64(expected[2 * k]) * n
+            w = np.float64(found[2 * k]) * m
+            most = max(most, ahead + r)
+            least = min(least, ahead - w)
+            ahead += r - w
+            top = max(top, ahead)
+            bottom = min(bottom, ahead)
+            ahead += np.float64(expected[2 * k + 1]) * n - np.float64(found[2 * k + 1]) * m
+            top = max(top, ahead)
+            bottom = min(bottom, ahead)
+        last = expected.size - 1
+        most = max(most, ahead + np.float64(expected[last]) * n)
+        least = min(least, ahead - np.float64(found[last]) * m)
+        low[f] = max(top, -bottom) / (m * n)
+        high[f] = max(top, -bottom, most, -least) / (m * n)

@@ -266,7 +266,7 @@ def test_fold_and_accumulate() -> None:
     compile_all()
     cells, bins = np.array([3, 4, 5, 6], "i8"), np.array([1, 0, 1, 2], "i4")
     out = np.full(3, 99, "i8")
-    fold(cells, bins, out)
+    fold(cells, np.arange(5), bins, out)
     assert out.tolist() == [4, 8, 6]
     accumulate(out, np.array([1, 2, 3], "i4"), -1)
     assert out.tolist() == [3, 6, 3]
@@ -275,4 +275,4 @@ def test_fold_and_accumulate() -> None:
 def test_kernels_refuse_what_they_were_not_compiled_for() -> None:
     compile_all()
     with pytest.raises(TypeError, match="matching definition"):
-        fold(np.zeros(2, "f4"), np.zeros(2, "i4"), np.zeros(1, "i8"))
+        fold(np.zeros(2, "f4"), np.zeros(3, "i8"), np.zeros(2, "i4"), np.zeros(1, "i8"))
