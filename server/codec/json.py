@@ -33,6 +33,7 @@ from server.codec.checks import (
 )
 from server.codec.dtypes import bfloat16_values
 from server.codec.elements import InexactIntegerError, contents
+from server.codec.forms import LONGEST, Forms, form_of
 from server.errors import InvalidArgument
 from server.types import (
     DATATYPES,
@@ -45,6 +46,8 @@ from server.types import (
     Tensor,
 )
 
+#: Of all requests of the process.
+_FORMS: Final = Forms()
 _PARAMETER_TYPES: Final[frozenset[type]] = frozenset({bool, int, float, str})
 _INT: Final[frozenset[type]] = frozenset({int})
 
@@ -65,13 +68,21 @@ def decode_infer(
     if size > len(body):
         raise InvalidArgument(f"the JSON part is said to have {size} bytes, the body has {len(body)}")
     text = bytes(body) if size == len(body) else bytes(body[:size])
-    _check_depth(text, limits.max_json_depth)
     binary = memoryview(body)[size:]
+    form = form_of(text, has_binary=len(binary) > 0) if size <= LONGEST else None
+    if form is not None:
+        known = _FORMS.request(form, text, binary, model, version, limits)
+        if known is not None:
+            return known
+    _check_depth(text, limits.max_json_depth)
     try:
         document, exact = parse(text)
-        return _Decoder(binary, limits, exact=exact).request(document, model, version)
+        request = _Decoder(binary, limits, exact=exact).request(document, model, version)
     except InexactIntegerError:
         return _Decoder(binary, limits, exact=True).request(parse_exactly(text), model, version)
+    if form is not None and not exact:
+        _FORMS.learn(form, request, len(binary), limits)
+    return request
 
 
 def parse(text: bytes) -> tuple[Any, bool]:

@@ -3,6 +3,9 @@
 Taken are requests whose answer needs nothing but the loop. What is unusual (a content coding, a JSON body that is to
 be parsed off the loop, ``Expect``, a request that waits behind another on its connection) goes the reference way, which
 answers the same.
+
+A client's requests are alike: a head that was read before, byte for byte, is not parsed again when its whole body came
+with it. What was learned from it is kept (``KnownHeads``), for all connections.
 """
 
 from __future__ import annotations
@@ -44,8 +47,10 @@ if TYPE_CHECKING:
 _JOINED_BYTES: Final = 64 * 1024
 #: Longer targets are not kept, so that what is kept is bounded in bytes too.
 _KNOWN_URL_BYTES: Final = 1024
-#: Likewise the heads that connections keep.
+#: Likewise the heads that are kept: those of connections, and those that all share, which are forgotten when they
+#: become too many.
 _KNOWN_HEAD_BYTES: Final = 4096
+_KNOWN_HEADS: Final = 512
 
 
 class InferCycle:
@@ -122,6 +127,14 @@ class InferCycle:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._crash(error)
+
+    def repeat(self, head: RequestHead, body: bytes) -> None:
+        """A whole request at once."""
+        self.more_body = False
+        self.begin(head)
+        if not self.response_complete:
+            self._parts = [body]
+            self.complete()
 
     def _start(self) -> None:
         head, permit = self._head, self._permit
@@ -360,17 +373,21 @@ class NativeHttp1(HttpProtocol):
             or self.parser.get_method() != b"POST"
         ):
             return None
-        received_ns = time.monotonic_ns()
         try:
             known = self._known
             if known is None or known.headers != self.headers or known.url != self.url:
                 known = self._read_head()
                 self._known = known if self._head_bytes <= _KNOWN_HEAD_BYTES else None
-            if known.target is None:
-                return None
-            deadline_ns = deadline_of(known.metadata, received_ns) if TIMEOUT_HEADER in known.metadata else 0
+            return self._request_head(known)
         except TidegateError:
             return None  # refused the reference way
+
+    def _request_head(self, known: _Head) -> RequestHead | None:
+        """Raises TidegateError when the deadline cannot be read."""
+        if known.target is None:
+            return None
+        received_ns = time.monotonic_ns()
+        deadline_ns = deadline_of(known.metadata, received_ns) if TIMEOUT_HEADER in known.metadata else 0
         model, version = known.target
         return RequestHead("http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer)
 
@@ -402,12 +419,45 @@ class NativeHttp1(HttpProtocol):
             cycle.complete()
 
     def data_received(self, data: bytes) -> None:
+        raw = data[: data.find(b"\r\n\r\n") + 4] if self._between_requests() else b""
+        known = self.server_side.heads.get(raw) if raw else None
+        if known is not None and known.length == len(data) - len(raw):
+            head = self._request_head(known)
+            if head is not None:
+                self._disarm()
+                repeated = InferCycle(self, not self.server_side.draining)
+                self.cycle = self._started = repeated  # type: ignore[assignment]
+                repeated.repeat(head, data[len(raw) :])
+                return
+        before: Any = self.cycle
         super().data_received(data)
         cycle = self.cycle
-        if self._closing or self._refusal is not None:
+        if self._closing or self._refusal is not None or not isinstance(cycle, InferCycle):
             return
-        if isinstance(cycle, InferCycle) and cycle.more_body and not cycle.response_complete:
+        if cycle.more_body and not cycle.response_complete:
             self._bound_body(cycle)
+        elif raw and cycle is not before:
+            self._learn(raw, len(data) - len(raw), cycle)
+
+    def _between_requests(self) -> bool:
+        """Whether the next byte begins a request that may be answered at once."""
+        cycle = self.cycle
+        return (
+            (cycle is None or (cycle.response_complete and not cycle.more_body and cycle.keep_alive))
+            and not (self._head_open or self._closing or self._upgrading or self.flow.write_paused)
+            and self._refusal is None
+            and self.app is self.config.loaded_app
+        )
+
+    def _learn(self, raw: bytes, size: int, cycle: InferCycle) -> None:
+        """Keep the head of the one request that came, when it alone says how the connection goes on."""
+        known, heads = self._known, self.server_side.heads
+        if known is None or known.length != size or not cycle.keep_alive or cycle.more_body or self._head_open:
+            return
+        if len(raw) <= _KNOWN_HEAD_BYTES:
+            if len(heads) >= _KNOWN_HEADS:
+                heads.clear()
+            heads[raw] = known
 
     def _send_refusal(self, error: TidegateError) -> None:
         super()._send_refusal(error)

@@ -91,6 +91,8 @@ class NativeServer(HttpServer):
         #: Stands where requests that nobody awaits keep an event.
         self.no_event = asyncio.Event()
         self.status_ok = b""
+        #: What the heads of requests said, by the bytes they had.
+        self.heads: dict[bytes, Any] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._offload = asyncio.Semaphore(self.settings.offload_threads)
         self._log: Any = structlog.get_logger("tidegate.native")
