@@ -198,21 +198,21 @@ def test_a_drain_ends_connections_after_their_answer(tmp_path_factory: pytest.Te
     root = tmp_path_factory.mktemp("repository")
     models.affine(root / "affine" / "1" / "model.onnx")
     state = str(tmp_path_factory.mktemp("state"))
-    with serving("--model-repository", str(root), "--state-dir", state, "--transport", "native") as running:
-        with Wire(running.http) as idle, Wire(running.http) as busy:
-            settle(idle)
-            settle(busy)
-            busy.send(post(PATH, body(9))[:-5])
-            wait_total(running, "tidegate_pending_requests", 0)
-            running.process.terminate()
-            running.wait_for("draining")
-            busy.send(post(PATH, body(9))[-5:])
-            answer = busy.answer()
-            check(answer, 9)
-            assert answer is not None
-            assert answer.headers["connection"] == "close"
-            assert busy.closed()
-            assert idle.closed()
+    options = ("--model-repository", str(root), "--state-dir", state, "--transport", "native")
+    with serving(*options) as running, Wire(running.http) as idle, Wire(running.http) as busy:
+        settle(idle)
+        settle(busy)
+        busy.send(post(PATH, body(9))[:-5])
+        wait_total(running, "tidegate_pending_requests", 0)
+        running.process.terminate()
+        running.wait_for("draining")
+        busy.send(post(PATH, body(9))[-5:])
+        answer = busy.answer()
+        check(answer, 9)
+        assert answer is not None
+        assert answer.headers["connection"] == "close"
+        assert busy.closed()
+        assert idle.closed()
 
 
 def test_many_different_heads_are_no_burden(wire: Wire) -> None:
