@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from ssl import SSLContext
 from typing import Any, Final
@@ -67,6 +68,7 @@ from server.monitoring.watch import MonitoredRuntime, labels_of, rules_of, taps_
 from server.outbox import Outbox
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.dispatch import DispatchRuntime
+from server.runtime.ends import graph_ends
 from server.runtime.onnx import OnnxRuntime
 from server.runtime.upstream import UpstreamRuntime
 from server.shadowing import CompareWorker, ShadowLane
@@ -180,13 +182,13 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         reload=settings.reload,
     )
     catalog = ServedCatalog(name=settings.name, gateway=gateway, control=control, readiness=readiness)
-    shadows = _shadows(loop, control, publisher, telemetry)
+    shadows = _shadows(loop, control, publisher, telemetry, recording)
     publisher.follow_with(shadows.loader.follow)
     keeper = _gatekeeper(file, state, control, gateway)
     rollouts = _rollouts(state, deferred, gateway, publisher, control, monitors, keeper, mlflow)
     if rollouts is not None:
         telemetry.metrics.collect(rollouts.families)
-    retrains = _retrains(settings, file, state, delivery, control, gateway, rollouts, monitors, recording)
+    retrains = _retrains(settings, file, state, delivery, control, gateway, rollouts, monitors, recording, mlflow)
     if retrains is not None:
         telemetry.metrics.collect(retrains.families)
 
@@ -311,6 +313,7 @@ def _retrains(
     rollouts: RolloutControl | None,
     monitors: MonitorService,
     recording: Recording | None,
+    mlflow: MlflowPart | None,
 ) -> RetrainControl | None:
     """Who asks for trainings; None without a configuration that could say when, or a state folder to remember in."""
     if file is None or state is None or delivery is None or rollouts is None:
@@ -320,7 +323,7 @@ def _retrains(
         served=gateway.served,
         rollouts=rollouts.standing,
         monitors=monitors,
-        registry=state.registry,
+        registry=state.registry if mlflow is None else mlflow.registry,
         captured=(lambda _: ()) if recording is None else recording.paths,
         sinks=frozenset(settings.delivery.sinks),
     )
@@ -456,9 +459,14 @@ class Shadows:
 
 
 def _shadows(
-    loop: asyncio.AbstractEventLoop, control: ModelControl, publisher: Publisher, telemetry: Telemetry
+    loop: asyncio.AbstractEventLoop,
+    control: ModelControl,
+    publisher: Publisher,
+    telemetry: Telemetry,
+    recording: Recording | None,
 ) -> Shadows:
     worker = CompareWorker()
+    capture = recording.capture if recording is not None and recording.settings.shadows else None
 
     def lane(spec: RoutingSpec, shadow: ShadowSpec) -> ShadowLane:
         def load() -> float:
@@ -476,6 +484,7 @@ def _shadows(
             load=load,
             offload=worker.submit,
             traced=None if telemetry.sink is None else telemetry.sink.offer,
+            captured=None if capture is None else partial(capture.offer_shadow, spec.entry),
         )
 
     def batcher(engine: Engine, served: Served) -> OffLoopBatcher:
@@ -570,7 +579,9 @@ def _listeners(
     """The four addresses: inference over HTTP and gRPC, metrics, admin."""
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
-    http = HttpSettings(max_connections=settings.max_connections, strict_json=settings.strict_json)
+    http = HttpSettings(
+        max_connections=settings.max_connections, strict_json=settings.strict_json, keep_alive_s=settings.idle_s
+    )
     context = None if tls is None else tls_context(tls)
 
     def listen(app: ASGIApp, tls: SSLContext | None = None) -> HttpServer:
@@ -579,7 +590,12 @@ def _listeners(
     inference = build_app(gateway, services, statuses=statuses, settings=http)
     if settings.transport == "native":
         served = NativeServed(gateway, services.catalog, inference, GrpcMethods(services))
-        http2 = Http2Settings(max_streams=settings.max_concurrent_streams)
+        http2 = Http2Settings(
+            max_streams=settings.max_concurrent_streams,
+            keepalive_s=settings.ping_after_s,
+            keepalive_timeout_s=settings.ping_timeout_s,
+            max_age_s=settings.max_connection_age_s,
+        )
         native = [
             NativeServer(served, limits=settings.limits, settings=http, http2=http2, statuses=statuses, tls=context)
             for _ in range(2)
@@ -591,6 +607,9 @@ def _listeners(
         grpc_settings = GrpcSettings(
             max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
             max_connections=settings.max_connections,
+            keepalive_s=settings.ping_after_s,
+            keepalive_timeout_s=settings.ping_timeout_s,
+            max_age_s=settings.max_connection_age_s,
         )
         credentials = None if tls is None else grpc_credentials(tls)
         grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
@@ -674,7 +693,7 @@ def _mlflow(settings: ServerSettings, state: State | None) -> MlflowPart | None:
     """The registry of an MLflow server; nothing is asked yet."""
     if settings.mlflow is None or state is None:
         return None
-    return open_mlflow(settings.mlflow, settings.state_dir, state.store, state.audit.journal)
+    return open_mlflow(settings.mlflow, settings.state_dir, state.store, state.audit.journal, graph_ends)
 
 
 def _plans(settings: ServerSettings, state: State, audit: Audit, mlflow: MlflowPart | None) -> RegistryPlans:

@@ -18,6 +18,7 @@ from server.config.kinds import (
     ArmName,
     AttemptTime,
     BodySize,
+    ConnectionAge,
     CopySize,
     Count,
     Datatype,
@@ -44,6 +45,7 @@ from server.config.kinds import (
     Secret,
     Share,
     Source,
+    Span,
     Target,
     Text,
     Timeout,
@@ -126,6 +128,30 @@ class Limits(Section):
     overload_status: Literal[429, 503] = 503
 
 
+class Connections(Section):
+    """How long connections of the inference addresses live.
+
+    ``idle``: HTTP/1.1 between two requests. HTTP/2 and gRPC: after a silence of ``ping_after`` the client is asked for
+    a sign of life, and has ``ping_timeout`` to give one; a connection older than ``max_age`` (0: none is) is asked to
+    end and opened anew by its client, so that load balancers come to see it.
+    """
+
+    idle: Span = default("75s", units.parse_duration)
+    ping_after: Span = default("60s", units.parse_duration)
+    ping_timeout: Span = default("20s", units.parse_duration)
+    max_age: ConnectionAge = default("0s", units.parse_duration)
+
+
+class Codec(Section):
+    """Where large JSON is parsed and written. JSON up to ``offload_over`` is the event loop's own business.
+
+    ``process``: in a process of its own, started when it is first wanted; else on threads, which hold up requests.
+    """
+
+    process: bool = True
+    offload_over: BodySize = default("64KiB", units.parse_size)
+
+
 class Server(Section):
     """The process: addresses, limits, and which models it loads when."""
 
@@ -141,6 +167,8 @@ class Server(Section):
     tls: Tls | None = None
     auth: Auth | None = Field(default=None, repr=False)
     limits: Limits = Field(default_factory=Limits)
+    connections: Connections = Field(default_factory=Connections)
+    codec: Codec = Field(default_factory=Codec)
     drain: Timeout = default("30s", units.parse_duration)
     model_control: Literal["none", "poll", "explicit"] = "none"
     load_models: Many[LoadName] = ()

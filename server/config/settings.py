@@ -82,9 +82,17 @@ class ServerSettings:
     max_connections: int = 10_000
     #: HTTP/2 streams per connection; on the reference transport at most 100.
     max_concurrent_streams: int = 1000
+    #: See ``config.model.Connections``.
+    idle_s: float = 75.0
+    ping_after_s: float = 60.0
+    ping_timeout_s: float = 20.0
+    max_connection_age_s: float = 0.0
     #: Shed load with 429 / RESOURCE_EXHAUSTED instead of 503 / UNAVAILABLE.
     shed_as_429: bool = False
     strict_json: bool = False
+    #: Parse and write JSON of over ``offload_bytes`` in a process of its own, else on threads.
+    codec_process: bool = True
+    offload_bytes: int = 64 * 1024
     drain_seconds: float = 30.0
     model_control: str = "none"  # none | poll | explicit
     load_models: tuple[str, ...] = ()

@@ -52,6 +52,8 @@ class GrpcSettings:
     #: When a connection was silent this long it is pinged, and closed when the ping is not answered in time.
     keepalive_s: float = 60.0
     keepalive_timeout_s: float = 20.0
+    #: Age at which a connection is asked to end, so that load balancers can spread clients anew; 0: never.
+    max_age_s: float = 0.0
     #: Clients may ping this often, calls or not.
     min_client_ping_s: float = 10.0
     #: Of answers: none, deflate or gzip. Requests may always be compressed.
@@ -186,7 +188,9 @@ class GrpcServer:
 
     def _options(self) -> list[tuple[str, int]]:
         limits, settings = self._port.limits, self._settings
+        age = [("grpc.max_connection_age_ms", round(settings.max_age_s * 1000))] if settings.max_age_s else []
         return [
+            *age,
             ("grpc.max_receive_message_length", limits.max_body_bytes),
             ("grpc.max_send_message_length", settings.max_send_bytes),
             ("grpc.max_metadata_size", limits.max_header_bytes),
