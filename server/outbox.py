@@ -9,8 +9,8 @@ see an event twice, always with the same id and the same idempotency key. Sendin
 wait were promised, and who is refused can still act. Settled events go when they are older than ``keep_delivered_s`` or
 ``keep_dead_s``, and in any case once ``max_kept`` newer ones were written. A key is known as long as its event is kept.
 
-Times are Unix time, as leases outlive processes. A clock that was set back holds up no delivery: what is due later than
-``HORIZON_S`` from now cannot have been planned by this clock, and is due.
+Times are Unix time, as leases outlive processes. A clock that was set back holds up no delivery for longer than its
+sink's horizon: what is due later than that from now cannot have been planned by this clock, and is due.
 """
 
 from __future__ import annotations
@@ -307,16 +307,22 @@ class Outbox:
 
     # -- deliveries -----------------------------------------------------------------------------------------------
 
-    def claim(self, sink: str, owner: str, lease_s: float, *, max_attempts: int) -> Lease | None:
+    def claim(
+        self, sink: str, owner: str, lease_s: float, *, max_attempts: int, horizon_s: float = HORIZON_S
+    ) -> Lease | None:
         """The delivery to ``sink`` that has been due longest, leased to ``owner``; None when none is due.
+
+        ``horizon_s``: longer than any lease and any delay of this sink, by as much as a clock may be set back without
+        a lease looking foreign.
 
         The attempt counts from now on, so that an event that kills whoever sends it comes to its end too: a delivery
         that has had its last attempt without an outcome is dead.
         """
         with self._store.transaction() as connection:
             now = self._clock()
-            until = now + int(lease_s * NS_PER_S)
-            while (row := connection.execute(_DUE, _due(sink, now)).fetchone()) is not None:
+            until = _after(now, lease_s)
+            due = {"sink": sink, "now": now, "horizon": _after(now, horizon_s)}
+            while (row := connection.execute(_DUE, due).fetchone()) is not None:
                 seq, attempts, event_id, key, kind, subject, created_ns, body, error = row
                 if attempts >= max_attempts:
                     self._bury(connection, seq, sink, f"no attempt is left; the last one: {error or 'no outcome'}", now)
@@ -330,14 +336,29 @@ class Outbox:
                 return Lease(seq, sink, owner, attempts + 1, until, message)
         return None
 
-    def next_due_s(self, sink: str) -> float | None:
+    def next_due_s(self, sink: str, *, horizon_s: float = HORIZON_S) -> float | None:
         """Seconds until something for ``sink`` is due, 0 when something is; None when nothing waits. Never writes."""
         with self._store.reading() as connection:
             first, last = connection.execute(_NEXT_DUE, (sink,)).fetchone()
         if first is None:
             return None
         now = self._clock()
-        return 0.0 if last > _horizon(now) else max(0.0, (first - now) / NS_PER_S)
+        return 0.0 if last > _after(now, horizon_s) else max(0.0, (first - now) / NS_PER_S)
+
+    def lease_owners(self) -> list[str]:
+        """Who holds leases. Never writes."""
+        with self._store.reading() as connection:
+            query = "SELECT DISTINCT lease_owner FROM outbox_delivery WHERE state = 'leased'"
+            return [owner for (owner,) in connection.execute(query)]
+
+    def end_leases(self, owner: str) -> None:
+        """What ``owner`` has leased is due now: it has died. The attempts stay counted."""
+        with self._store.transaction() as connection:
+            connection.execute(
+                "UPDATE outbox_delivery SET state = 'pending', due_ns = ?, lease_owner = NULL "
+                "WHERE state = 'leased' AND lease_owner = ?",
+                (self._clock(), owner),
+            )
 
     def delivered(self, lease: Lease) -> None:
         """The sink has it. True of the event whoever holds the lease by now."""
@@ -351,7 +372,7 @@ class Outbox:
     def failed(self, lease: Lease, error: str, delay_s: float) -> None:
         """The attempt failed; the next one is due after ``delay_s``. Nothing happens when the lease was lost."""
         with self._store.transaction() as connection:
-            due = self._clock() + int(min(delay_s, HORIZON_S) * NS_PER_S)
+            due = _after(self._clock(), min(delay_s, HORIZON_S))
             connection.execute(_PUT_BACK, (due, _brief(error), *_held(lease)))
 
     def dead(self, lease: Lease, error: str) -> bool:
@@ -447,12 +468,8 @@ def _check_known(connection: sqlite3.Connection, event_id: str) -> None:
         raise NotFound(f"there is no event {event_id[:64]!r} in the outbox")
 
 
-def _due(sink: str, now: int) -> dict[str, object]:
-    return {"sink": sink, "now": now, "horizon": _horizon(now)}
-
-
-def _horizon(now: int) -> int:
-    return now + int(HORIZON_S * NS_PER_S)
+def _after(now: int, delay_s: float) -> int:
+    return now + int(delay_s * NS_PER_S)
 
 
 def _held(lease: Lease) -> tuple[int, str, str, int]:

@@ -11,8 +11,9 @@ import click
 
 from server.cli import show
 from server.cli.registry import ACTOR, AS_JSON, STATE_DIR
+from server.errors import NotFound
 from server.outbox import STATES, Delivery, Outbox, State, rfc3339
-from server.state import open_state, operator
+from server.state import DATABASE, open_state, operator
 
 
 @click.group()
@@ -22,7 +23,9 @@ def hook() -> None:
 
 @contextmanager
 def opened(state_dir: Path) -> Iterator[Outbox]:
-    """The outbox of a state folder."""
+    """The outbox of a state folder. Raises NotFound rather than make one where a gateway has none."""
+    if not (state_dir / DATABASE).is_file():
+        raise NotFound(f"there is no gateway's state in {state_dir}; name its folder with --state-dir")
     state = open_state(state_dir)
     try:
         yield Outbox(state.store, state.audit)
@@ -40,6 +43,8 @@ def list_deliveries(wanted: str | None, event_id: str | None, limit: int, state_
     """Show deliveries, newest first: one line for each event and sink."""
     with opened(state_dir) as outbox:
         found = outbox.list(limit, state=cast("State | None", wanted), event_id=event_id)
+        if event_id is not None and not outbox.list(1, event_id=event_id):
+            raise NotFound(f"there is no event {event_id[:64]!r} in the outbox")
     if as_json:
         show.as_json([delivery.as_dict() for delivery in found])
         return
@@ -77,4 +82,12 @@ def retry(event_id: str | None, dead: bool, actor: str | None, state_dir: Path, 
     if as_json:
         show.as_json({"retried": count})
     else:
-        click.echo(f"{count} deliveries are due now")
+        click.echo(_retried(count, event_id))
+
+
+def _retried(count: int, event_id: str | None) -> str:
+    if count:
+        return f"{count} {'delivery is' if count == 1 else 'deliveries are'} due now"
+    if event_id is None:
+        return "nothing to try again: no delivery was given up"
+    return f"nothing to try again: each sink has event {event_id} or is just being sent it"

@@ -23,6 +23,11 @@ class RetryPolicy:
         if not (0 < self.first_s <= self.cap_s and self.max_attempts >= 1 and self.max_retry_after_s >= 0):
             raise InvalidArgument(f"a retry policy wants 0 < first_s <= cap_s and at least one attempt, got {self}")
 
+    @property
+    def longest_s(self) -> float:
+        """No wait is longer."""
+        return self.cap_s + self.max_retry_after_s
+
 
 @dataclass(slots=True, frozen=True)
 class TryAgain:

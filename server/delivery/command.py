@@ -12,8 +12,8 @@ that process is gone. Another event of the same model waits for it for ``queue_s
 what the command printed. The newest ``keep`` of a model's are kept. A command that was successful once is not run again
 for the same key as long as its folder is kept.
 
-The lease of a delivery lasts as long as the command may: after the death of the gateway the outcome is taken note of
-when that lease ends. The command itself goes on meanwhile.
+The lease of a delivery lasts as long as the command may. After the death of the gateway the outcome is taken note of by
+the next one on its host, or by another when that lease ends. The command itself goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -144,6 +144,9 @@ class CommandSink:
         try:
             runner.wait(self._options.timeout_s + self._options.grace_s + _MARGIN_S)
         except subprocess.TimeoutExpired:
+            # Stopped, by its command perhaps, it would hold the lock for ever. Its death is the command's too.
+            runner.kill()
+            runner.wait()
             return Failed(_OVERDUE)
         return _taken(folder) or Failed("the command's runner was killed")
 

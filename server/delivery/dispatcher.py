@@ -4,18 +4,16 @@ Each sink has its own few threads, so that a receiver that hangs holds up nobody
 delivery (a lease on disk), sends, and writes the outcome; when nothing is due it waits for the next time something is,
 for a word that an event was put, or for ``poll_s``, as other processes put events and revive dead ones too.
 
-Any number of dispatchers may work on one store. When one dies, what it had leased is due again as soon as the lease
-ends. Nothing is sent that could not be leased before: with a full disk events wait, and are not sent again and again.
+Any number of dispatchers may work on one store. When one dies, what it had leased is due again as soon as another one
+on its host sees that, and else when the lease ends. Nothing is sent that could not be leased before: with a full disk
+events wait, and are not sent again and again.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +22,7 @@ import structlog
 
 from server.delivery.backoff import GiveUp, RetryPolicy, after_failure
 from server.delivery.base import Delivered, Failed, Outcome, Refused, Sink
+from server.delivery.owners import is_gone, own_name
 from server.outbox import Lease, Outbox, State
 
 log = structlog.get_logger("tidegate.delivery")
@@ -69,7 +68,7 @@ class Dispatcher:
         self._poll_s = poll_s
         self._lease_margin_s = lease_margin_s
         self._draw = draw
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._owner = own_name()
         self._changed = threading.Condition()
         self._wakes = 0  # grows with every wake, so that one that comes early is not missed
         self._stopping = False
@@ -141,12 +140,21 @@ class Dispatcher:
             look = wait_s <= 0 or self._wait(seen, min(wait_s, self._poll_s))
 
     def _claim(self, sink: Sink) -> Lease | None:
-        lease_s = sink.timeout_s + self._lease_margin_s
-        return self._outbox.claim(sink.name, self._owner, lease_s, max_attempts=self._retry.max_attempts)
+        return self._outbox.claim(
+            sink.name, self._owner, self._lease_s(sink),
+            max_attempts=self._retry.max_attempts, horizon_s=self._horizon_s(sink),
+        )  # fmt: skip
+
+    def _lease_s(self, sink: Sink) -> float:
+        return sink.timeout_s + self._lease_margin_s
+
+    def _horizon_s(self, sink: Sink) -> float:
+        """The sum and not the longer one: a clock set back a little must not end a lease early."""
+        return self._lease_s(sink) + self._retry.longest_s
 
     def _until_due(self, sink: Sink) -> float:
         """Seconds until there is something to claim, by a look that writes nothing."""
-        due_s = self._outbox.next_due_s(sink.name)
+        due_s = self._outbox.next_due_s(sink.name, horizon_s=self._horizon_s(sink))
         return self._poll_s if due_s is None else due_s
 
     def _sent(self, sink: Sink, lease: Lease) -> Outcome:
@@ -208,7 +216,7 @@ class Dispatcher:
     # -- house-keeping --------------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Take the census that metrics show, and now and then let old events go."""
+        """Take the census that metrics show, take over from the dead, and now and then let old events go."""
         trouble = _Trouble("outbox_untidy")
         tidy_at = time.monotonic()
         while not self._stopping:
@@ -216,12 +224,21 @@ class Dispatcher:
                 if time.monotonic() >= tidy_at:
                     self._outbox.tidy([sink.name for sink in self._sinks])
                     tidy_at = time.monotonic() + _TIDY_S
+                self._take_over()
                 self.census = self._outbox.census()
             except Exception as error:  # noqa: BLE001 - logged
                 self._pause(trouble.again(error))
             else:
                 trouble.over()
                 self._pause(_CENSUS_S)
+
+    def _take_over(self) -> None:
+        gone = [owner for owner in self._outbox.lease_owners() if is_gone(owner)]
+        for owner in gone:
+            self._outbox.end_leases(owner)
+            log.info("leases_ended", owner=owner)
+        if gone:
+            self.wake()
 
     # -- waiting --------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,8 @@ class Exchange:
                 return self._exchange(wire, target, body, headers)
         except TimeoutError:
             raise ExchangeFailed(f"no answer within {self.timeout_s:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            raise ExchangeFailed(f"the certificate is not trusted: {error.verify_message}") from None
         except ssl.SSLError as error:
             raise ExchangeFailed(f"TLS failed: {error.reason or 'no reason given'}") from None
         except OSError as error:
@@ -115,6 +117,7 @@ class Exchange:
         # Not by the client, which would close the connection before the body is read.
         answer = http.client.HTTPResponse(cast("socket.socket", wire), method="POST")
         answer.begin()
+        wire.head_is_whole = True
         found = b""
         with suppress(OSError, http.client.HTTPException, ValueError):
             found = answer.read(MAX_ANSWER_BYTES)
@@ -123,12 +126,16 @@ class Exchange:
     # -- connecting -----------------------------------------------------------------------------------------------
 
     def _connected(self, deadline: float) -> _DeadlineSocket:
-        """A connection to the first of the host's addresses that is admitted and answers. Raises OSError."""
+        """A connection to the first of the host's addresses that is admitted and answers. Raises OSError.
+
+        An address that does not answer has its share of the time and no more: of two families one may lead nowhere.
+        """
         error: OSError = OSError("the host has no address")
-        for family, kind, protocol, _, address in self._addresses():
+        addresses = self._addresses()
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
             raw = socket.socket(family, kind, protocol)
             try:
-                raw.settimeout(_left(deadline))
+                raw.settimeout(_left(deadline) / (len(addresses) - number))
                 raw.connect(address)
                 return _DeadlineSocket(self._secured(raw, deadline), deadline)
             except OSError as failure:
@@ -159,18 +166,25 @@ class Exchange:
 
 
 class _DeadlineSocket(io.RawIOBase):
-    """A socket whose reads and writes share one deadline, so that a trickle of bytes cannot outlast it."""
+    """A socket whose reads and writes share one deadline, so that a trickle of bytes cannot outlast it.
+
+    Until ``head_is_whole`` the end of the stream is an error: http.client takes a head that was cut off for whole.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
+        self.head_is_whole = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         self._sock.settimeout(_left(self._deadline))
-        return self._sock.recv_into(buffer)
+        count = self._sock.recv_into(buffer)
+        if not count and not self.head_is_whole:
+            raise ConnectionResetError("the receiver closed it before the end of the answer's head")
+        return count
 
     def sendall(self, data: bytes) -> None:
         """What http.client sends by; the timeout of a socket's ``sendall`` is one for all of it."""

@@ -121,9 +121,21 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _children() -> list[int]:
-    """This process's children: the command was waited for, so they are orphans of it."""
-    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [int(pid) for pid in text.split()]
+    """This process's children: the command was waited for, so they are orphans of it.
+
+    By a look at all processes, as not every kernel lists the children of one.
+    """
+    own = os.getpid()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(name) == own]
+
+
+def _parent(pid: str) -> int:
+    """The parent of a process; 0 when it has ended meanwhile."""
+    try:
+        # The name in parentheses may hold anything; state and parent follow it.
+        return int(Path("/proc", pid, "stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
 
 
 def _reap() -> None:

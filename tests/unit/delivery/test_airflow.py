@@ -6,18 +6,20 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 
 import pytest
 
-from server.delivery.airflow import AirflowOptions, AirflowSink, run_id
+from server.delivery.airflow import PATIENCE_S, AirflowOptions, AirflowSink, run_id
 from server.delivery.base import Delivered, Failed, Refused
 from server.delivery.exchange import Endpoint
 from server.delivery.targets import AllowList
 from server.errors import ConfigError
+from server.outbox import NS_PER_S
 from tests.contracts.sink_contract import Case, SinkContract, message
 from tests.support.receiver import Answer, Received, Receiver, receiving, scripted
 
@@ -33,11 +35,18 @@ class Airflow:
         self.runs: dict[str, dict[str, object]] = {}
         self.logins = 0
         self.valid: set[str] = set()
+        self.stranger = 401, b'{"detail":"Token Expired"}'
         self._numbers = count(1)
         self._lock = threading.Lock()
 
     def expire(self) -> None:
+        """The time of all tokens is over."""
         self.valid.clear()
+
+    def restart(self) -> None:
+        """With a new key: tokens that were signed by the old one are not even old."""
+        self.valid.clear()
+        self.stranger = 403, b'{"detail":"Invalid JWT token"}'
 
     def __call__(self, got: Received) -> Answer:
         with self._lock:
@@ -55,7 +64,8 @@ class Airflow:
 
     def _start(self, got: Received) -> Answer:
         if got.headers.get("authorization", "").removeprefix("Bearer ") not in self.valid:
-            return Answer(401, body=b'{"detail":"Not authenticated"}')
+            status, body = self.stranger
+            return Answer(status, body=body)
         found = re.fullmatch("/airflow/api/v2/dags/([^/]+)/dagRuns", got.path)
         if found is None or found[1] not in self.dags:
             return Answer(404, body=b'{"detail":"DAG not found"}')
@@ -121,10 +131,13 @@ def test_five_deliveries_are_one_run(airflow: Airflow, url: str) -> None:
     assert airflow.logins == 1
 
 
-def test_a_token_that_has_ended_is_replaced_once(airflow: Airflow, url: str) -> None:
+@pytest.mark.parametrize("end", [Airflow.expire, Airflow.restart])
+def test_a_token_that_is_not_taken_any_more_is_replaced_once(
+    airflow: Airflow, url: str, end: Callable[[Airflow], None]
+) -> None:
     to = sink(url)
     assert to.send(message("a")) == Delivered()
-    airflow.expire()
+    end(airflow)
     assert to.send(message("b")) == Delivered()
     assert airflow.logins == 2
     assert list(airflow.runs) == ["a", "b"]
@@ -165,8 +178,17 @@ def test_a_server_that_takes_no_token_is_asked_twice_and_no_more() -> None:
     [
         (Answer(400), Refused("answered 400: Airflow does not take the request")),
         (Answer(422), Refused("answered 422: Airflow does not take the request")),
-        (Answer(403), Failed("answered 403")),
-        (Answer(404), Failed("answered 404")),
+        (
+            Answer(400, body=b'{"detail":"it has import errors"}'),
+            Refused("answered 400: Airflow does not take the request (it has import errors)"),
+        ),
+        (
+            Answer(422, body=b'{"detail":[{"loc":["body"]}]}'),
+            Refused("answered 422: Airflow does not take the request"),
+        ),
+        (Answer(400, body=b"[" * 60_000), Refused("answered 400: Airflow does not take the request")),
+        (Answer(403), Failed("answered 403: user tidegate may not run DAG retrain")),
+        (Answer(404), Failed("answered 404: there is no DAG retrain")),
         (Answer(500), Failed("answered 500")),
         (Answer(302, {"Location": "http://elsewhere/"}), Failed("answered 302")),
         (Answer(429, {"Retry-After": "9"}), Failed("answered 429", 9.0)),
@@ -182,7 +204,10 @@ def test_answers(answer: Answer, outcome: object) -> None:
 @pytest.mark.parametrize(
     ("answer", "outcome"),
     [
-        (Answer(401), Failed("no token: answered 401")),
+        (Answer(401), Refused("no token: answered 401 to user tidegate and the password")),
+        (Answer(403), Refused("no token: answered 403 to user tidegate and the password")),
+        (Answer(422), Refused("no token: answered 422 to user tidegate and the password")),
+        (Answer(404), Failed("no token: answered 404: no Airflow 3 whose users have passwords is at this address")),
         (Answer(503, {"Retry-After": "3"}), Failed("no token: answered 503", 3.0)),
         (Answer(201), Failed("no token: the answer holds none")),
         (Answer(201, body=b"[" * 60_000), Failed("no token: the answer holds none")),
@@ -196,9 +221,22 @@ def test_no_token(answer: Answer, outcome: object) -> None:
         assert sink(receiver.url.partition("?")[0]).send(message()) == outcome
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_may_yet_come_is_waited_for_so_long_and_no_longer(status: int) -> None:
+    with receiving() as receiver:
+        token = Answer(201, body=b'{"access_token":"t"}')
+        receiver.answer = lambda got: token if got.path.endswith("/auth/token") else Answer(status)
+        options = AirflowOptions(Endpoint(receiver.url.partition("?")[0], LOOPBACK), "retrain", USER, PASSWORD)
+        sent = message()
+        for age_s, outcome in ((-60.0, Failed), (PATIENCE_S - 1, Failed), (PATIENCE_S, Refused)):
+            now = sent.created_ns / NS_PER_S + age_s
+            to = AirflowSink("ops", options, clock=partial(float, now))
+            assert type(to.send(sent)) is outcome
+
+
 def test_reasons_hold_no_secret(url: str) -> None:
     outcome = sink(url, password="hunter2").send(message())
-    assert isinstance(outcome, Failed)
+    assert isinstance(outcome, Refused)
     assert "hunter2" not in outcome.reason
     assert "hunter2" not in repr(AirflowOptions(Endpoint(url, LOOPBACK), "d", "u", "hunter2"))
 
@@ -215,6 +253,7 @@ def test_ids_that_no_dag_has(dag: str) -> None:
         AirflowOptions(Endpoint("https://airflow.example.com"), dag, "u", "p")
 
 
-def test_an_address_with_a_query() -> None:
-    with pytest.raises(ConfigError, match="query"):
-        AirflowOptions(Endpoint("https://airflow.example.com/?a=b"), "d", "u", "p")
+@pytest.mark.parametrize("rest", ["/?a=b", "/api/v2", "/team/api/v2/", "/api/v1"])
+def test_addresses_that_are_not_that_of_the_page(rest: str) -> None:
+    with pytest.raises(ConfigError, match=r"without /api/v2 and without a query"):
+        AirflowOptions(Endpoint("https://airflow.example.com" + rest), "d", "u", "p")

@@ -182,6 +182,39 @@ def test_a_command_whose_time_is_over_may_clear_up(tmp_path: Path) -> None:
     assert (tmp_path / "bye").read_text() == "bye\n"
 
 
+def test_a_command_that_closes_its_streams_is_still_waited_for(tmp_path: Path) -> None:
+    script = f"exec <&- >&- 2>&-; sleep 0.2; touch {tmp_path}/end; exit 75"
+    outcome = shell(tmp_path / "jobs", script).send(message())
+    assert outcome == Failed("the command asked to be tried again (exit code 75)")
+    assert (tmp_path / "end").exists()
+
+
+def test_a_command_that_stops_itself_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
+    script = f"echo $$ > {tmp_path}/pid; kill -STOP $$"
+    outcome = shell(tmp_path / "jobs", script, timeout_s=0.3, grace_s=0.1).send(message())
+    assert isinstance(outcome, Failed)
+    assert "its time was over" in outcome.reason
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.slow
+def test_a_command_that_stops_its_runner_does_not_block_its_model(tmp_path: Path) -> None:
+    script = f"echo $PPID $$ > {tmp_path}/pids; kill -STOP $PPID; exec sleep 300"
+    outcome = shell(tmp_path / "jobs", script, timeout_s=0.3, grace_s=0.1).send(of("m", "k"))
+    assert outcome == Failed("the command should have ended by now")
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    until(lambda: not any(alive(pid) for pid in pids))
+    assert shell(tmp_path / "jobs", "exit 0").send(of("m", "other")) == Delivered()
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_output_fills_no_disk(tmp_path: Path) -> None:
+    assert shell(tmp_path, "head -c 1000000000 /dev/zero; echo end", timeout_s=50.0).send(message()) == Delivered()
+    kept = [job(tmp_path) / name for name in ("log", "log.1")]
+    assert sum(path.stat().st_size for path in kept) <= 1024 * 1024
+    assert kept[0].read_bytes().endswith(b"\0end\n")
+
+
 def test_the_end_of_time_kills_grandchildren_wherever_they_went(tmp_path: Path) -> None:
     script = f"""
         trap '' TERM

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,7 +23,7 @@ from server.delivery.options import WebhookOptions
 from server.delivery.signature import SigningSecret
 from server.delivery.targets import AllowList
 from server.delivery.webhook import WebhookSink
-from server.outbox import Event, Limits, Message, Outbox
+from server.outbox import NS_PER_S, Event, Limits, Message, Outbox
 from server.store.sqlite import SqliteStore
 from tests.support.receiver import KEY, SECRET, Answer, Received, Receiver, receiving
 
@@ -271,6 +273,53 @@ def test_an_abandoned_lease_is_taken_over_when_it_ends(store: SqliteStore) -> No
         assert time.time_ns() >= dead.until_ns
         assert settled(outbox) == {"delivered": 1}
     assert message == dead.message
+
+
+def test_the_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(store: SqliteStore, tmp_path: Path) -> None:
+    sink = Told("ops")
+    outbox = outbox_of(store, sink)
+    for key in ("a", "b"):
+        outbox.publish(event(key))
+    code = f"""
+from pathlib import Path
+from server.audit import AuditLog
+from server.delivery.owners import own_name
+from server.outbox import Outbox
+from server.store.sqlite import SqliteStore
+store = SqliteStore(Path({str(tmp_path / "tidegate.db")!r}))
+assert Outbox(store, AuditLog(store)).claim("ops", own_name(), 36000.0, max_attempts=9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    assert outbox.claim("ops", "elsewhere:1:2:3", 36000.0, max_attempts=9) is not None
+    with dispatching(outbox, sink, margin_s=36000.0):
+        assert [message.key for message in sink.wait(1)] == ["a"]
+        until_delivered(outbox, "a")
+        states = {delivery.key: (delivery.state, delivery.attempts) for delivery in outbox.list(9)}
+        assert states == {"a": ("delivered", 2), "b": ("leased", 1)}
+
+
+def until_delivered(outbox: Outbox, key: str) -> None:
+    deadline = time.monotonic() + 10
+    while ("delivered", key) not in {(delivery.state, delivery.key) for delivery in outbox.list(9)}:
+        assert time.monotonic() < deadline, outbox.list(9)
+        time.sleep(0.005)  # the store tells nobody
+
+
+def test_a_clock_that_was_set_back_a_few_hours_holds_nothing_up(store: SqliteStore) -> None:
+    sink, ahead_s = Told("ops"), [5 * 3600]
+
+    def clock() -> int:
+        return time.time_ns() + ahead_s[0] * NS_PER_S
+
+    outbox = Outbox(store, AuditLog(store), sinks=["ops"], clock=clock)
+    outbox.publish(event("a"))
+    lease = outbox.claim("ops", "me", 30.0, max_attempts=9)
+    assert lease is not None
+    outbox.failed(lease, "no", 60.0)
+    ahead_s[0] = 0
+    with dispatching(outbox, sink, poll_s=0.02):
+        sink.wait(1)
+        assert settled(outbox) == {"delivered": 1}
 
 
 def test_stop_lets_what_is_being_sent_end(store: SqliteStore) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 
 import pytest
@@ -55,6 +57,27 @@ def test_a_deadline_that_has_passed() -> None:
         with pytest.raises(ExchangeFailed, match="no answer within"):
             exchange.post("/", b"", {}, time.monotonic() - 1)
         assert receiver.got == []
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver, contextlib.ExitStack() as stack:
+        port = int(receiver.url.split(":")[2].partition("/")[0])
+        deaf = stack.enter_context(socket.create_server(("127.0.0.2", port), backlog=0))
+        for _ in range(4):  # its queue is full: who comes now hears nothing at all
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        # What a name server would say of a host with two addresses.
+        known = [
+            address
+            for host in ("127.0.0.2", "127.0.0.1")
+            for address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: known)
+        exchange = Exchange(Endpoint(f"http://two.test:{port}/", LOOPBACK, timeout_s=2.0))
+        began = time.monotonic()
+        assert exchange.post("/", b"{}", {}, began + 2.0).status == 200
+        assert time.monotonic() - began >= 0.9  # the first was really tried
 
 
 @pytest.mark.parametrize(("text", "wait"), [(None, None), ("5", 5.0), ("never", None)])
