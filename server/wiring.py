@@ -24,6 +24,7 @@ from server.batching.batcher import Batcher, BatchRecord
 from server.batching.offloop import OffLoopBatcher
 from server.capture.build import Recording, open_recording
 from server.catalog import ServedCatalog
+from server.codec.process.client import SUPPORTED, CodecProcess
 from server.config.compile import (
     CompiledModel,
     VersionedModel,
@@ -49,6 +50,7 @@ from server.control.rollouts.aliases import Aliases
 from server.control.rollouts.control import RolloutControl
 from server.control.rollouts.levels import drift_levels
 from server.control.rollouts.store import RolloutStore
+from server.control.rollouts.tenure import Tenure
 from server.control.shadows import ShadowLoader
 from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
 from server.delivery import metrics as delivery_metrics
@@ -147,7 +149,11 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         decisions=settings.telemetry.decisions,
         capture=None if recording is None else recording.capture,
     )
+    gateway.starting = True
     telemetry.metrics.collect(lambda: [_in_flight(gateway)])
+    codec = CodecProcess() if settings.codec_process and SUPPORTED else None
+    if codec is not None:
+        telemetry.metrics.collect(codec.families)
     if recording is not None:
         telemetry.metrics.collect(recording.capture.families)
     state, deferred, audit = _state(settings, models)
@@ -185,7 +191,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     shadows = _shadows(loop, control, publisher, telemetry, recording)
     publisher.follow_with(shadows.loader.follow)
     keeper = _gatekeeper(file, state, control, gateway)
-    rollouts = _rollouts(state, deferred, gateway, publisher, control, monitors, keeper, mlflow)
+    rollouts = _rollouts(settings, state, deferred, gateway, publisher, control, monitors, keeper, mlflow)
     if rollouts is not None:
         telemetry.metrics.collect(rollouts.families)
     retrains = _retrains(settings, file, state, delivery, control, gateway, rollouts, monitors, recording, mlflow)
@@ -213,6 +219,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
             raise ModelLoadError("no model could be loaded: " + "; ".join(f"{f.name}: {f.reason}" for f in failures))
         if reconfigure is not None:
             await reconfigure.start()
+        gateway.starting = False
         # What start-up made lives for good: keep the collector from walking it on every request's account.
         gc.collect()
         gc.freeze()
@@ -239,6 +246,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
 
     async def close() -> None:
         gateway.close()
+        if codec is not None:
+            await codec.close()
         if recording is not None:
             await asyncio.to_thread(recording.close)
         if mlflow is not None:
@@ -271,7 +280,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     admin = _admin(settings, state, reconfigure, shadows.loader, gateway, views, delivery, rollouts, retrains, mlflow)
     return Lifecycle(
         readiness=readiness,
-        listeners=_listeners(settings, gateway, services, telemetry, admin),
+        listeners=_listeners(settings, gateway, services, telemetry, admin, codec),
         start_models=start_models,
         close_models=close_models,
         reload=reload,
@@ -331,6 +340,7 @@ def _retrains(
 
 
 def _rollouts(
+    settings: ServerSettings,
     state: State | None,
     deferred: DeferredAudit | None,
     gateway: Gateway,
@@ -353,7 +363,7 @@ def _rollouts(
         mover=Aliases(state.registry) if mlflow is None else mlflow.aliases,
         quality=QualityGates(keeper),
     )
-    return RolloutControl(hands, levels=drift_levels(monitors))
+    return RolloutControl(hands, Tenure(settings.state_dir), levels=drift_levels(monitors))
 
 
 @dataclass(slots=True, frozen=True)
@@ -547,7 +557,14 @@ def _reconfigure(
 def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
     def one(model: str, feedback: Feedback) -> bool:
         heard = gateway.hear(
-            model, feedback.id, feedback.name, feedback.value, feedback.key, text=feedback.text, row=feedback.row
+            model,
+            feedback.id,
+            feedback.name,
+            feedback.value,
+            feedback.key,
+            text=feedback.text,
+            row=feedback.row,
+            outcome_ns=feedback.time_ns,
         )
         if recording is None or not feedback.id or feedback.value is None:
             return heard
@@ -574,20 +591,28 @@ _CORE_STREAMS: Final = 100
 
 
 def _listeners(
-    settings: ServerSettings, gateway: Gateway, services: Services, telemetry: Telemetry, admin: Admin
+    settings: ServerSettings,
+    gateway: Gateway,
+    services: Services,
+    telemetry: Telemetry,
+    admin: Admin,
+    codec: CodecProcess | None,
 ) -> list[Listener]:
     """The four addresses: inference over HTTP and gRPC, metrics, admin."""
     tls = settings.tls
     statuses = StatusTable(shed_as_429=settings.shed_as_429)
     http = HttpSettings(
-        max_connections=settings.max_connections, strict_json=settings.strict_json, keep_alive_s=settings.idle_s
+        max_connections=settings.max_connections,
+        strict_json=settings.strict_json,
+        keep_alive_s=settings.idle_s,
+        offload_bytes=settings.offload_bytes,
     )
     context = None if tls is None else tls_context(tls)
 
     def listen(app: ASGIApp, tls: SSLContext | None = None) -> HttpServer:
         return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls)
 
-    inference = build_app(gateway, services, statuses=statuses, settings=http)
+    inference = build_app(gateway, services, statuses=statuses, settings=http, codec=codec)
     if settings.transport == "native":
         served = NativeServed(gateway, services.catalog, inference, GrpcMethods(services))
         http2 = Http2Settings(

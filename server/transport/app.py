@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from server.codec import compression
+from server.codec.process.client import CodecProcess
 from server.errors import InvalidArgument, NotFound, TidegateError
 from server.transport import feedback
 from server.transport.answers import (
@@ -46,13 +47,18 @@ _CONTROL_BYTES: Final = 1024 * 1024
 
 
 def build_app(
-    port: Port, services: Services, *, statuses: StatusTable | None = None, settings: HttpSettings | None = None
+    port: Port,
+    services: Services,
+    *,
+    statuses: StatusTable | None = None,
+    settings: HttpSettings | None = None,
+    codec: CodecProcess | None = None,
 ) -> InferApp:
-    """The ASGI app of the inference address."""
+    """The ASGI app of the inference address. ``codec`` is closed by its owner."""
     statuses = statuses or StatusTable()
     settings = settings or HttpSettings()
     rest = Routes(services, statuses, settings).app()
-    return InferApp(port, services.catalog, rest, statuses=statuses, settings=settings)
+    return InferApp(port, services.catalog, rest, statuses=statuses, settings=settings, codec=codec)
 
 
 class Boundary:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import structlog
@@ -18,7 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.codec import binary, compression
 from server.codec import json as json_codec
-from server.errors import Cancelled, InvalidArgument, TidegateError
+from server.codec.process.client import CodecProcess
+from server.codec.process.link import Unavailable
+from server.errors import Cancelled, DeadlineExceeded, InvalidArgument, TidegateError
 from server.transport.answers import (
     JSON,
     Answer,
@@ -34,15 +37,33 @@ from server.transport.bridge import SingleReply
 from server.transport.faults import Internal, MethodNotAllowed, check_version, new_id
 from server.transport.port import Catalog
 from server.transport.status import StatusTable
-from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, Port, RequestHead
+from server.types import (
+    Buffer,
+    Decision,
+    InferenceRequest,
+    InferenceResponse,
+    Permit,
+    Port,
+    RequestedOutput,
+    RequestHead,
+)
 
 TIMEOUT_HEADER: Final = "x-tidegate-timeout-ms"
+_MAX_TIMEOUT_MS: Final = 10**12 - 1
 LENGTH_HEADER: Final = "inference-header-content-length"
 _LENGTH_HEADER_BYTES: Final = LENGTH_HEADER.encode()
 _OCTETS: Final = (b"content-type", b"application/octet-stream")
 _PREFIX: Final = b"/v2/models/"
 _SUFFIX: Final = b"/infer"
 _T = TypeVar("_T")
+
+
+class _Options(TypedDict):
+    """How an answer is to be written."""
+
+    outputs: list[RequestedOutput]
+    binary_default: bool
+    strict_json: bool
 
 
 def match_infer(raw_path: bytes) -> tuple[bytes, bytes] | None:
@@ -70,8 +91,12 @@ def deadline_of(metadata: dict[str, str], received_ns: int) -> int:
     text = metadata.get(TIMEOUT_HEADER)
     if text is None:
         return 0
-    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
-        raise InvalidArgument(f"header {TIMEOUT_HEADER} must be a positive number of milliseconds, got {text[:64]!r}")
+    # Twenty digits are far more than the largest needs: int takes no time over them.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and 0 < int(text) <= _MAX_TIMEOUT_MS):
+        raise InvalidArgument(
+            f"header {TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {_MAX_TIMEOUT_MS}, "
+            f"got {text[:64]!r}"
+        )
     return received_ns + int(text) * 1_000_000
 
 
@@ -95,16 +120,27 @@ class _Call:
 
 
 class InferApp:
-    """ASGI: takes inference calls to the port and hands every other request to ``fallback``."""
+    """ASGI: takes inference calls to the port and hands every other request to ``fallback``.
+
+    ``codec``: who parses and writes large JSON; None, and whenever it cannot: threads of this process.
+    """
 
     def __init__(
-        self, port: Port, catalog: Catalog, fallback: ASGIApp, *, statuses: StatusTable, settings: HttpSettings
+        self,
+        port: Port,
+        catalog: Catalog,
+        fallback: ASGIApp,
+        *,
+        statuses: StatusTable,
+        settings: HttpSettings,
+        codec: CodecProcess | None = None,
     ) -> None:
         self._port = port
         self._catalog = catalog
         self._fallback = fallback
         self._statuses = statuses
         self._settings = settings
+        self._codec = codec
         self._reader = BodyReader(settings)
         self._offload = asyncio.Semaphore(settings.offload_threads)
         self._log = structlog.get_logger("tidegate.http")
@@ -147,7 +183,7 @@ class InferApp:
             raise too_large(head.content_length, limit)
         permit = call.permit = self._port.admit(head)
         body = await self._reader.read(receive, limit, head.deadline_ns)
-        request = await self._decode(head, body)
+        request = await self._decode(head, body, receive)
         reply = SingleReply(asyncio.get_running_loop())
         await self._run(permit, request, reply, receive)
         call.decision = reply.decision
@@ -182,7 +218,7 @@ class InferApp:
             watcher.cancel()
             ticket.cancel()
 
-    async def _decode(self, head: RequestHead, body: Buffer) -> InferenceRequest:
+    async def _decode(self, head: RequestHead, body: Buffer, receive: Receive) -> InferenceRequest:
         metadata, limits, offload = head.metadata, self._port.limits, self._settings.offload_bytes
         encoding = metadata.get("content-encoding")
         if encoding:
@@ -196,22 +232,31 @@ class InferApp:
         decode = partial(
             json_codec.decode_infer, body, model=head.model, version=head.version, limits=limits, json_size=json_size
         )
-        large = (len(body) if json_size is None else json_size) > offload
-        return await self._off_loop(decode) if large else decode()
+        if (len(body) if json_size is None else json_size) <= offload:
+            return decode()
+        if self._codec is not None:
+            work = self._codec.decode(body, model=head.model, version=head.version, limits=limits, json_size=json_size)
+            with suppress(Unavailable):
+                return await _while_wanted(work, receive, head.deadline_ns)
+        return await self._off_loop(decode)
 
     async def encode(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> Answer:
         """The answer, compressed as the head asks for; made off the loop when it is large."""
-        encode = partial(self._encoded, request, response, head.metadata.get("accept-encoding"))
-        large = sum(len(tensor.data) for tensor in response.outputs) > self._settings.offload_bytes
-        return await self._off_loop(encode) if large else encode()
-
-    def _encoded(self, request: InferenceRequest, response: InferenceResponse, accept: str | None) -> Answer:
-        chunks, json_size = json_codec.encode_infer(
-            response,
-            outputs=request.outputs,
-            binary_default=request.binary_output,
-            strict_json=self._settings.strict_json,
+        accept, offload = head.metadata.get("accept-encoding"), self._settings.offload_bytes
+        options = _Options(
+            outputs=request.outputs, binary_default=request.binary_output, strict_json=self._settings.strict_json
         )
+        encode = partial(json_codec.encode_infer, response, **options)
+        if sum(len(tensor.data) for tensor in response.outputs) <= offload:
+            return self._packed(encode(), accept)
+        if self._codec is not None and _json_bytes(request, response) > offload:
+            with suppress(Unavailable):
+                encoded = await self._codec.encode(response, **options)
+                return await self._off_loop(partial(self._packed, encoded, accept))
+        return await self._off_loop(lambda: self._packed(encode(), accept))
+
+    def _packed(self, encoded: tuple[list[Buffer], int | None], accept: str | None) -> Answer:
+        chunks, json_size = encoded
         answer = Answer(200, [JSON] if json_size is None else [_OCTETS], chunks)
         if json_size is not None:
             answer.headers.append((_LENGTH_HEADER_BYTES, b"%d" % json_size))
@@ -227,8 +272,35 @@ class InferApp:
             return await asyncio.to_thread(work)
 
 
-async def _until_gone(receive: Receive, reply: SingleReply) -> None:
+def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:
+    """How much of the outputs is to be written as JSON, in bytes of the tensors (elements of BYTES)."""
+    binary = {output.name: output.binary for output in request.outputs if output.binary is not None}
+    return sum(len(t.data) for t in response.outputs if not binary.get(t.name, request.binary_output))
+
+
+async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadline_ns: int) -> _T:
+    """The result of ``work``. It is ended when it would come too late: DeadlineExceeded, or Cancelled by the client."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    left_s = (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns else None
+    try:
+        await asyncio.wait((working, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if leaving.done():
+            raise Cancelled("the client closed the connection")
+        raise DeadlineExceeded("the deadline passed before the request body was decoded")
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
     """The body is complete, so the next thing to be received is that the client left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _until_gone(receive: Receive, reply: SingleReply) -> None:
+    await _disconnected(receive)
     reply.abandon(Cancelled("the client closed the connection"))
