@@ -21,7 +21,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,8 @@ SHADOW_BREAKER: Final = BreakerPolicy(window_ns=60 * _NS, min_requests=5, probes
 #: What an element of a BYTES tensor takes beside its characters.
 _ELEMENT_BYTES: Final = 64
 
+#: ``captured(client_id, tidegate_id, spec, rows, outputs, status, latency_ns)``: records what a shadow answered.
+Captured: TypeAlias = Callable[[str, str, ModelSpec, int, Sequence[Tensor] | None, str, int], None]
 #: Runs one job later, on another thread; False when it has no room, and the job is never run.
 Offload: TypeAlias = Callable[[Callable[[], None]], bool]
 
@@ -81,6 +83,7 @@ class _Item:
     compute_ns: int
     batch_rows: int
     trace: TraceContext | None
+    client_id: str
 
     def own(self) -> None:
         """Let go of the received body and the whole batch that its tensors may be views on."""
@@ -108,6 +111,7 @@ class ShadowLane:
     """One shadow of one model. On the loop only, but for ``report``; ``monitor.compare.prepare`` has been called.
 
     ``target`` None: the version is not loaded. ``load`` gives the primary's load in 0..1. ``offload`` runs comparisons.
+    ``captured``: who records answers, None: nobody.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class ShadowLane:
         offload: Offload,
         breaker: BreakerPolicy = SHADOW_BREAKER,
         traced: Callable[[ShadowTrace], None] | None = None,
+        captured: Captured | None = None,
     ) -> None:
         self.target = target
         self.budget = budget
@@ -137,6 +142,7 @@ class ShadowLane:
         self._load = load
         self._offload = offload
         self._traced = traced
+        self._captured = captured
         self._breaker = Breaker(breaker)
         #: What waits, and how many places are taken: on their way, or being compared.
         self._waiting: Waiting[_Item] = Waiting(budget)
@@ -148,10 +154,11 @@ class ShadowLane:
 
     # --- for the gateway -------------------------------------------------------------------------------------
 
-    def offer(self, tidegate_id: str, work: Work, trace: TraceContext | None = None) -> None:
+    def offer(self, tidegate_id: str, work: Work, trace: TraceContext | None = None, client_id: str = "") -> None:
         """Take a copy of a request that was sampled, after it was answered. Never raises for what is in it.
 
         ``work``: what the primary's batcher has answered. ``trace``: the primary's span, when it is traced.
+        ``client_id``: the request's own, by which it is captured.
         """
         if self._closed:
             return
@@ -160,7 +167,7 @@ class ShadowLane:
         elif self.target is None:
             self._drop("no_model")
         else:
-            self._offer(_item(tidegate_id, work, work.outputs, trace))
+            self._offer(_item(tidegate_id, work, work.outputs, trace, client_id))
 
     def primary_failed(self) -> None:
         """A sampled request that the primary has not answered: there is nothing to compare with."""
@@ -234,7 +241,7 @@ class ShadowLane:
 
     def _expired(self, flight: _Flight) -> None:
         """Too slow: its place and its memory are free again, whatever the engine does."""
-        self._trace(flight, "version_timeout")
+        self._tell(flight, "version_timeout")
         if self._withdraw(flight):
             self._waiting.drop("timeout")
             self._settle(flight.term, Outcome.FAILED)
@@ -258,7 +265,7 @@ class ShadowLane:
 
     def _answered(self, flight: _Flight, work: Work) -> None:
         item = flight.item
-        self._trace(flight, "ok" if work.error is None else work.error.code)
+        self._tell(flight, "ok" if work.error is None else work.error.code)
         if item is None or not self._withdraw(flight):
             return
         if work.outputs is None:
@@ -270,10 +277,15 @@ class ShadowLane:
             self._hand_over(_pair(item, work))
         self._pump()
 
-    def _trace(self, flight: _Flight, code: str) -> None:
-        """Tell of a request whose primary is traced that it is over at the shadow."""
+    def _tell(self, flight: _Flight, code: str) -> None:
+        """A request is over at the shadow: tell who records answers and, of one whose primary is traced, who traces."""
         item, work = flight.item, flight.work
-        if self._traced is None or item is None or item.trace is None or work is None:
+        if item is None or work is None:
+            return
+        if self._captured is not None:
+            outputs, latency_ns = None if code != "ok" else work.outputs, self._clock() - work.enqueued_ns
+            self._captured(item.client_id, item.id, flight.spec, work.rows, outputs, code, latency_ns)
+        if self._traced is None or item.trace is None:
             return
         primary, spec = item.trace, flight.spec
         context = TraceContext(primary.trace_id, new_span_id(), primary.span_id)
@@ -378,10 +390,10 @@ class CompareWorker:
             del job  # an idle worker keeps no tensors
 
 
-def _item(tidegate_id: str, work: Work, outputs: list[Tensor], trace: TraceContext | None) -> _Item:
+def _item(tidegate_id: str, work: Work, outputs: list[Tensor], trace: TraceContext | None, client_id: str) -> _Item:
     inputs = [tensor for tensor in work.inputs if tensor is not None]
     compute_ns = work.computed_ns - work.assembled_ns
-    return _Item(tidegate_id, inputs, work.rows > 0, outputs, compute_ns, work.batch_rows, trace)
+    return _Item(tidegate_id, inputs, work.rows > 0, outputs, compute_ns, work.batch_rows, trace, client_id)
 
 
 def _pair(item: _Item, work: Work) -> Pair:

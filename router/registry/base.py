@@ -23,6 +23,8 @@ PREVIOUS: Final = "previous"
 SHADOW: Final = "shadow"
 
 MAX_VERSION: Final = 2**63 - 1
+#: So many versions of a model are looked at for the request for retraining that they answer: the newest.
+TRIGGERED: Final = 100
 _ALIAS: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
 _REFERENCE: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
@@ -156,6 +158,10 @@ class RegistryBackend(Protocol):
 
     def fetch(self, model: str, version: int) -> Fetched:
         """The version's files in a local folder, each with the bytes that were published."""
+        ...
+
+    def triggered(self, model: str) -> Mapping[str, int]:
+        """trigger_id -> the highest version whose lineage names it, of the ``TRIGGERED`` newest versions."""
         ...
 
     def generation(self) -> int:

@@ -19,6 +19,7 @@ from router.registry.base import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
+    TRIGGERED,
     Alias,
     AliasConflict,
     Changes,
@@ -79,6 +80,8 @@ class EmbeddedRegistry:
         self.journal = journal
         self.blobs = BlobStore(blobs_root, max_file_bytes=max_file_bytes)
         self.cache = ServingCache(cache_root or blobs_root.parent / "models", self.blobs)
+        #: model -> generation, and what ``triggered`` answered then.
+        self._triggered: dict[str, tuple[int, Mapping[str, int]]] = {}
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -120,6 +123,16 @@ class EmbeddedRegistry:
                     raise NotInRegistry(f"model {shown(model)} has no alias {shown(alias)}")
                 version = found
             return _version(connection, model, version)
+
+    def triggered(self, model: str) -> Mapping[str, int]:
+        """Read anew only when something changed, as it is asked often. Raises NotInRegistry or Damaged."""
+        with self.database.reading() as connection:
+            _require_model(connection, model)
+            generation = _generation(connection)
+            known = self._triggered.get(model)
+            if known is None or known[0] != generation:
+                known = self._triggered[model] = generation, _named_triggers(connection, model)
+            return known[1]
 
     def generation(self) -> int:
         with self.database.reading() as connection:
@@ -335,6 +348,12 @@ def manifests(connection: sqlite3.Connection) -> list[Version]:
     """Every version of every model with its manifest. Raises Damaged."""
     models = [name for (name,) in connection.execute("SELECT name FROM registry_model")]
     return [_parsed(model, row) for model in models for row in connection.execute(_VERSION, (model,))]
+
+
+def _named_triggers(connection: sqlite3.Connection, model: str) -> Mapping[str, int]:
+    rows = connection.execute(_VERSION + " ORDER BY version DESC LIMIT ?", (model, TRIGGERED)).fetchall()
+    newest = [_manifest(_parsed(model, row)).description.lineage.trigger_id for row in rows]
+    return {trigger_id: row[0] for trigger_id, row in zip(reversed(newest), reversed(rows), strict=True) if trigger_id}
 
 
 def _described(staged: Mapping[str, Staged], roles: Mapping[str, str], description: Description | None) -> Manifest:

@@ -52,7 +52,10 @@ class OfferedFile:
 
 @dataclass(slots=True, frozen=True)
 class Offer:
-    """What the origin would hand out for a version now. ``identity``: a digest of what it says of the model's files."""
+    """What the origin would hand out for a version now. ``identity``: a digest of what it says of the model's files.
+
+    A tensor of the signature may be named "": it is the only one of the graph on its side.
+    """
 
     files: tuple[OfferedFile, ...]
     description: Description = field(default_factory=Description)
@@ -74,6 +77,10 @@ class Origin(Protocol):
 
     def versions(self, model: str) -> tuple[int, ...]:
         """The numbers of a model's versions, ascending. Raises NotInRegistry."""
+        ...
+
+    def triggered(self, model: str) -> Mapping[str, int]:
+        """trigger_id -> the highest version that names it, of the newest versions. Raises NotInRegistry."""
         ...
 
     def offer(self, model: str, version: int) -> Offer:

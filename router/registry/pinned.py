@@ -15,7 +15,8 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -31,6 +32,7 @@ from router.registry.base import (
     Journal,
     NotInRegistry,
     RegistryError,
+    StorageFailed,
     Version,
     check_version,
     parse_reference,
@@ -38,17 +40,19 @@ from router.registry.base import (
 )
 from router.registry.blobs import TEMP_GRACE_S, BlobStore, Staged
 from router.registry.cache import ServingCache
-from router.registry.manifest import FileEntry, ManifestError, make
+from router.registry.manifest import MODEL, FileEntry, ManifestError, make
 from router.registry.origin import BytesChanged, Intent, Offer, Origin, Unreachable, Unusable
 from router.registry.pins import Pin, Pins
-from router.registry.taking import Limits, compare_bytes, compare_offer, taken
+from router.registry.taking import Ends, Limits, compare_bytes, compare_offer, named, taken
 
 #: model, version
 _Key: TypeAlias = tuple[str, int]
 
 #: Waits before what failed is tried again, in seconds: the first, doubled up to the last.
-_RETRY_UNREACHABLE_S: Final = (2.0, 120.0)
+_RETRY_PASSING_S: Final = (2.0, 120.0)
 _RETRY_REFUSED_S: Final = (30.0, 3600.0)
+#: So long after somebody asked for the triggers of a model's versions, polls go on asking.
+_TRIGGERED_FOR_S: Final = 60.0
 _ACTOR: Final = "tidegate"
 
 
@@ -105,7 +109,8 @@ class PinnedRegistry:
     """Implements ``router.registry.base.RegistryBackend`` on an origin. Thread-safe.
 
     ``root``: a folder of its own, for bytes and the folders to serve from. ``check_every_s``: how often the origin's
-    bytes of what is served are compared with the pins although no alias moved.
+    bytes of what is served are compared with the pins although no alias moved. ``ends`` reads what the tensors of a
+    graph are called, for signatures that leave that out.
     """
 
     def __init__(
@@ -118,9 +123,11 @@ class PinnedRegistry:
         served: tuple[str, ...] = (CHAMPION, CHALLENGER, PREVIOUS, SHADOW),
         limits: Limits | None = None,
         check_every_s: float = 86_400.0,
+        ends: Ends | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.origin = origin
+        self._ends = ends
         self._database = database
         self._journal = journal
         self._served = served
@@ -140,6 +147,9 @@ class PinnedRegistry:
         self._faults: dict[_Key, _Fault] = {}
         #: Versions that somebody asked for by number.
         self._asked: set[_Key] = set()
+        #: model -> when (monotonic) its triggers were last asked for, and what the last poll said of them.
+        self._triggers_wanted: dict[str, float] = {}
+        self._triggers: dict[str, Mapping[str, int]] = {}
         with database.reading() as connection:
             self._followed = self._pins.followed(connection)
             self._broken = self._pins.broken(connection)
@@ -202,16 +212,44 @@ class PinnedRegistry:
             version = found
         return self.version(model, version)
 
-    def fetch(self, model: str, version: int) -> Fetched:
-        """The pinned files. What was lost here is taken from the origin again if it still has the same bytes."""
+    def fetch(self, model: str, version: int, into: Path | None = None) -> Fetched:
+        """The pinned files in the serving cache, or copied to the new folder ``into``.
+
+        What was lost here is taken from the origin again if it still has the same bytes.
+        """
         pin = self._known(model, version)
-        digest, files = pin.version.digest, pin.manifest.files
         try:
-            folder, healed = self._cache.get(model, digest, files)
+            folder, healed = self._laid_out(pin, into)
         except Damaged:
             self._compare(pin, mend=True)
-            folder, healed = self._cache.get(model, digest, files)
-        return Fetched(model, version, digest, folder, files, healed)
+            folder, healed = self._laid_out(pin, into)
+        return Fetched(model, version, pin.version.digest, folder, pin.manifest.files, healed)
+
+    def _laid_out(self, pin: Pin, into: Path | None) -> tuple[Path, tuple[str, ...]]:
+        if into is None:
+            return self._cache.get(pin.version.model, pin.version.digest, pin.manifest.files)
+        self._cache.write(pin.manifest.files, into)
+        return into, ()
+
+    def verify(self, model: str, version: int) -> Version:
+        """Hash every pinned file of a version again. Raises Damaged naming the first one that is not what was taken.
+
+        The origin is not asked; of a version that was never taken there is nothing to verify.
+        """
+        pin = self._pinned(model, version)
+        for entry in () if pin is None else pin.manifest.files:
+            try:
+                self._blobs.verify(entry.sha256)
+            except Damaged as damage:
+                raise Damaged(f"{model}:{version}: {entry.path}: {damage}") from damage
+        return Version(model, version) if pin is None else pin.version
+
+    def triggered(self, model: str) -> Mapping[str, int]:
+        """As of the last poll: the first answer comes with the poll after the first question."""
+        with self._turn:
+            self._require_model(model)
+            self._triggers_wanted[model] = self._clock()
+            return self._triggers.get(model, {})
 
     def generation(self) -> int:
         with self._turn:
@@ -245,6 +283,30 @@ class PinnedRegistry:
             self._forget_unnamed()
             for model in intents.keys() | self._followed.keys():
                 self._follow(model)
+        self._ask_triggers()
+
+    def _ask_triggers(self) -> None:
+        """A version is told of by a tag, which may come after it: what its generation says is not enough."""
+        with self._turn:
+            oldest = self._clock() - _TRIGGERED_FOR_S
+            self._triggers_wanted = {model: at for model, at in self._triggers_wanted.items() if at >= oldest}
+            self._triggers = {model: self._triggers.get(model, {}) for model in self._triggers_wanted}
+            wanted = [model for model in self._triggers_wanted if model in self._intents]
+        for model in wanted:
+            with suppress(RegistryError):  # what was told last stands
+                found = self.origin.triggered(model)
+                with self._turn:
+                    self._triggers[model] = found
+
+    def ask(self) -> None:
+        """Ask the origin what it wants without following it: for reading beside whoever follows. Raises RegistryError.
+
+        Aliases of models that were never followed are, in this object, where they are wanted.
+        """
+        intents = dict(self.origin.intents())
+        with self._turn:
+            self._intents = intents
+            self._followed = {model: dict(intent.aliases) for model, intent in intents.items()} | self._followed
 
     def settle(self) -> Iterator[Settled]:
         """Take or compare what served aliases point at and nobody has looked at yet: one version for each step.
@@ -350,11 +412,13 @@ class PinnedRegistry:
         with self._turn:
             fault = self._faults.get(key)
             tries = 0 if fault is None else fault.tries + 1
-            first, last = _RETRY_UNREACHABLE_S if isinstance(error, Unreachable) else _RETRY_REFUSED_S
+            # Nothing speaks against the version: the origin is silent, or this disk is full.
+            passing = isinstance(error, Unreachable | StorageFailed)
+            first, last = _RETRY_PASSING_S if passing else _RETRY_REFUSED_S
             wait_s = min(last, first * 2.0 ** min(tries, 32))
             self._faults[key] = _Fault(error, tries, self._clock() + wait_s)
             self._touch(key[0])
-            if isinstance(error, Unreachable):
+            if passing:
                 return
             # An alias that stands there already stays: the bytes that serve are the pinned ones.
             self._checked.pop(key, None)
@@ -402,7 +466,7 @@ class PinnedRegistry:
         """Take a version for the first time: what its bytes are now is what they are for good."""
         offer = self.origin.offer(model, version)
         with taken(self.origin, offer, self._blobs, self._limits) as staged:
-            pin = _pin(model, version, offer, staged)
+            pin = _pin(model, version, _named(offer, staged, self._ends), staged)
             with self._database.transaction() as connection:
                 known = self._pins.get(connection, model, version)
                 if known is not None:  # another process was first
@@ -488,6 +552,13 @@ class PinnedRegistry:
     def _record(self, connection: sqlite3.Connection, action: str, key: _Key, detail: Mapping[str, object]) -> None:
         model, version = key
         self._journal(connection, action, f"{model}:{version}", {**detail, "origin": self.origin.name}, _ACTOR)
+
+
+def _named(offer: Offer, staged: Mapping[str, Staged], ends: Ends | None) -> Offer:
+    """The offer with a signature that names every tensor, or none."""
+    graph = next((staged[file.path].path for file in offer.files if file.role == MODEL), Path())
+    told = offer.description
+    return replace(offer, description=replace(told, signature=named(told.signature, graph, ends)))
 
 
 def _pin(model: str, version: int, offer: Offer, staged: Mapping[str, Staged]) -> Pin:

@@ -80,6 +80,10 @@ class PolledRegistry:
         listed = [[entry.path, entry.sha256, entry.size] for entry in files]
         return Fetched(model, version, hashlib.sha256(canonical_json(listed)).hexdigest(), folder, files)
 
+    def triggered(self, model: str) -> Mapping[str, int]:
+        self._model(model)
+        return {}
+
     def generation(self) -> int:
         """Scan, and count up when anything changed. Raises StorageFailed; the last scan then stands."""
         with self._lock:

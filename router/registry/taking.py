@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from router.registry.blobs import MAX_FILE_BYTES, BlobStore, Staged, hash_open, storage
-from router.registry.manifest import MAX_FILES, ManifestError, check_path
+from router.registry.manifest import MAX_FILES, ManifestError, Signature, TensorEntry, check_path
 from router.registry.origin import BytesChanged, Offer, OfferedFile, Origin, Unusable
 from router.registry.pins import Pin
+
+#: ``ends(graph)``: names of a graph's inputs that a caller must give, and of its outputs; None when it cannot be read.
+Ends: TypeAlias = Callable[[Path], tuple[tuple[str, ...], tuple[str, ...]] | None]
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,8 +38,10 @@ def taken(origin: Origin, offer: Offer, blobs: BlobStore, limits: Limits) -> Ite
     with blobs.staging() as folder:
         staged = {}
         for file in offer.files:
-            staged[file.path] = _download(origin, file, folder, min(left, limits.file_bytes))
-            left -= staged[file.path].size
+            found = staged[file.path] = _download(origin, file, folder, min(left, limits.file_bytes))
+            if file.size not in (None, found.size):
+                raise Unusable(f"{file.path} was listed with {file.size} bytes and came with {found.size}")
+            left -= found.size
         yield staged
 
 
@@ -53,6 +59,26 @@ def check_offer(offer: Offer, limits: Limits) -> None:
     size = sum(file.size or 0 for file in offer.files)
     if size > limits.version_bytes:
         raise Unusable(f"the version has {size} bytes; at most {limits.version_bytes} are taken")
+
+
+def named(signature: Signature | None, graph: Path, ends: Ends | None) -> Signature | None:
+    """The signature with the graph's own names in place of "", which stands for the only tensor of a side.
+
+    None when the graph has more than one there, or cannot be read: what is meant is not known then.
+    """
+    if signature is None or all(tensor.name for tensor in (*signature.inputs, *signature.outputs)):
+        return signature
+    found = None if ends is None else ends(graph)
+    if found is None:
+        return None
+    inputs, outputs = _named(signature.inputs, found[0]), _named(signature.outputs, found[1])
+    return Signature(inputs, outputs) if inputs and outputs else None
+
+
+def _named(side: tuple[TensorEntry, ...], names: tuple[str, ...]) -> tuple[TensorEntry, ...]:
+    if all(tensor.name for tensor in side):
+        return side
+    return tuple([replace(side[0], name=name) for name in names]) if len(side) == len(names) == 1 else ()
 
 
 def _download(origin: Origin, file: OfferedFile, folder: Path, limit: int) -> Staged:

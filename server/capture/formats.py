@@ -75,7 +75,15 @@ def identifier(name: str) -> str:
 
 
 def with_missing(values: Any) -> Array:
-    """What duckdb answers as numpy: missing floats become NaN, and what else is missing None among objects."""
+    """What duckdb answers as numpy: missing floats become NaN, and what else is missing None; in lists, too."""
+    found = _unmasked(values)
+    if found.dtype == object and isinstance(next((value for value in found if value is not None), None), np.ndarray):
+        for place, value in enumerate(found):
+            found[place] = value if value is None else with_missing(value)
+    return found
+
+
+def _unmasked(values: Any) -> Array:
     if not np.ma.is_masked(values):
         return np.asarray(np.ma.getdata(values))
     if values.dtype.kind == "f":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from server.types import ModelSpec, Tensor
 
@@ -52,13 +52,37 @@ class Label:
     size: int = _RECORD_BYTES
 
 
+@dataclass(slots=True)
+class Shadowed:
+    """What a shadow answered to the copy of a request; the request's own record has the inputs.
+
+    ``model``: the models entry that was asked; ``spec`` is the shadow's. ``rows``: of the copy, 0 where the model does
+    not batch. Times are ns: ``time_ns`` since the epoch.
+    """
+
+    model: str
+    spec: ModelSpec
+    tidegate_id: str
+    client_id: str
+    rows: int
+    status: str
+    time_ns: int
+    latency_ns: int
+    outputs: list[Tensor]
+    size: int = 0
+
+
+#: What is captured.
+Record: TypeAlias = Captured | Label | Shadowed
+
+
 class Ring:
     """At most ``max_records`` records of at most ``max_bytes`` together, from ``offer`` until ``done``."""
 
     def __init__(self, max_records: int, max_bytes: int) -> None:
         self._max_records = max_records
         self._max_bytes = max_bytes
-        self._waiting: deque[Captured | Label] = deque()
+        self._waiting: deque[Record] = deque()
         self._offered = self._offered_bytes = 0
         self._done = self._done_bytes = 0
 
@@ -74,7 +98,7 @@ class Ring:
     def has_room(self, size: int) -> bool:
         return self.records < self._max_records and self.bytes + size <= self._max_bytes
 
-    def offer(self, record: Captured | Label) -> bool:
+    def offer(self, record: Record) -> bool:
         """Take a record; False when there is no room for it."""
         if not self.has_room(record.size):
             return False
@@ -83,11 +107,11 @@ class Ring:
         self._waiting.append(record)
         return True
 
-    def take(self) -> Captured | Label | None:
+    def take(self) -> Record | None:
         """The oldest record, which stays counted until ``done``."""
         return self._waiting.popleft() if self._waiting else None
 
-    def done(self, record: Captured | Label) -> None:
+    def done(self, record: Record) -> None:
         """A record is written, or given up."""
         self._done += 1
         self._done_bytes += record.size

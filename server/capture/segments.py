@@ -33,12 +33,15 @@ _TEMP: Final = ".tmp"
 _LOCK: Final = ".lock"
 _DIGITS: Final = 20
 
-Kind: TypeAlias = Literal["requests", "labels"]
+Kind: TypeAlias = Literal["requests", "labels", "shadows"]
 
 
 @dataclass(slots=True, frozen=True)
 class Facts:
-    """What a segment's rows have in common. Times are ns since the epoch; ``version`` is "" for labels."""
+    """What a segment's rows have in common. Times are ns since the epoch.
+
+    ``version`` is "" for labels, and NAME:VERSION of who answered for shadows.
+    """
 
     kind: Kind
     model: str

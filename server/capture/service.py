@@ -1,8 +1,8 @@
 """Capture: a sample of requests and answers, and the labels that come for them, on their way to disk.
 
 ``offer`` is what a request pays: a look-up, a hash, and for those in the sample copies of what may be kept and an
-append. It never raises and never blocks. Everything else happens on the writer's thread. What the rules drop is not
-even copied.
+append; ``offer_shadow`` takes in the same way what a shadow answered to its copy. Neither raises or blocks. Everything
+else happens on the writer's thread. What the rules drop is not even copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from server.capture.columns import Plan, client_id_of, plan_of
-from server.capture.ring import Captured, Label, Ring, owned, size_of
+from server.capture.ring import Captured, Label, Ring, Shadowed, owned, size_of
 from server.capture.sampling import drawn, edge_of, sample_id
 from server.capture.segments import SegmentStore, default_format
 from server.capture.writer import Tell, Writer
@@ -46,6 +46,7 @@ class CaptureReport:
 
     captured: int
     labels: int
+    shadows: int
     dropped: Mapping[str, int]
     written_rows: int
     written_segments: int
@@ -86,7 +87,7 @@ class Capture:
         self._edge = edge_of(settings.default.sample)
         self._plans: OrderedDict[tuple[str, int], tuple[ModelSpec, Plan]] = OrderedDict()
         self._by_own_id: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._captured = self._labels = 0
+        self._captured = self._labels = self._shadows = 0
         self._dropped: Counter[str] = Counter()
         self._closed = False
         self._writer = Writer(self._ring, store, settings, self._plan_for_writer, tell)
@@ -136,12 +137,7 @@ class Capture:
         kept_inputs = [tensor for tensor in inputs if tensor is not None and tensor.name in plan.inputs]
         kept_outputs = [tensor for tensor in outputs if tensor.name in plan.outputs]
         size = size_of(kept_inputs) + size_of(kept_outputs)
-        if size > self._settings.segment_bytes:
-            self._dropped["too_large"] += 1
-            return
-        if not self._ring.has_room(size):
-            self._dropped["full"] += 1
-            self._writer.wake()
+        if not self._fits(size):
             return
         record = Captured(
             model, spec, tidegate_id, client_id, decision.arm, decision.generation, status, self._clock(), latency_ns,
@@ -153,6 +149,49 @@ class Capture:
             self._remember(model, tidegate_id)
         if self._ring.records >= _WAKE_AT:
             self._writer.wake()
+
+    def _fits(self, size: int) -> bool:
+        """Is there room for a record? When there is not, that is counted."""
+        if size > self._settings.segment_bytes:
+            self._dropped["too_large"] += 1
+            return False
+        if not self._ring.has_room(size):
+            self._dropped["full"] += 1
+            self._writer.wake()
+            return False
+        return True
+
+    def offer_shadow(
+        self,
+        model: str,
+        client_id: str,
+        tidegate_id: str,
+        spec: ModelSpec,
+        rows: int,
+        outputs: Sequence[Tensor] | None,
+        status: str,
+        latency_ns: int,
+    ) -> None:
+        """Capture what a shadow answered to the copy of a request, if that request is in the sample. Never raises.
+
+        ``model``: the models entry that was asked; ``spec``: the shadow's. ``rows``: of the copy, 0 without a batch.
+        """
+        edge = self._edges.get(model, self._edge)
+        if not edge or self._closed or not drawn(sample_id(client_id, tidegate_id), edge):
+            return
+        try:
+            plan = self._plan(model, spec)
+            kept = [tensor for tensor in outputs or () if tensor.name in plan.outputs]
+            size = size_of(kept)
+            if self._fits(size):
+                own = [owned(tensor) for tensor in kept]
+                now = self._clock()
+                record = Shadowed(model, spec, tidegate_id, client_id, rows, status, now, latency_ns, own, size)
+                self._ring.offer(record)
+                self._shadows += 1
+        except Exception as error:  # the boundary: the shadow's lane goes on
+            self._dropped["failed"] += 1
+            log.error("capture_failed", id=tidegate_id, exc_info=error)
 
     def offer_label(
         self, model: str, request_id: str, name: str, value: float, row: int = 0, time_ns: int | None = None
@@ -194,7 +233,7 @@ class Capture:
                 self._plans.popitem(last=False)
         return known[1]
 
-    def _plan_for_writer(self, record: Captured) -> Plan:
+    def _plan_for_writer(self, record: Captured | Shadowed) -> Plan:
         """On the writer's thread, which shares nothing with the loop's plans."""
         return plan_of(record.spec, self._settings.of(record.model))
 
@@ -205,6 +244,7 @@ class Capture:
         return CaptureReport(
             self._captured,
             self._labels,
+            self._shadows,
             {**dict(self._dropped), **dict(self._writer.lost)},
             self._writer.written_rows,
             self._writer.written_segments,
@@ -220,6 +260,8 @@ class Capture:
         found = self.report()
         dropped: Points = {(reason,): count for reason, count in found.dropped.items()}
         kinds: Points = {("requests",): found.captured, ("labels",): found.labels}
+        if self._settings.shadows:
+            kinds = {**kinds, ("shadows",): found.shadows}
         return [
             FamilySnapshot("tidegate_captured_total", "Captured records.", "counter", ("kind",), kinds),
             FamilySnapshot("tidegate_capture_dropped_total", "Records given up.", "counter", ("reason",), dropped),

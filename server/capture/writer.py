@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -19,8 +19,8 @@ import structlog
 
 from server.capture.columns import Plan, TensorPlan, client_id_of, rows_of, tensor_columns
 from server.capture.formats import Array, Table
-from server.capture.ring import Captured, Label, Ring
-from server.capture.segments import Facts, SegmentStore, storage_errors
+from server.capture.ring import Captured, Label, Record, Ring, Shadowed
+from server.capture.segments import Facts, Kind, SegmentStore, storage_errors
 from server.config.capture_options import CaptureSettings
 from server.types import Tensor
 
@@ -31,10 +31,9 @@ MAX_OPEN: Final = 64
 #: The longest that the thread sleeps: a ring that fills slowly is emptied this often.
 _LOOK_S: Final = 1.0
 
-Record: TypeAlias = Captured | Label
 #: Gets the captured requests of a segment that was written.
 Tell: TypeAlias = Callable[[Sequence[Captured]], None]
-PlanOf: TypeAlias = Callable[[Captured], Plan]
+PlanOf: TypeAlias = Callable[[Captured | Shadowed], Plan]
 
 
 @dataclass(slots=True)
@@ -162,8 +161,11 @@ class Writer:
 
     def _write(self, found: _Open) -> None:
         captured = [record for record in found.records if isinstance(record, Captured)]
+        shadowed = [record for record in found.records if isinstance(record, Shadowed)]
         if captured:
             facts, table = self._requests(captured)
+        elif shadowed:
+            facts, table = self._shadows(shadowed)
         else:
             facts, table = _labels([record for record in found.records if isinstance(record, Label)])
         self._store.write(facts, table)
@@ -181,15 +183,47 @@ class Writer:
         """The rows of requests of one version that carry the same tensors."""
         first = records[0]
         plan = self._plan_of(first)
+        table = self._about(records, plan)
         counts = [_rows(record) for record in records]
-        table = _about(records, counts, [client_id_of(r.client_id, plan.client_id, self._secret) for r in records])
-        for plans, side in ((plan.inputs, "inputs"), (plan.outputs, "outputs")):
-            by_name = [{tensor.name: tensor for tensor in getattr(record, side)} for record in records]
-            for name in by_name[0]:
-                table |= self._tensor(plans[name], [tensors[name] for tensors in by_name], plan.batched)
-        times = [record.time_ns for record in records]
-        version = first.spec.version
-        return Facts("requests", first.model, version, first.spec.digest, min(times), max(times)), table
+        table["__arm"] = np.repeat(_texts([record.arm for record in records]), counts)
+        table["__generation"] = np.repeat(np.array([record.generation for record in records], np.int64), counts)
+        table |= self._side(plan.inputs, [record.inputs for record in records], plan.batched)
+        table |= self._side(plan.outputs, [record.outputs for record in records], plan.batched)
+        return _facts("requests", records, first.spec.version), table
+
+    def _shadows(self, records: list[Shadowed]) -> tuple[Facts, Table]:
+        """The rows of copies that one version of a shadow has answered with the same tensors, or has not."""
+        first = records[0]
+        plan = self._plan_of(first)
+        table = self._about(records, plan)
+        table |= self._side(plan.outputs, [record.outputs for record in records], plan.batched)
+        return _facts("shadows", records, f"{first.spec.name}:{first.spec.version}"), table
+
+    def _about(self, records: Sequence[Captured | Shadowed], plan: Plan) -> Table:
+        """What is known of each row beside its tensors and its route."""
+        counts = [_rows(record) for record in records]
+        client_ids = [client_id_of(record.client_id, plan.client_id, self._secret) for record in records]
+        columns = {
+            "__id": _texts([record.tidegate_id for record in records]),
+            "__client_id": _texts(client_ids),
+            "__model": _texts([record.model for record in records]),
+            "__version": _texts([record.spec.version for record in records]),
+            "__digest": _texts([record.spec.digest for record in records]),
+            "__time": np.array([record.time_ns for record in records], np.int64),
+            "__latency_ns": np.array([record.latency_ns for record in records], np.int64),
+            "__status": _texts([record.status for record in records]),
+        }
+        table = {name: np.repeat(values, counts) for name, values in columns.items()}
+        table["__row"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        return table
+
+    def _side(self, plans: Mapping[str, TensorPlan], records: Sequence[list[Tensor]], batched: bool) -> Table:
+        """The columns of the inputs, or of the outputs, of records that carry the same tensors."""
+        table: Table = {}
+        by_name = [{tensor.name: tensor for tensor in tensors} for tensors in records]
+        for name in by_name[0]:
+            table |= self._tensor(plans[name], [tensors[name] for tensors in by_name], batched)
+        return table
 
     def _tensor(self, plan: TensorPlan, tensors: Iterable[Tensor], batched: bool) -> Table:
         return tensor_columns(plan, [rows_of(tensor, batched) for tensor in tensors], self._secret)
@@ -199,38 +233,26 @@ def _key(record: Record) -> tuple[object, ...]:
     """What has to be equal within a segment."""
     if isinstance(record, Label):
         return ("labels", record.model)
-    names = tuple([tensor.name for tensor in record.inputs]), tuple([tensor.name for tensor in record.outputs])
-    return ("requests", record.model, record.spec.version, record.spec.digest, id(record.spec), *names)
+    spec, outputs = record.spec, tuple([tensor.name for tensor in record.outputs])
+    if isinstance(record, Shadowed):
+        return ("shadows", record.model, spec.name, spec.version, spec.digest, id(spec), outputs)
+    inputs = tuple([tensor.name for tensor in record.inputs])
+    return ("requests", record.model, spec.version, spec.digest, id(spec), inputs, outputs)
 
 
 def _rows(record: Record) -> int:
     """Rows of a record in the table; a request without tensors, which was refused, has one too."""
     if isinstance(record, Label) or not record.spec.max_batch_size:
         return 1
+    if isinstance(record, Shadowed):
+        return record.outputs[0].shape[0] if record.outputs else max(1, record.rows)
     tensors = record.inputs or record.outputs
     return tensors[0].shape[0] if tensors else 1
 
 
-def _about(records: list[Captured], counts: list[int], client_ids: list[str]) -> Table:
-    """What is known of each row beside its tensors."""
-    times = np.array([record.time_ns for record in records], np.int64)
-    latencies = np.array([record.latency_ns for record in records], np.int64)
-    generations = np.array([record.generation for record in records], np.int64)
-    columns = {
-        "__id": _texts([record.tidegate_id for record in records]),
-        "__client_id": _texts(client_ids),
-        "__model": _texts([record.model for record in records]),
-        "__version": _texts([record.spec.version for record in records]),
-        "__digest": _texts([record.spec.digest for record in records]),
-        "__arm": _texts([record.arm for record in records]),
-        "__generation": generations,
-        "__time": times,
-        "__latency_ns": latencies,
-        "__status": _texts([record.status for record in records]),
-    }
-    table = {name: np.repeat(values, counts) for name, values in columns.items()}
-    table["__row"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-    return table
+def _facts(kind: Kind, records: Sequence[Captured | Shadowed], version: str) -> Facts:
+    times = [record.time_ns for record in records]
+    return Facts(kind, records[0].model, version, records[0].spec.digest, min(times), max(times))
 
 
 def _labels(records: list[Label]) -> tuple[Facts, Table]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from server.cli import show
-from server.cli.registry import AS_JSON, STATE_DIR
+from server.cli.registry import AS_JSON, STATE_DIR, folder_given
 
 #: Between two lines of progress where no bar can be drawn.
 _LINE_EVERY_S: Final = 5.0
@@ -40,7 +40,9 @@ Progress = Callable[[int, int | None], None]
 @click.option("--keep", multiple=True, metavar="COLUMN", help="A column that is copied to the output; may be repeated.")
 @click.option("--batch-rows", type=click.IntRange(1), help="Rows of one run.  [default: what the server would gather]")
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows in memory and in a part.  [default: about 32768]")
-@click.option("--config", type=click.Path(path_type=Path), help="A server's configuration: its options for the model.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="A server's configuration: its registry and its options."
+)
 @STATE_DIR
 @AS_JSON
 def batch(
@@ -54,7 +56,7 @@ def batch(
     from server.telemetry import log
 
     log.configure("text", "warning")
-    found = find_model(reference, state_dir, config)
+    found = find_model(reference, folder_given(state_dir), config)
     engine = OnnxRuntime().load(found.request)
     settings = BatchSettings(places, keep, batch_rows or 0, chunk_rows or 0)
     try:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import click
 
-from router.registry.base import RegistryError, Version
+from router.registry.base import Version
 from router.registry.manifest import describe
 from server.audit import AuditEvent, AuditLog
 from server.cli import show
 from server.cli.client import TOKEN, read_json
-from server.cli.registry import STATE_DIR, chosen, version_rows
+from server.cli.registry import CONFIG, STATE_DIR, chosen, opened, version_row
 from server.errors import TidegateError
-from server.state import State, open_state
+
+if TYPE_CHECKING:
+    from server.offline.registries import Opened
 
 _PAGE_ROWS: Final = 10_000
 #: Rows of the trail about one version at most; the newest are kept.
@@ -33,28 +35,24 @@ _GATE: Final = "gate."
 @click.option("--url", metavar="URL", help="Admin address of the server that serves it: drift as it is now.")
 @TOKEN
 @STATE_DIR
-def card(reference: str, form: str, url: str | None, token: str | None, state_dir: Path) -> None:
+@CONFIG
+def card(reference: str, form: str, url: str | None, token: str | None, state_dir: Path, config: Path | None) -> None:
     """Print the model card of a version. REFERENCE: MODEL (its champion), MODEL:7 or MODEL@alias."""
     from server.pages.card import card_markdown, card_page
 
-    state = open_state(state_dir)
-    try:
-        found = chosen(state.registry, reference)
-        document = card_document(state, found, drift_of(found, state_dir, url, token))
-    except RegistryError as error:
-        raise TidegateError(str(error)) from error
-    finally:
-        state.close()
+    with opened(state_dir, config) as known:
+        found = chosen(known.registry, reference)
+        document = card_document(known, found, drift_of(found, known.state_dir, url, token))
     if form == "json":
         show.as_json(document)
     else:
         click.echo(card_page(document) if form == "html" else card_markdown(document), nl=False)
 
 
-def card_document(state: State, found: Version, drift: Mapping[str, Any]) -> dict[str, Any]:
+def card_document(known: Opened, found: Version, drift: Mapping[str, Any]) -> dict[str, Any]:
     """All of the card as plain values."""
-    row = next(row for row in version_rows(state.registry, found.model) if row["version"] == found.version)
-    manifest, events = found.manifest, list(events_of(state.audit, found.model, found.version))[-_MOST_EVENTS:]
+    row = version_row(known.registry, found)
+    manifest, events = found.manifest, list(events_of(known.state.audit, found.model, found.version))[-_MOST_EVENTS:]
     gates = [event for event in events if event["action"].startswith(_GATE)]
     return {
         **row,

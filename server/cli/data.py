@@ -24,24 +24,28 @@ def data() -> None:
 @click.option("--from", "first", metavar="TIME", help="Requests from this time on (RFC 3339; UTC unless it says).")
 @click.option("--to", "last", metavar="TIME", help="Requests before this time. Labels count whenever they came.")
 @click.option("--labelled", is_flag=True, help="Only rows that have a label.")
+@click.option("--shadow", metavar="[NAME:]VERSION", help="Join what this shadow answered (capture.shadows).")
 @click.option(
     "--capture-dir", type=click.Path(path_type=Path), help="Where segments are.  [default: STATE_DIR/capture]"
 )
 @STATE_DIR
 @AS_JSON
 def export(
-    model: str, output: Path, first: str | None, last: str | None, labelled: bool, capture_dir: Path | None,
-    state_dir: Path, as_json: bool,
+    model: str, output: Path, first: str | None, last: str | None, labelled: bool, shadow: str | None,
+    capture_dir: Path | None, state_dir: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Join captured requests of a model with their labels into one file. Safe beside a live server."""
     from server.offline.dataset import Wanted, export_dataset
 
-    wanted = Wanted(parse_time("--from", first), parse_time("--to", last), labelled)
+    meant = "" if shadow is None else shadow if ":" in shadow else f"{model}:{shadow}"
+    wanted = Wanted(parse_time("--from", first), parse_time("--to", last), labelled, meant)
     report = export_dataset(capture_dir or state_dir / "capture", model, output, wanted)
     if as_json:
         show.as_json(asdict(report))
     else:
-        click.echo(f"{report.rows} rows, {report.labelled} with a label, from {report.segments} segments: {output}")
+        beside = f", {report.shadowed} with an answer of {meant}" if meant else ""
+        found = f"{report.rows} rows, {report.labelled} with a label{beside}"
+        click.echo(f"{found}, from {report.segments} segments: {output}")
 
 
 def parse_time(flag: str, text: str | None) -> int | None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from router.registry.base import CHALLENGER, CHAMPION, RegistryError
+from router.registry.base import CHALLENGER, CHAMPION
 from router.registry.references import split_reference
 from server.cli import show
-from server.cli.registry import AS_JSON, STATE_DIR
-from server.errors import NotFound, TidegateError
-from server.state import open_state, operator
+from server.cli.registry import AS_JSON, STATE_DIR, opened
+from server.errors import NotFound
+from server.state import operator
 
 if TYPE_CHECKING:
     from server.config.gates import GatePolicy
@@ -36,7 +36,9 @@ def gate() -> None:
 @click.option("--candidate", type=click.Path(path_type=Path), help="The candidate as a model file, instead of --model.")
 @click.option("--champion", type=click.Path(path_type=Path), help="Whom to compare with, as a model file.")
 @click.option("--policy", type=click.Path(path_type=Path), help="A file that is one gate policy.")
-@click.option("--config", type=click.Path(path_type=Path), help="A configuration, whose policy of the model is taken.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="A configuration: its policy of the model, and its registry."
+)
 @STATE_DIR
 @click.option("--record/--no-record", default=True, help="Write the verdict to the audit trail of the state folder.")
 @AS_JSON
@@ -51,12 +53,14 @@ def check(
         raise click.UsageError("--against goes with --model; name a file with --champion")
     if model is not None and champion is not None:
         raise click.UsageError("--champion goes with --candidate; name a version with --against")
+    if candidate is not None and policy is not None and config is not None:
+        raise click.UsageError("name the policy with --policy FILE or with --config FILE")
     name = candidate.stem if candidate is not None else split_reference(model or "")[0]
     asked = read_policy(name, policy, config)
     if candidate is not None:
         outcome = check_files(name, asked, candidate, champion, show_progress)
     else:
-        outcome = check_registry(model or "", against, asked, state_dir, record, show_progress)
+        outcome = check_registry(model or "", against, asked, state_dir, config, record, show_progress)
     if as_json:
         show.as_json(outcome.to_json())
     else:
@@ -65,12 +69,12 @@ def check(
 
 
 def read_policy(model: str, policy: Path | None, config: Path | None) -> GatePolicy:
-    """The policy of one of both files, or every mistake in it."""
+    """The policy of its own file, else of the configuration; or every mistake in it."""
     from server.config.gate_files import load_policy, policy_of
 
-    if policy is not None and config is None:
+    if policy is not None:
         return load_policy(policy)
-    if config is not None and policy is None:
+    if config is not None:
         return policy_of(config, model)
     raise click.UsageError("name the policy with --policy FILE or with --config FILE")
 
@@ -89,8 +93,9 @@ def check_files(
 
 
 def check_registry(
-    reference: str, against: str | None, policy: GatePolicy, state_dir: Path, record: bool, told: Callable[[str], None]
-) -> GateOutcome:
+    reference: str, against: str | None, policy: GatePolicy, state_dir: Path, config: Path | None, record: bool,
+    told: Callable[[str], None],
+) -> GateOutcome:  # fmt: skip
     """A version beside another one of the same model; the verdict goes to the audit."""
     from server.gates.keeper import event_of
     from server.gates.versions import RegistryVersions
@@ -99,18 +104,13 @@ def check_registry(
     other, beside = split_reference(against or f"{model}@{CHAMPION}")
     if other != model:
         raise click.UsageError(f"--against must be of the same model, {model}, got {other}")
-    state = open_state(state_dir)
-    try:
-        candidate = state.registry.resolve(model, which or f"@{CHALLENGER}")
+    with opened(state_dir, config) as found:
+        candidate = found.registry.resolve(model, which or f"@{CHALLENGER}")
         both = (str(candidate.version), beside or f"@{CHAMPION}")
-        outcome = evaluate(model, policy, RegistryVersions(state.registry), told, both)
+        outcome = evaluate(model, policy, RegistryVersions(found.registry), told, both)
         if record:
-            state.audit.record(event_of(outcome, operator()))
+            found.state.audit.record(event_of(outcome, operator()))
         return outcome
-    except RegistryError as error:
-        raise TidegateError(str(error)) from error
-    finally:
-        state.close()
 
 
 def evaluate(

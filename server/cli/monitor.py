@@ -52,6 +52,27 @@ def _told() -> Iterator[None]:
         raise TidegateError(str(error)) from error
     except OSError as error:
         raise TidegateError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise TidegateError(f"the data do not fit into memory ({error}): take a part of the rows") from error
+
+
+@contextmanager
+def _given() -> Iterator[None]:
+    """The same for data, models and options that were given: what is wrong with them is wrong usage."""
+    try:
+        with _told():
+            yield
+    except TidegateError as error:
+        raise click.ClickException(error.message) from error
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """A file that cannot be written is called by its name, not by that of the one beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise TidegateError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 # --- profile ---------------------------------------------------------------------------------------------------------
@@ -90,7 +111,7 @@ def profile(
     """
     from monitor.profile import ReferenceProfile
 
-    with _told():
+    with _given():
         found, outcomes = _arranged(data, model, signature, places, run_model, kinds, label)
         built = ReferenceProfile.from_table(found.table, found.columns, knots=_knots(knots), bins=bins)
         if segment is not None:
@@ -98,7 +119,8 @@ def profile(
         if label is not None and outcomes is not None:
             wanted = labelled.Labelled(label, **predicted)
             built = replace(built, labels=labelled.reference_of(found, outcomes, wanted))
-        built.save(output)
+        with _writing(output):
+            built.save(output)
         told = {} if built.labels is None else labelled.told(built.labels)
     if as_json:
         columns = [_column_dict(column) for column in built.columns]
@@ -211,11 +233,12 @@ def calibrate(
     from monitor import calibration, sealed
     from monitor.layout import Layout
 
-    with _told():
+    with _given():
         layout = Layout(_load(profile_file))
         found, _ = _arranged(data, model, None, places, run_model, ())
         done = calibration.calibrate(layout, _of_profile(layout, found))
-        sealed.write_file(output, json.dumps(done.to_dict()).encode())
+        with _writing(output):
+            sealed.write_file(output, json.dumps(done.to_dict()).encode())
     _warn(layout, done)
     if as_json:
         show.as_json({**done.to_dict(), "columns": list(layout.names)})
@@ -263,7 +286,7 @@ def skew(
     html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold all rows of DATA, such as captured traffic, against PROFILE: one window, one look."""
-    with _told():
+    with _given():
         profile_ = _load(profile_file)
         found, _ = _arranged(data, model, None, places, run_model, ())
         report = _skew(profile_, found, profile_file.stem)

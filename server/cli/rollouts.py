@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 import click
@@ -22,6 +23,8 @@ STATE_DIR = click.option(
     show_default=True,
     help="Where the server's admin token lies, when none is given.",
 )
+#: Of the table of expected steps.
+STEP_HEADINGS: Final = ("WEIGHT", "MEDIAN", "90 %", "BY")
 REVISION = click.option("--revision", type=int, help="Only if the rollout is still at this revision.")
 
 
@@ -80,7 +83,7 @@ def _describe(found: dict[str, Any]) -> None:
         )
     if steps := found.get("plan"):
         click.echo("")
-        show.table(["WEIGHT", "MEDIAN", "90 %", "BY"], [_step(step) for step in steps])
+        show.table(STEP_HEADINGS, [step_cells(step) for step in steps])
 
 
 def _gate(gate: dict[str, Any]) -> list[object]:
@@ -90,9 +93,11 @@ def _gate(gate: dict[str, Any]) -> list[object]:
     return [gate["gate"], gate["reaction"], gate["verdict"], evidence, *arms, estimate]
 
 
-def _step(step: dict[str, Any]) -> list[object]:
+def step_cells(step: Mapping[str, Any]) -> list[str]:
+    """One expected step, under STEP_HEADINGS."""
     times = [f"{step[name]:.0f} s" if step[name] is not None else "not known" for name in ("median_s", "p90_s")]
-    return [f"{step['weight'] / 100:g}%", *times, step["gate"] or "least time"]
+    waits = ", then approval" if step["approve"] else ""
+    return [f"{step['weight']:g}%", *times, (step["gate"] or "least time") + waits]
 
 
 def _ordering(word: str, text: str) -> None:

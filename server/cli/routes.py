@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 from urllib.error import HTTPError, URLError
@@ -16,13 +18,17 @@ from router.compiled import CompiledRoutes, is_version
 from router.errors import BadVersion, KeyMissing
 from router.types import RouteDecision, RouteQuery
 from server.cli import show
+from server.cli.rollouts import STEP_HEADINGS, step_cells
 from server.config.load import load_config, parse_config
 from server.config.plan import ReloadPlan, plan_reload
+from server.config.rollouts import compile_rollouts
 from server.config.routing import Reference, RoutingSpec, compile_all, expecting
-from server.errors import ConfigError, TidegateError
+from server.errors import ConfigError, NotFound, TidegateError
 
 _HEADER: Final = "header:"
 _PARAMETER: Final = "parameter:"
+#: How many names an error lists.
+_SHOWN: Final = 20
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,7 +54,7 @@ def explain_route(
     """Say which version would answer a request under the configuration in FILE, and why."""
     specs = compile_all(load_config(file))
     if model not in specs:
-        raise click.UsageError(f"{file} has no model '{model}'; it has {', '.join(specs) or 'none'}")
+        raise click.UsageError(f"{file} has no model '{model}'; it has {_some(specs)}")
     metadata = {name.lower(): value for name, value in _pairs("--header", headers).items()}
     query = RouteQuery(model, version, metadata, dict(_pairs("--parameter", parameters)), "")
     if key:
@@ -97,6 +103,12 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _some(names: Collection[str]) -> str:
+    """Names for an error: the first few, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(islice(names, _SHOWN)) + more if names else "none"
+
+
 def _put_key(spec: RoutingSpec, query: RouteQuery, key: str) -> None:
     """Give the request its key at the first place where the model looks."""
     sources = spec.routes.key.sources
@@ -135,37 +147,130 @@ def _decision(decision: RouteDecision[Reference]) -> dict[str, Any]:
 # --- check-config --against -------------------------------------------------------------------------------------------
 
 
-def plan_against(file: Path, running: str | None) -> ReloadPlan:
-    """What serving ``file`` would do to a server that runs ``running``, the text of its configuration (None: none).
+class NotAllowed(TidegateError):
+    """The server wants a token, or another one."""
 
-    Relative paths in both start at the file's folder. Raises InvalidConfig for mistakes in either.
+
+@dataclass(slots=True, frozen=True)
+class RunningText:
+    """The configuration in force, and the server's own word on what another text would do: its dry run.
+
+    ``dry_run`` raises NotAllowed without the admin token.
+    """
+
+    text: str
+    dry_run: Callable[[bytes], Mapping[str, Any]]
+
+
+@dataclass(slots=True, frozen=True)
+class PlanAgainst:
+    """What serving a file would do to a server. ``plan`` is reckoned here, and where rollouts are concerned the server
+    has ``told``: it alone knows how they stand and how much traffic they have. ``untold``: why it did not tell."""
+
+    plan: ReloadPlan
+    told: Mapping[str, Any] = field(default_factory=dict)
+    untold: str = ""
+
+    @property
+    def rollouts(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """By models entry, the steps of each rollout that would begin, as they are expected to go."""
+        return dict(self.told.get("rollouts", {}))
+
+    @property
+    def refusals(self) -> tuple[Mapping[str, Any], ...]:
+        """What the server speaks against and the plan alone does not."""
+        ours = self.plan.as_dict()["refusals"]
+        return tuple(refusal for refusal in self.told.get("refusals", ()) if refusal not in ours)
+
+    @property
+    def allowed(self) -> bool:
+        return self.plan.allowed and not self.refusals
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, in the form of the dry run."""
+        found = self.plan.as_dict()
+        refusals = [*found["refusals"], *self.refusals]
+        return found | {"allowed": self.allowed, "refusals": refusals, "rollouts": self.rollouts}
+
+
+def plan_against(file: Path, running: RunningText | None) -> PlanAgainst:
+    """What serving ``file`` would do to a server (None: to one that serves nothing yet).
+
+    Relative paths in both texts start at the file's folder. Raises InvalidConfig for mistakes in either.
     """
     new = load_config(file)
-    old = None if running is None else parse_config(running, path="<running>", folder=file.parent)
-    return plan_reload(old, new)
+    if running is None:
+        return PlanAgainst(plan_reload(None, new))
+    plan = plan_reload(parse_config(running.text, path="<running>", folder=file.parent), new)
+    if not compile_rollouts(new):
+        return PlanAgainst(plan)
+    try:
+        return PlanAgainst(plan, running.dry_run(file.read_bytes()))
+    except NotAllowed as error:
+        return PlanAgainst(plan, untold=error.message)
 
 
-def running_text(address: str, token: str | None) -> str | None:
+def running_text(address: str, token: str | None) -> RunningText | None:
     """The configuration in force at an admin address (URL or HOST:PORT); None when it runs without a file."""
     url = (address if "://" in address else f"http://{address}").rstrip("/") + "/admin/v1/config"
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--against takes the http or https URL of an admin address, got {address!r}")
+    try:
+        text = _ask(url, token).decode()
+    except NotFound:
+        return None
+    except UnicodeDecodeError as error:
+        raise TidegateError(f"{url} cannot be read: {error}") from error
+    return RunningText(text, lambda body: _dry_run(url, token, body))
+
+
+def _dry_run(url: str, token: str | None, body: bytes) -> Mapping[str, Any]:
+    answer = _ask(f"{url}?dry_run=1", token, body)
+    try:
+        return dict(json.loads(answer)["plan"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TidegateError(f"{url} answers no plan: {error!r}") from error
+
+
+def _ask(url: str, token: str | None, body: bytes | None = None) -> bytes:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        with urlopen(Request(url, headers=headers), timeout=20) as answer:  # noqa: S310 - scheme checked above
-            return str(answer.read().decode())
+        with urlopen(Request(url, body, headers), timeout=20) as answer:  # noqa: S310 - scheme checked by the caller
+            return bytes(answer.read())
     except HTTPError as error:
-        if error.code == HTTPStatus.NOT_FOUND:
-            return None
-        raise TidegateError(f"{url} answers {error.code}: {error.reason}") from error
-    except (URLError, OSError, UnicodeDecodeError) as error:
+        kind = _REFUSED.get(error.code, TidegateError)
+        raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
+    except (URLError, OSError) as error:
         raise TidegateError(f"{url} cannot be read: {error}") from error
 
 
-def show_plan(plan: ReloadPlan, *, as_json: bool) -> int:
+_REFUSED: Final[Mapping[int, type[TidegateError]]] = {
+    HTTPStatus.NOT_FOUND: NotFound,
+    HTTPStatus.UNAUTHORIZED: NotAllowed,
+    HTTPStatus.FORBIDDEN: NotAllowed,
+}
+
+
+def _reason(error: HTTPError) -> str:
+    """What the server says, else what the status means."""
+    try:
+        return str(json.loads(error.read(1 << 16))["error"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return str(error.reason)
+
+
+def show_plan(found: PlanAgainst, *, as_json: bool) -> int:
     """Print a plan; the exit code: 0 when it may be carried out, 2 when it is refused."""
     if as_json:
-        show.as_json(plan.as_dict())
-    else:
-        click.echo("\n".join(plan.lines()))
-    return 0 if plan.allowed else 2
+        show.as_json(found.as_dict())
+        return 0 if found.allowed else 2
+    click.echo("\n".join(found.plan.lines()))
+    if found.rollouts:
+        click.echo("rollouts, if candidates are as good as stable and traffic stays as it is:")
+        rows = [[name, *step_cells(step)] for name, steps in found.rollouts.items() for step in steps]
+        show.table(["MODEL", *STEP_HEADINGS], rows)
+    if found.untold:
+        click.echo(f"how long the steps of rollouts take is not known: {found.untold}")
+    for refusal in found.refusals:
+        click.echo(f"refused: {refusal['reason']}")
+    return 0 if found.allowed else 2

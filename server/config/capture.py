@@ -141,7 +141,8 @@ class Capture(Section):
     ``sample`` and ``columns`` hold for every model; ``models`` say otherwise for some, their columns on top of these.
     Columns are named like tensors (``x``: all its elements), their elements (``x[3]``), or ``__client_id``. Strings are
     left out unless a column says keep or hmac. ``format`` auto: Parquet where duckdb is installed, else JSON lines.
-    ``max_disk`` and ``max_segments``: the oldest segments are removed to keep within them.
+    ``max_disk`` and ``max_segments``: the oldest segments are removed to keep within them. ``shadows``: what shadows
+    answered to the sampled requests is recorded too.
     """
 
     sample: Share = default("0%", parse_share)
@@ -159,6 +160,7 @@ class Capture(Section):
     max_disk: DiskSize = default("1GiB", units.parse_size)
     max_segments: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     events: Events | None = None
+    shadows: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -185,6 +187,7 @@ def compile_capture(section: Capture | None) -> CaptureSettings | None:
         max_segments=section.max_segments,
         secret=section.secret or "",
         events=None if events is None else _events(events),
+        shadows=section.shadows,
     )
 
 

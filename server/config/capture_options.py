@@ -53,7 +53,8 @@ class CaptureSettings:
 
     ``folder`` None: ``capture`` in the state folder. A segment ends at any of its three limits. ``max_requests`` and
     ``max_bytes`` bound what waits in memory, ``max_disk_bytes`` and ``max_segments`` what is kept on disk: the oldest
-    segments go first. ``secret`` keys the hashes of ``hmac``.
+    segments go first. ``secret`` keys the hashes of ``hmac``. ``shadows``: what shadows answered to the sampled
+    requests is captured too.
     """
 
     default: CaptureSpec = CaptureSpec()
@@ -69,6 +70,7 @@ class CaptureSettings:
     max_segments: int = 10_000
     secret: str = field(default="", repr=False)
     events: EventOptions | None = None
+    shadows: bool = False
 
     def of(self, model: str) -> CaptureSpec:
         return self.specs.get(model, self.default)

@@ -5,7 +5,9 @@ It knows nothing of the rest of the file, which holds it; ``compile_mlflow`` tur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -49,7 +51,8 @@ class Mlflow(Section):
     ``url`` only. ``poll``: how often it is asked; ``webhook_secrets`` let its webhooks ask earlier, two while one is
     changed. ``check``: how often the bytes of what is served are compared with those first taken. ``keep_unused``: how
     long bytes are kept here that no alias names. ``promotes``: this gateway writes promotions back; of all gateways
-    that follow one server, only one may.
+    that follow one server, only one may. ``artifact_folders``: folders of this machine that MLflow keeps artifacts in,
+    for a server that does not hand them out itself.
     """
 
     url: UpstreamUrl
@@ -67,6 +70,7 @@ class Mlflow(Section):
     max_version: TakenSize = default("32GiB", units.parse_size)
     webhook_secrets: Annotated[Many[HeaderSecret], Field(max_length=2)] = Field(default=(), repr=False)
     promotes: bool = False
+    artifact_folders: Annotated[Many[FilePath], Field(max_length=100)] = ()
 
 
 def mlflow_contradictions(mlflow: Mlflow, path: KeyPath) -> Iterator[Contradiction]:
@@ -102,4 +106,5 @@ def compile_mlflow(mlflow: Mlflow) -> MlflowOptions:
         limits=Limits(mlflow.max_file, mlflow.max_version),
         hint_secrets=mlflow.webhook_secrets,
         promotes=mlflow.promotes,
+        artifact_folders=tuple(Path(os.path.abspath(folder)) for folder in mlflow.artifact_folders),
     )

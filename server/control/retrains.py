@@ -16,7 +16,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -44,9 +44,9 @@ log = structlog.get_logger("retraining")
 _EVERY_S: Final = 1.0
 #: How often the triggers are told of all alarms there are.
 _SYNC_S: Final = 60.0
-#: Versions of a registry's entry that are looked at for their trigger: the newest.
-_MOST_VERSIONS: Final = 100
 _STABLE_ARM: Final = "stable"
+#: Alarms of a column's distribution, which are counted by version; those of labels are by what a request asked for.
+_DRIFT: Final = "drift."
 _REFUSED: Final = frozenset({State.FAILED, State.ABORTED, State.ROLLED_BACK})
 _UNDER_WAY: Final = frozenset({State.LOADING, State.SHADOWING, State.STEP, State.AWAITING, State.HOLD, State.PROMOTING})
 #: What goes into an event of a column's scores, and of a signal: its name there -> here.
@@ -56,19 +56,24 @@ _SIGNAL: Final = {"value": "value", "reference": "reference", "effect": "effect"
 
 @dataclass(slots=True, frozen=True)
 class _Seen:
-    """What the loop knew of a model. ``planned``: its versions by number; ``stable``: (number, digest) or None."""
+    """What the loop knew of a models entry.
 
+    ``model``: whose versions it serves, its own or, with ``model: NAME``, that name's. ``stable``: (number, digest) of
+    the one that answers, or None; ``arm``: what rows of that one are counted as, which is not "stable" where another
+    one answers under the model's own name. ``planned``: the model's versions by number.
+    """
+
+    model: str
     stable: tuple[str, str] | None
+    arm: str
     planned: Mapping[str, VersionPlan]
     rollouts: Sequence[Standing]
 
-
-@dataclass(slots=True)
-class _Triggered:
-    """trigger_id -> the highest version whose lineage names it, of one entry at a generation of the registry."""
-
-    generation: int = -1
-    versions: Mapping[str, int] = field(default_factory=dict)
+    def is_meant(self, event: Mapping[str, Any]) -> bool:
+        """Is an alarm about what answers under this name?"""
+        arm = self.arm if str(event["event"]).startswith(_DRIFT) else _STABLE_ARM
+        number = "" if self.stable is None else self.stable[0]
+        return (event["model"], event["version"], event["arm"]) == (self.model, number, arm)
 
 
 @dataclass(slots=True, frozen=True)
@@ -95,7 +100,10 @@ class RetrainControl:
     ) -> None:
         self._world = world
         self._facts: Mapping[str, Facts] = {}
-        self._triggered: dict[str, _Triggered] = {}
+        #: Entries that serve another name's versions, as they were last seen.
+        self._borrowing: Mapping[str, _Seen] = {}
+        #: Why the versions of a registry's entry could not be read when that was last told.
+        self._unreadable: dict[str, str] = {}
         self._turn = threading.Lock()
         self._sync_at = 0.0
         self._closed = False
@@ -104,8 +112,11 @@ class RetrainControl:
         self.replace_specs(specs)
 
     def on_alarm(self, event: Mapping[str, Any]) -> None:
-        """Take an alarm's event. Never waits."""
+        """Take an alarm's event, for every name that its version answers under. Never waits."""
         self.retraining.on_alarm(event)
+        for name, seen in self._borrowing.items():
+            if seen.is_meant(event):
+                self.retraining.on_alarm({**event, "model": name, "arm": _STABLE_ARM})
 
     def replace_specs(self, specs: Mapping[str, RetrainSpec]) -> None:
         """Those of a configuration. One that needs sinks of the next start has to wait for it."""
@@ -162,13 +173,15 @@ class RetrainControl:
 
     def _see(self, model: str, standing: Iterable[Standing]) -> _Seen:
         try:
-            plan = self._world.plan(model)
-            spec = self._world.served(model, "").spec
-            stable = spec.version, spec.digest
+            served = self._world.served(model, "")
+            spec, arm = served.spec, served.batcher.arm
+            plan, stable = self._world.plan(spec.name), (spec.version, spec.digest)
         except TidegateError:
-            plan, stable = ModelPlan(model), None
+            plan, stable, arm = ModelPlan(model), None, _STABLE_ARM
         planned = {version.version: version for version in plan.versions}
-        return _Seen(stable, planned, [found for found in standing if found.entry == model])
+        # A rollout under the model's own name moves what its other names lead to; an entry's own goes first.
+        rollouts = [found for name in dict.fromkeys((model, plan.name)) for found in standing if found.entry == name]
+        return _Seen(plan.name, stable, arm, planned, rollouts)
 
     # -- off the loop ---------------------------------------------------------------------------------------------
 
@@ -185,22 +198,23 @@ class RetrainControl:
                 self._follow(model, found)
 
     def _learn(self, seen: Mapping[str, _Seen]) -> dict[str, Facts]:
+        self._borrowing = {name: found for name, found in seen.items() if found.model != name}
         return {
             model: Facts(
-                self._champion(model, found),
+                self._champion(found),
                 any(not rollout.ended for rollout in found.rollouts),
                 self._world.captured(model),
             )
             for model, found in seen.items()
         }
 
-    def _champion(self, model: str, seen: _Seen) -> Champion | None:
+    def _champion(self, seen: _Seen) -> Champion | None:
         if seen.stable is None:
             return None
         number, digest = seen.stable
         plan = seen.planned.get(number)
         published = None if plan is None else published_as(plan)
-        return champion_of(number, digest, published, self._profile(model, number))
+        return champion_of(number, digest, published, self._profile(seen.model, number))
 
     def _profile(self, model: str, number: str) -> str:
         try:
@@ -215,16 +229,16 @@ class RetrainControl:
         for model, found in seen.items():
             if found.stable is not None:
                 number = found.stable[0]
-                self.retraining.sync(model, "drift", number, self._drifted(model, number))
-                for kind, active in self._signals(model, number).items():
+                self.retraining.sync(model, "drift", number, self._drifted(found.model, number, found.arm))
+                for kind, active in self._signals(found.model, number).items():
                     self.retraining.sync(model, kind, number, active)
 
-    def _drifted(self, model: str, number: str) -> dict[str, Mapping[str, Value]]:
+    def _drifted(self, model: str, number: str, arm: str) -> dict[str, Mapping[str, Value]]:
         try:
             report = self._world.monitors.report(model, number)
         except NotFound:
             return {}
-        return drift_alarms(report)
+        return drift_alarms(report, arm)
 
     def _signals(self, model: str, number: str) -> dict[Kind, dict[str, Mapping[str, Value]]]:
         report = self._world.monitors.labels.report_of(model, number)
@@ -281,23 +295,15 @@ class RetrainControl:
         """Of all versions of an entry that is served under the registry's own numbers."""
         if any((found := published_as(plan)) and str(found.version) != number for number, plan in planned.items()):
             return {}
-        known = self._triggered.setdefault(entry, _Triggered())
-        generation = self._world.registry.generation()
-        if generation != known.generation:
-            try:
-                known.versions = self._read(entry)
-            except RegistryError as error:  # another registry's, or damaged: what is planned is known all the same
+        try:
+            triggered = self._world.registry.triggered(entry)
+        except RegistryError as error:  # another registry's, or damaged: what is planned is known all the same
+            if self._unreadable.get(entry) != str(error):
+                self._unreadable[entry] = str(error)
                 log.info("versions_unreadable", entry=entry, error=str(error))
-            known.generation = generation
-        return known.versions
-
-    def _read(self, entry: str) -> dict[str, int]:
-        registry, found = self._world.registry, dict[str, int]()
-        for version in registry.versions(entry)[-_MOST_VERSIONS:]:
-            manifest = registry.version(entry, version.version).manifest
-            if manifest is not None:
-                _note(found, manifest, version.version)
-        return found
+            return {}
+        self._unreadable.pop(entry, None)
+        return triggered
 
 
 def _note(found: dict[str, int], manifest: Manifest, number: int) -> None:
@@ -330,15 +336,15 @@ def unix_ns(text: str) -> int:
         return 0
 
 
-def drift_alarms(report: Mapping[str, Any]) -> dict[str, Mapping[str, Value]]:
-    """Columns of the stable arm in alarm, named as their events name them, with the scores of the widest window."""
+def drift_alarms(report: Mapping[str, Any], arm: str = _STABLE_ARM) -> dict[str, Mapping[str, Value]]:
+    """Columns of an arm in alarm, named as their events name them, with the scores of the widest window."""
     found: dict[str, Mapping[str, Value]] = {}
     for window in sorted(report["windows"], key=lambda window: int(window["rows"])):
-        if window["arm"] == _STABLE_ARM:
+        if window["arm"] == arm:
             scores = {score["column"]: score for score in window["scores"]}
             found |= {name: _numbers(scores.get(name, {}), _SCORES, window["window"]) for name in window["in_alarm"]}
     for part in report.get("segments", ()):
-        if part["arm"] == _STABLE_ARM:
+        if part["arm"] == arm:
             found |= {f"{name}[{part['segment']}]": {"window": part["window"]} for name in part["in_alarm"]}
     return found
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from router.registry.base import Database, Journal
 from router.registry.pinned import PinnedRegistry
+from router.registry.taking import Ends
 from server.mlflow.client import MlflowOrigin
 from server.mlflow.follower import Follower
 from server.mlflow.hints import MlflowHints
@@ -34,11 +35,13 @@ class MlflowPart:
         return self.registry.standing().as_dict()
 
 
-def open_mlflow(options: MlflowOptions, state_dir: Path, database: Database, journal: Journal) -> MlflowPart:
-    """Nothing is asked yet: ``follower.start`` does. Raises ConfigError or StoreError."""
+def open_mlflow(
+    options: MlflowOptions, state_dir: Path, database: Database, journal: Journal, ends: Ends | None = None
+) -> MlflowPart:
+    """Nothing is asked yet: ``follower.start`` does. ``ends``: see PinnedRegistry. Raises ConfigError or StoreError."""
     origin, root = MlflowOrigin(options), state_dir / FOLDER
     registry = PinnedRegistry(
-        origin, database, root, journal, limits=options.limits, check_every_s=options.check_every_s
+        origin, database, root, journal, limits=options.limits, check_every_s=options.check_every_s, ends=ends
     )
     follower = Follower(registry, poll_s=options.poll_s, keep_unused_s=options.keep_unused_s)
     aliases = MlflowAliases(origin, database, journal, root / "writer.lock", promotes=options.promotes)

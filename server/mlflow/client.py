@@ -1,27 +1,26 @@
-"""An MLflow registry as an origin: its aliases are the intent, its proxied artifacts the bytes.
+"""An MLflow registry as an origin: its aliases are the intent, its artifacts the bytes.
 
 The source of a version is never read for a place: in MLflow 3 it names a logged model. The place is what
-``get-download-uri`` answers, and only artifacts that the tracking server itself hands out are taken.
+``get-download-uri`` answers, and artifacts are taken from within reach only (``server.mlflow.artifacts``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from router.registry.base import InvalidName, NotInRegistry, check_alias, shown
+from router.registry.base import TRIGGERED, InvalidName, NotInRegistry, check_alias, shown
 from router.registry.directory import CONFIG_FILENAME, is_model_name
 from router.registry.manifest import CONFIG, DATA, LABELS, MAX_FILES, MODEL, OTHER, PROFILE
 from router.registry.origin import Intent, Offer, OfferedFile, Unreachable, Unusable
-from server.mlflow.fields import integer_of, object_of, objects_of, text_of, time_of, version_of
-from server.mlflow.lineage import description_of
+from server.mlflow.artifacts import Listed, Places, is_segment
+from server.mlflow.fields import object_of, objects_of, text_of, time_of, version_of
+from server.mlflow.lineage import description_of, trigger_of
 from server.mlflow.mlmodel import FILENAME, MAX_BYTES, MlModel, read_mlmodel
 from server.mlflow.options import MlflowOptions
 from server.mlflow.wire import Refusal, Wire
 
 _API: Final = "/api/2.0/mlflow"
-_ARTIFACTS: Final = "/api/2.0/mlflow-artifacts/artifacts"
 _PAGE: Final = 200
 _MAX_PAGES: Final = 100
 _MAX_DEPTH: Final = 8
@@ -49,6 +48,7 @@ class MlflowOrigin:
     def __init__(self, options: MlflowOptions) -> None:
         self._options = options
         self._wire = Wire(options)
+        self._places = Places(self._wire, options.parts.netloc, options.artifact_folders)
 
     @property
     def name(self) -> str:
@@ -78,6 +78,16 @@ class MlflowOrigin:
             raise NotInRegistry(f"MLflow has no model {shown(model)}")
         return found
 
+    def triggered(self, model: str) -> Mapping[str, int]:
+        query = (
+            ("filter", f"name='{_checked(model)}'"),
+            ("order_by", "version_number DESC"),
+            ("max_results", str(TRIGGERED)),
+        )
+        rows = objects_of(self._answer("/model-versions/search", query), "model_versions")
+        found = sorted((version_of(row), trigger_of(row)) for row in rows[:TRIGGERED])
+        return {trigger_id: version for version, trigger_id in found if trigger_id}
+
     def offer(self, model: str, version: int) -> Offer:
         query = (("name", _checked(model)), ("version", str(version)))
         found = object_of(self._version("/model-versions/get", query), "model_version")
@@ -85,17 +95,14 @@ class MlflowOrigin:
         if status not in ("", "READY"):
             raise Unreachable(f"MLflow says that {model}:{version} is {status[:40]}")
         place = self._version("/model-versions/get-download-uri", query)
-        root = self._root(text_of(place, "artifact_uri"))
+        root = self._places.of(text_of(place, "artifact_uri"))
         mlmodel = self._mlmodel(root)
         description = description_of(self._optional, found, mlmodel.signature)
         files = tuple(sorted(self._files(root, mlmodel), key=lambda file: file.path))
         return Offer(files, description, mlmodel.digest, time_of(found, "creation_timestamp"))
 
     def read(self, file: OfferedFile, target: int, limit: int) -> None:
-        try:
-            self._wire.download(f"{_ARTIFACTS}/{file.location}", (), target, limit)
-        except Refusal as refusal:
-            raise _artifact_error(refusal, file.path) from refusal
+        self._places.at(file.location).copy(file.location, target, limit)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -136,15 +143,18 @@ class MlflowOrigin:
         token = ""
         for _ in range(_MAX_PAGES):
             page = (("max_results", str(_PAGE)), *((("page_token", token),) if token else ()))
-            try:
-                found = self._wire.get(_API + path, (*query, *page))
-            except Refusal as refusal:
-                raise _odd(refusal) from refusal
+            found = self._answer(path, (*query, *page))
             yield from objects_of(found, key)
             token = text_of(found, "next_page_token")
             if not token:
                 return
         raise Unusable(f"MLflow has more than {_PAGE * _MAX_PAGES} entries; name the models to follow")
+
+    def _answer(self, path: str, query: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
+        try:
+            return self._wire.get(_API + path, query)
+        except Refusal as refusal:
+            raise _odd(refusal) from refusal
 
     def _version(self, path: str, query: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
         try:
@@ -164,27 +174,8 @@ class MlflowOrigin:
 
     # -- artifacts ------------------------------------------------------------------------------------------------
 
-    def _root(self, uri: str) -> str:
-        """The folder of a version below the artifact proxy. Raises Unusable for artifacts that lie elsewhere."""
-        try:
-            parts = urlsplit(uri)
-        except ValueError as error:
-            raise Unusable("the artifacts lie at an address that cannot be read") from error
-        if parts.scheme != "mlflow-artifacts" or parts.netloc not in ("", self._options.parts.netloc):
-            raise Unusable(
-                f"the artifacts lie at {parts.scheme[:20] or 'a path'}://...; only those are taken that this MLflow "
-                "server hands out itself (mlflow-artifacts:/, mlflow server --serve-artifacts)"
-            )
-        segments = parts.path.strip("/").split("/")
-        if not all(map(_is_segment, segments)) or parts.query or parts.fragment:
-            raise Unusable("the artifacts lie at a path that leads elsewhere")
-        return "/".join(segments)
-
     def _mlmodel(self, root: str) -> MlModel:
-        try:
-            return read_mlmodel(self._wire.text(f"{_ARTIFACTS}/{root}/{FILENAME}", (), MAX_BYTES))
-        except Refusal as refusal:
-            raise _artifact_error(refusal, FILENAME) from refusal
+        return read_mlmodel(self._places.at(root).text(f"{root}/{FILENAME}", MAX_BYTES))
 
     def _files(self, root: str, mlmodel: MlModel) -> Iterator[OfferedFile]:
         """Every file of the version but MLflow's own and code."""
@@ -195,26 +186,23 @@ class MlflowOrigin:
             if seen > _MAX_FOLDERS or above.count("/") > _MAX_DEPTH:
                 raise Unusable(f"the version has more than {_MAX_FOLDERS} folders, or more than {_MAX_DEPTH} levels")
             for row in self._listed(root, above):
-                name = text_of(row, "path")
-                if not _is_segment(name):
-                    raise Unusable(f"MLflow lists {shown(name)} among the files, which leads elsewhere")
-                path = above + name
-                if name.startswith(".") or (not above and (name in _ITS_OWN or name == _CODE)):
+                path = above + row.name
+                if row.name.startswith(".") or (not above and (row.name in _ITS_OWN or row.name == _CODE)):
                     continue
-                if row.get("is_dir"):
+                if row.is_folder:
                     folders.append(f"{path}/")
                     continue
                 count += 1
                 if count > MAX_FILES:
                     raise Unusable(f"the version has more than {MAX_FILES} files")
-                yield OfferedFile(path, f"{root}/{path}", integer_of(row, "file_size"), _role(path, mlmodel.graph))
+                yield OfferedFile(path, f"{root}/{path}", row.size, _role(path, mlmodel.graph))
 
-    def _listed(self, root: str, above: str) -> list[Mapping[str, Any]]:
-        try:
-            found = self._wire.get(_ARTIFACTS, (("path", f"{root}/{above}".rstrip("/")),))
-        except Refusal as refusal:
-            raise _artifact_error(refusal, above or "the version's folder") from refusal
-        return objects_of(found, "files")
+    def _listed(self, root: str, above: str) -> list[Listed]:
+        rows = self._places.at(root).listed(f"{root}/{above}".rstrip("/"))
+        for row in rows:
+            if not is_segment(row.name):
+                raise Unusable(f"{shown(row.name)} is listed among the files, which leads elsewhere")
+        return rows
 
 
 def _checked(model: str) -> str:
@@ -239,10 +227,6 @@ def _is_alias(name: str) -> bool:
     return True
 
 
-def _is_segment(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(c in "/\\\0" for c in name)
-
-
 def _role(path: str, graph: str) -> str:
     """What a file is for. What lies beside a graph without being known is its external data, whatever it is called."""
     if path == graph:
@@ -258,9 +242,3 @@ def _role(path: str, graph: str) -> str:
 def _odd(refusal: Refusal) -> Exception:
     """A refusal that says nothing of what was asked for: somebody else's 404, a request that MLflow does not take."""
     return Unreachable(str(refusal))
-
-
-def _artifact_error(refusal: Refusal, what: str) -> Exception:
-    if refusal.status == 404 and refusal.code in ("", _NOT_THERE):
-        return Unusable(f"MLflow's artifact store has no {what[-120:]}")
-    return _odd(refusal)

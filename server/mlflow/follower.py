@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from router.registry.base import RegistryError
+from router.registry.base import RegistryError, StorageFailed
 from router.registry.origin import Unreachable
 from router.registry.pinned import PinnedRegistry, Settled
 
@@ -154,7 +154,7 @@ class Follower:
 def _log(settled: Settled) -> None:
     if settled.error is None:
         log.info("registry_version_taken", model=settled.model, version=settled.version)
-    elif isinstance(settled.error, Unreachable):
+    elif isinstance(settled.error, Unreachable | StorageFailed):
         log.warning("registry_version_waits", model=settled.model, version=settled.version, error=str(settled.error))
     else:
         log.error("registry_version_refused", model=settled.model, version=settled.version, error=str(settled.error))

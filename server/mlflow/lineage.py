@@ -18,6 +18,12 @@ _MOST: Final = 1000
 Ask: TypeAlias = Callable[[str, Sequence[tuple[str, str]]], Mapping[str, Any]]
 
 
+def trigger_of(version: Mapping[str, Any]) -> str:
+    """The request for retraining that a version answers, "" when its tags name none. Raises Unusable."""
+    tags = pairs_of(version, "tags")
+    return next((tags[name] for name in TRIGGER_TAGS if name in tags), "")
+
+
 def description_of(ask: Ask, version: Mapping[str, Any], signature: Signature | None) -> Description:
     """What is known of a version beside its files. Raises Unreachable or Unusable."""
     logged = _logged_model(ask, text_of(version, "model_id"))
@@ -25,7 +31,6 @@ def description_of(ask: Ask, version: Mapping[str, Any], signature: Signature | 
     run_id = text_of(version, "run_id") or text_of(info, "source_run_id")
     run = _run(ask, run_id)
     of_model, of_run = object_of(logged, "data"), object_of(run, "data")
-    tags = pairs_of(version, "tags")
     return Description(
         signature=signature,
         metrics=_metrics(objects_of(of_model, "metrics") or objects_of(of_run, "metrics")),
@@ -34,7 +39,7 @@ def description_of(ask: Ask, version: Mapping[str, Any], signature: Signature | 
             data=_data(run),
             code=_code(pairs_of(of_run, "tags")),
             parent_run=run_id,
-            trigger_id=next((tags[name] for name in TRIGGER_TAGS if name in tags), ""),
+            trigger_id=trigger_of(version),
         ),
         card=text_of(version, "description"),
         publisher=text_of(version, "user_id"),

@@ -35,7 +35,8 @@ _DATATYPES: Final = {
 class MlModel:
     """``graph``: path of the ONNX file. ``digest``: SHA-256 of the file MLmodel itself.
 
-    ``signature`` is None when there is none that names every tensor: MLflow leaves the name of a single one out.
+    ``signature`` is None when there is none that says all. MLflow leaves the name of a tensor out that is the only one
+    on its side: such a one is named "" here, and means the graph's only one.
     """
 
     graph: str
@@ -92,7 +93,7 @@ def _signature(declared: object) -> Signature | None:
 
 
 def _tensors(text: object) -> tuple[TensorEntry, ...]:
-    """One side of a signature, which is JSON in a string; empty unless each is a tensor with a name of its own."""
+    """One side of a signature, which is JSON in a string; empty unless each is a tensor, with a name if not alone."""
     if not isinstance(text, str):
         return ()
     try:
@@ -100,17 +101,18 @@ def _tensors(text: object) -> tuple[TensorEntry, ...]:
     except (ValueError, RecursionError) as error:
         raise Unusable("the signature in MLmodel is no JSON") from error
     tensors = [_tensor(item) for item in found] if isinstance(found, list) else []
-    named = tuple([tensor for tensor in tensors if tensor is not None])
-    whole = len(named) == len(tensors) == len({tensor.name for tensor in named})
-    return named if whole else ()
+    known = tuple([tensor for tensor in tensors if tensor is not None])
+    names = {tensor.name for tensor in known}
+    whole = len(known) == len(tensors) == len(names) and (len(known) == 1 or "" not in names)
+    return known if whole else ()
 
 
 def _tensor(item: object) -> TensorEntry | None:
-    """A named tensor; None for a column of a data frame, for one without name, and for a type that V2 has not."""
+    """A tensor, named "" without a name; None for a column of a data frame, and for a type that V2 has not."""
     if not isinstance(item, dict) or item.get("type") != "tensor":
         return None
-    name, spec = item.get("name"), item.get("tensor-spec")
-    if not isinstance(name, str) or not name or not isinstance(spec, dict):
+    name, spec = item.get("name") or "", item.get("tensor-spec")
+    if not isinstance(name, str) or not isinstance(spec, dict):
         return None
     datatype, shape = _DATATYPES.get(str(spec.get("dtype"))), spec.get("shape")
     if datatype is None or not isinstance(shape, list):

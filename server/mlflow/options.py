@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from router.registry.taking import Limits
@@ -16,7 +17,8 @@ class MlflowOptions:
     ``models``: names to follow; empty: every registered model. ``token`` (a bearer token) or ``user`` and ``password``
     go to ``url`` and nowhere else. ``hint_secrets``: of MLflow's webhooks; empty: those are not taken. ``promotes``:
     whether this gateway writes promotions back; of all that follow one server, one may. ``timeout_s`` is for one
-    request but for downloads, where it is the longest silence.
+    request but for downloads, where it is the longest silence. ``artifact_folders``: where artifacts that MLflow keeps
+    on a disk of this machine may lie.
     """
 
     url: str
@@ -33,6 +35,7 @@ class MlflowOptions:
     limits: Limits = field(default_factory=Limits)
     hint_secrets: tuple[str, ...] = field(default=(), repr=False)
     promotes: bool = False
+    artifact_folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         parts = self.parts
@@ -40,6 +43,9 @@ class MlflowOptions:
             raise ConfigError("the address of MLflow must be http://HOST or https://HOST, perhaps with port and path")
         if parts.username is not None or parts.query or parts.fragment or not _is_plain(self.url):
             raise ConfigError("the address of MLflow must be ASCII without spaces, a user, a query or a fragment")
+        for folder in self.artifact_folders:
+            if not folder.is_absolute() or ".." in folder.parts:
+                raise ConfigError(f"an artifact folder must be an absolute path without '..', got {folder}")
         if self.token and self.user:
             raise ConfigError("MLflow is given either a token or a user and a password")
         if not all(map(_is_plain, (self.token, self.user, self.password))) or ":" in self.user:

@@ -28,7 +28,7 @@ from router.registry.references import split_reference
 from server.capture.segments import sha256_of
 from server.config.load import load_config
 from server.errors import FailedPrecondition, InvalidArgument, TidegateError
-from server.offline.models import state_of
+from server.offline.registries import opened
 
 FORMAT: Final = "tidegate.bundle/1"
 MANIFEST: Final = "manifest.json"
@@ -49,18 +49,19 @@ class Bundle:
     folder: str
 
 
-def export_bundle(reference: str, state_dir: Path, folder: Path) -> Bundle:
+def export_bundle(reference: str, state_dir: Path | None, folder: Path, config: Path | None = None) -> Bundle:
     """Write the version that ``reference`` means (a model alone: its champion) to the new ``folder``.
 
-    Raises FailedPrecondition when there is something of that name, TidegateError for what the registry refuses.
+    ``state_dir`` and ``config``: which registry, as for ``opened``. Raises FailedPrecondition when there is something
+    of that name, TidegateError for what the registry refuses.
     """
     if os.path.lexists(folder):
         raise FailedPrecondition(f"{folder} exists already: it is never overwritten")
     model, which = split_reference(reference)
-    with state_of(state_dir) as state, _staged(folder) as staging:
-        version = state.registry.resolve(model, which or f"@{CHAMPION}")
+    with opened(state_dir, config) as found, _staged(folder) as staging:
+        version = found.registry.resolve(model, which or f"@{CHAMPION}")
         (staging / "models").mkdir()
-        state.registry.fetch(model, version.version, staging / "models" / model)
+        found.registry.fetch(model, version.version, staging / "models" / model)
         (staging / CONFIG).write_text(config_of(version), encoding="utf-8")
         load_config(staging / CONFIG)
         listed = _listed(staging)

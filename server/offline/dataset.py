@@ -3,7 +3,9 @@
 A row is a row of a captured request. Rows are deduplicated by request, row, version and arm: the first one counts. A
 label is found by the request's id, or by the client's own; a client's id that came more than once means its newest
 request. Of several labels of one name for a row the latest counts, however late it came. Labels have the columns
-``__label`` and, where outcomes have names, ``__label_NAME``; ``__label_time`` is that of the latest.
+``__label`` and, where outcomes have names, ``__label_NAME``; ``__label_time`` is that of the latest. What one shadow
+answered to the same request, where it was asked, has the columns ``__shadow_status``, ``__shadow_latency_ns`` and
+``shadow:OUTPUT``; its first answer counts.
 
 The same is said twice: in SQL for duckdb, and in plain Python for where that is not installed. The data decide nothing
 about which one runs, and both give the same rows in the same order.
@@ -40,6 +42,7 @@ from server.offline.tables import publish, write_part
 MAX_NAMES: Final = 64
 _KEY: Final = ("__id", "__row", "__version", "__arm")
 _ORDER: Final = ("__time", *_KEY)
+_OF_SHADOW: Final = {"__status": "__shadow_status", "__latency_ns": "__shadow_latency_ns"}
 _LABEL_TYPES: Final = {"__id": "VARCHAR", "__row": "INTEGER", "name": "VARCHAR", "value": "DOUBLE", "__time": "BIGINT"}
 
 Row: TypeAlias = dict[str, Any]
@@ -47,21 +50,38 @@ Row: TypeAlias = dict[str, Any]
 
 @dataclass(slots=True, frozen=True)
 class Wanted:
-    """Which rows: requests from ``from_ns`` up to but without ``to_ns`` (None: no bound); labels of any time."""
+    """Which rows: requests from ``from_ns`` up to but without ``to_ns`` (None: no bound); labels of any time.
+
+    ``shadow``: the NAME:VERSION whose answers are joined, "": none.
+    """
 
     from_ns: int | None = None
     to_ns: int | None = None
     labelled_only: bool = False
+    shadow: str = ""
 
 
 @dataclass(slots=True, frozen=True)
 class ExportReport:
-    """``labelled``: rows with a label; ``segments``: of requests that were read."""
+    """``labelled``: rows with a label; ``segments``: of requests that were read.
+
+    ``shadowed``: rows that the shadow which was asked for has, too.
+    """
 
     rows: int
     labelled: int
     segments: int
     output: str
+    shadowed: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class _Segments:
+    """What is joined. ``shadows``: of the one shadow that is wanted."""
+
+    requests: Sequence[Entry]
+    labels: Sequence[Entry]
+    shadows: Sequence[Entry]
 
 
 def export_dataset(folder: Path, model: str, target: Path, wanted: Wanted, *, sql: bool | None = None) -> ExportReport:
@@ -81,14 +101,22 @@ def export_dataset(folder: Path, model: str, target: Path, wanted: Wanted, *, sq
     if not requests:
         raise NotFound(f"nothing is captured of model '{model}' in {folder}")
     labels = _whole(entries(folder, model, "labels"))
+    found = _Segments(requests, labels, _whole(_shadows(folder, model, wanted.shadow)))
     try:
-        if has_duckdb() if sql is None else sql:
-            rows, labelled = _by_sql(requests, labels, target, form, wanted)
-        else:
-            rows, labelled = _by_python(requests, labels, target, form, wanted)
+        by = _by_sql if (has_duckdb() if sql is None else sql) else _by_python
+        rows, labelled, shadowed = by(found, target, form, wanted)
     except OSError as error:
         raise TidegateError(f"{error.filename or target}: {error.strerror or error}") from error
-    return ExportReport(rows, labelled, len(requests), str(target))
+    return ExportReport(rows, labelled, len(requests), str(target), shadowed)
+
+
+def _shadows(folder: Path, model: str, wanted: str) -> list[Entry]:
+    """The segments of one shadow. Raises NotFound, which names those that there are."""
+    found = entries(folder, model, "shadows") if wanted else []
+    if wanted and not any(entry.facts.version == wanted for entry in found):
+        known = ", ".join(sorted({entry.facts.version for entry in found})) or "none"
+        raise NotFound(f"no answers of shadow {wanted} are captured for model '{model}'; there are those of: {known}")
+    return [entry for entry in found if entry.facts.version == wanted]
 
 
 def _whole(found: Sequence[Entry]) -> list[Entry]:
@@ -123,12 +151,19 @@ def _types(requests: Sequence[Entry]) -> dict[str, str]:
     return types
 
 
+def _shadow_columns(shadows: Sequence[Entry]) -> dict[str, tuple[str, str]]:
+    """Column of a shadow's segments -> what it is called in the data set, and its type."""
+    if not shadows:
+        return {}
+    kept = {name: sql for name, sql in _types(shadows).items() if not name.startswith("__") or name in _OF_SHADOW}
+    return {name: (_OF_SHADOW.get(name, f"shadow:{name}"), sql) for name, sql in kept.items()}
+
+
 # --- SQL -------------------------------------------------------------------------------------------------------------
 
 
-def _by_sql(
-    requests: Sequence[Entry], labels: Sequence[Entry], target: Path, form: str, wanted: Wanted
-) -> tuple[int, int]:
+def _by_sql(segments: _Segments, target: Path, form: str, wanted: Wanted) -> tuple[int, int, int]:
+    requests, labels = segments.requests, segments.labels
     connection = connect("1GB")
     try:
         types = _types(requests)
@@ -138,8 +173,12 @@ def _by_sql(
         found = connection.execute("SELECT DISTINCT name FROM labels ORDER BY name").fetchall()
         names = [name for (name,) in found]
         _check_names(names)
-        connection.execute(f"CREATE TEMP TABLE joined AS {_joined(names, types, wanted)}")
-        rows, labelled = connection.execute("SELECT count(*), count(__label_time) FROM joined").fetchone()
+        answered = [alias for alias, _ in _shadow_columns(segments.shadows).values()]
+        connection.execute(f"CREATE VIEW shadows AS {_first_answers(segments.shadows)}")
+        connection.execute(f"CREATE TEMP TABLE joined AS {_joined(names, types, answered, wanted)}")
+        seen = "count(__shadow_status)" if segments.shadows else "0"
+        counts = f"SELECT count(*), count(__label_time), {seen} FROM joined"  # noqa: S608 - our own name
+        rows, labelled, shadowed = connection.execute(counts).fetchone()
         _require_rows(rows)
         ordered = f"SELECT * FROM joined ORDER BY {', '.join(map(identifier, _ORDER))}"  # noqa: S608 - our own names
         if form == PARQUET:
@@ -150,7 +189,7 @@ def _by_sql(
         else:
             table = connection.execute(ordered).fetchnumpy()
             write_part(target, {name: with_missing(values) for name, values in table.items()}, form)
-        return rows, labelled
+        return rows, labelled, shadowed
     except duckdb_error() as error:
         raise StorageError(f"the captured segments could not be joined: {error}") from error
     finally:
@@ -173,7 +212,17 @@ def _scan(suffix: str, types: Iterable[tuple[str, str]], paths: Sequence[Path]) 
     return f"SELECT * FROM read_json({files}, format = 'newline_delimited', columns = {{{columns}}})"  # noqa: S608
 
 
-def _joined(names: Sequence[str], types: Mapping[str, str], wanted: Wanted) -> str:
+def _first_answers(shadows: Sequence[Entry]) -> str:
+    """The first answer of the shadow to each row, under the names of the data set."""
+    if not shadows:
+        return "SELECT CAST(NULL AS VARCHAR) AS __id, CAST(NULL AS INTEGER) AS __row WHERE false"
+    called = _shadow_columns(shadows)
+    columns = ", ".join(f"{identifier(name)} AS {identifier(alias)}" for name, (alias, _) in called.items())
+    first = "QUALIFY row_number() OVER (PARTITION BY __id, __row ORDER BY __time) = 1"
+    return f"SELECT __id, __row, {columns} FROM ({_union(shadows)}) {first}"  # noqa: S608 - quoted above
+
+
+def _joined(names: Sequence[str], types: Mapping[str, str], answered: Sequence[str], wanted: Wanted) -> str:
     key = ", ".join(map(identifier, _KEY))
     values = "".join(
         f", max(value) FILTER (name = {literal(name)}) AS {identifier(_label_column(name))}" for name in names
@@ -183,6 +232,7 @@ def _joined(names: Sequence[str], types: Mapping[str, str], wanted: Wanted) -> s
     bounds += [f"__time < {wanted.to_ns}"] if wanted.to_ns is not None else []
     bounds += ["__label_time IS NOT NULL"] if wanted.labelled_only else []
     columns = ", ".join(f"r.{identifier(name)}" for name in types)
+    answers = "".join(f", shadows.{identifier(alias)}" for alias in answered)
     # Everything that is put in are identifiers and literals that were quoted above, and integers.
     return f"""
         WITH r AS (
@@ -201,7 +251,8 @@ def _joined(names: Sequence[str], types: Mapping[str, str], wanted: Wanted) -> s
         ), found AS (
             SELECT __id, __row, max(__time) AS __label_time{values} FROM latest GROUP BY __id, __row
         )
-        SELECT {columns}, __label_time{taken} FROM r LEFT JOIN found USING (__id, __row)
+        SELECT {columns}{answers}, __label_time{taken}
+        FROM r LEFT JOIN found USING (__id, __row) LEFT JOIN shadows USING (__id, __row)
         {f"WHERE {' AND '.join(bounds)}" if bounds else ""}
     """  # noqa: S608
 
@@ -214,12 +265,10 @@ def _require_rows(rows: int) -> None:
 # --- plain Python ----------------------------------------------------------------------------------------------------
 
 
-def _by_python(
-    requests: Sequence[Entry], labels: Sequence[Entry], target: Path, form: str, wanted: Wanted
-) -> tuple[int, int]:
-    types = _types(requests)
-    rows = _first(_rows(requests))
-    latest = _latest(rows, _rows(labels))
+def _by_python(segments: _Segments, target: Path, form: str, wanted: Wanted) -> tuple[int, int, int]:
+    types = _types(segments.requests)
+    rows = _first(_rows(segments.requests))
+    latest = _latest(rows, _rows(segments.labels))
     names = sorted({name for found in latest.values() for name in found})
     _check_names(names)
     kept = [row for row in rows if _matches(row, latest, wanted)]
@@ -227,11 +276,24 @@ def _by_python(
     _require_rows(len(kept))
     hits = [latest.get((row["__id"], row["__row"]), {}) for row in kept]
     table: Table = {name: _column([row.get(name) for row in kept], sql) for name, sql in types.items()}
+    answers = _answers(_rows(segments.shadows))
+    told = [answers.get((row["__id"], row["__row"]), {}) for row in kept]
+    for name, (alias, sql) in _shadow_columns(segments.shadows).items():
+        table[alias] = _column([answer.get(name) for answer in told], sql)
     table["__label_time"] = _column([max(t for t, _ in hit.values()) if hit else None for hit in hits], "BIGINT")
     for name in names:
         table[_label_column(name)] = _column([hit[name][1] if name in hit else None for hit in hits], "DOUBLE")
     write_part(target, table, form)
-    return len(kept), sum(map(bool, hits))
+    return len(kept), sum(map(bool, hits)), sum(map(bool, told))
+
+
+def _answers(shadows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    """The first answer of the shadow to each row of a request."""
+    answers: dict[tuple[str, int], Row] = {}
+    for row in shadows:
+        key = (row["__id"], row["__row"])
+        answers[key] = min(answers.get(key, row), row, key=lambda one: int(one["__time"]))
+    return answers
 
 
 def _rows(found: Sequence[Entry]) -> list[Row]:

@@ -2,7 +2,8 @@
 
 A tensor's elements come from, in this order: what ``--map`` says; a column of its name (a number, or a list or an array
 for each row); columns ``x[0]``, ``x[1]``, ...; or, for a model's only input, all columns in their order. Values are
-converted only where that is meant: what an integer type cannot hold exactly is refused, floats round once.
+converted only where that is meant: what an integer type cannot hold exactly is refused, floats round once and are
+refused where that gives infinity. What is missing is NaN among floats, "" among texts, and refused elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from server.errors import InvalidArgument
 from server.types import BYTES, DATATYPES, ModelSpec, Tensor, TensorSpec
 
 _PLACE: Final = re.compile(r"([^=]+)=([^\[\]=]+)(?:\[(\d{1,9})\])?")
+#: The exponent that infinities have in the bits of BF16, and NaN.
+_BF16_INFINITE: Final = 0x7F80
 _BOOLEANS: Final = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -117,7 +120,14 @@ def _row(value: object) -> Array:
     """One row's list; lists in lists keep their shape."""
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value
-    return np.array(value.tolist() if isinstance(value, np.ndarray) else value, object)
+    return np.array(_plain(value), object)
+
+
+def _plain(value: object) -> object:
+    """Lists in lists, with byte strings that numpy takes for one value: a bytearray would be a list of numbers."""
+    if isinstance(value, np.ndarray | list):
+        return [_plain(item) for item in value]
+    return bytes(value) if isinstance(value, bytearray) else value
 
 
 def _shaped(source: Source, row: Array, batched: bool) -> Array:
@@ -154,12 +164,17 @@ def _typed(values: Array, datatype: str, column: str) -> Array:
     """Values as a datatype's own numpy type: numbers, texts of numbers, or for BYTES anything that has a text."""
     if datatype == BYTES:
         return _objects([_bytes(value) for value in values.reshape(-1)]).reshape(values.shape)
+    if DATATYPES[datatype][0].kind != "f" and datatype != "BF16" and _lacks(values):
+        raise InvalidArgument(f"column '{column}' has values that are missing, and {datatype} has none for them")
     try:
         if datatype == "BOOL" and values.dtype.kind in "OUS":
             flat = [_BOOLEANS[str(value).strip().lower()] for value in values.reshape(-1)]
             return np.array(flat, "?").reshape(values.shape)
         if datatype == "BF16":
-            return bfloat16_bits(_floats(values))
+            wide = _floats(values)
+            bits = bfloat16_bits(wide)
+            _require_range(wide, (bits & _BF16_INFINITE) != _BF16_INFINITE, datatype, column)
+            return bits
         return _number(values, DATATYPES[datatype][0], datatype, column)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise InvalidArgument(f"column '{column}' has values that are no {datatype}") from None
@@ -167,8 +182,11 @@ def _typed(values: Array, datatype: str, column: str) -> Array:
 
 def _number(values: Array, dtype: np.dtype[Any], datatype: str, column: str) -> Array:
     if dtype.kind == "f":
+        wide = values if values.dtype.kind in "fiub" else _floats(values)
         with np.errstate(over="ignore", invalid="ignore"):
-            return (values if values.dtype.kind in "fiub" else _floats(values)).astype(dtype)
+            narrow = wide.astype(dtype)
+        _require_range(wide, np.isfinite(narrow), datatype, column)
+        return narrow
     if values.dtype.kind in "OUS":
         values = _integers(values)
     with np.errstate(invalid="ignore"):
@@ -176,6 +194,16 @@ def _number(values: Array, dtype: np.dtype[Any], datatype: str, column: str) -> 
     if not np.array_equal(found, values):
         raise InvalidArgument(f"column '{column}' has values that {datatype} cannot hold exactly")
     return found
+
+
+def _require_range(values: Array, fits: Array, datatype: str, column: str) -> None:
+    """InvalidArgument for a finite number that the datatype has only infinity for, as online."""
+    if not fits.all() and np.isfinite(values[~fits]).any():
+        raise InvalidArgument(f"column '{column}' has values outside the range of {datatype}")
+
+
+def _lacks(values: Array) -> bool:
+    return values.dtype == object and any(value is None for value in values.reshape(-1))
 
 
 def _floats(values: Array) -> Array:
@@ -188,14 +216,22 @@ def _floats(values: Array) -> Array:
 
 def _integers(values: Array) -> Array:
     """Whole numbers of any size, from texts or from what JSON and Parquet give."""
-    flat = [int(value) if isinstance(value, str) else _whole(value) for value in values.reshape(-1)]
+    flat = [_whole_text(value) if isinstance(value, str) else _whole(value) for value in values.reshape(-1)]
     return _objects(flat).reshape(values.shape)
 
 
 def _whole(value: Any) -> int:
-    if value is None or value != int(value):
+    if value != int(value):
         raise ValueError("not a whole number")
     return int(value)
+
+
+def _whole_text(text: str) -> int:
+    """A whole number as text, also with zeros behind its point as decimals have them."""
+    whole, point, behind = text.strip().partition(".")
+    if point and behind.strip("0"):
+        raise ValueError("not a whole number")
+    return int(whole)
 
 
 def _bytes(value: object) -> bytes:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from router.registry.base import CHAMPION, RegistryError, Version
-from router.registry.manifest import ManifestError
+from router.registry.base import CHAMPION, Version
 from router.registry.references import split_reference
 from server.config.compile import compile_defaults, compile_versions
 from server.config.load import load_config
 from server.control.registry import Over, RegistryPlans
-from server.errors import ConfigError, InvalidArgument, TidegateError
+from server.errors import ConfigError, InvalidArgument
+from server.offline.registries import opened
 from server.runtime.base import LoadRequest, ModelOptions
-from server.state import State, open_state
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,33 +25,19 @@ class Found:
     entry: Version | None = None
 
 
-@contextmanager
-def state_of(folder: Path) -> Iterator[State]:
-    """An existing state folder; what the registry refuses becomes one error."""
-    if not folder.is_dir():
-        raise InvalidArgument(f"there is no state folder {folder}: name it with --state-dir")
-    state = open_state(folder)
-    try:
-        yield state
-    except (RegistryError, ManifestError) as error:
-        raise TidegateError(str(error)) from error
-    finally:
-        state.close()
-
-
-def find_model(reference: str, state_dir: Path, config: Path | None = None) -> Found:
+def find_model(reference: str, state_dir: Path | None, config: Path | None = None) -> Found:
     """The version that is meant; a model alone means its champion. Its files are fetched and checked.
 
-    ``config``: a server's configuration file, whose options for the model hold here too: threads, providers, buckets.
-    Raises InvalidArgument or TidegateError.
+    ``config``: a server's configuration file, whose registry is read and whose options for the model hold here too:
+    threads, providers, buckets. ``state_dir`` as for ``opened``. Raises InvalidArgument or TidegateError.
     """
     if reference.endswith(".onnx"):
         return _file(Path(reference), config)
     model, which = split_reference(reference)
     base, over = _options(model, config)
-    with state_of(state_dir) as state:
-        version = state.registry.resolve(model, which or f"@{CHAMPION}")
-        plans = RegistryPlans(state.registry, state_dir, _unheard)
+    with opened(state_dir, config) as found:
+        version = found.registry.resolve(model, which or f"@{CHAMPION}")
+        plans = RegistryPlans(found.registry, found.state_dir, _unheard)
         number = str(version.version)
         plan = plans.version(number, model, version.version, base, over)
         return Found(model, number, plans.request(model)(plan), version)
@@ -70,7 +53,10 @@ def _file(path: Path, config: Path | None) -> Found:
 def _options(model: str, config: Path | None) -> tuple[ModelOptions, Over]:
     if config is None:
         return ModelOptions(), lambda options: options
-    found = compile_versions(load_config(config))
+    file = load_config(config)
+    found = compile_versions(file)
+    if model not in found and file.registry.mlflow is not None and model not in file.models:
+        return compile_defaults(file), lambda options: options  # served as MLflow has it, without a section
     if model not in found:
         raise ConfigError(f"{config.name} has no model '{model}' that the registry serves")
     return found[model].defaults, found[model].overlay.over

@@ -24,6 +24,7 @@ from server.control.registry import RegistryPlans, RegistrySource
 from server.mlflow.build import MlflowPart, open_mlflow
 from server.mlflow.options import MlflowOptions
 from server.runtime.base import ModelOptions
+from server.runtime.ends import graph_ends
 from tests.support import models
 from tests.support.environments import CLIENTS, environment
 from tests.support.pinned_store import pinned_store
@@ -109,9 +110,13 @@ class MlflowServer:
                 return json.loads(line[1:])
         raise AssertionError((self.root / "client.log").read_text()[-3000:])
 
-    def publish(self, model: str, scale: float, *, external: bool = False) -> dict[str, Any]:
+    def publish(
+        self, model: str, scale: float, *, external: bool = False, names: bool = True, place: str = "",
+        trigger_id: str = "",
+    ) -> dict[str, Any]:  # fmt: skip
         path = models.affine(self.root / f"{model}-{scale}.onnx", scale)
-        return dict(self.do("publish", model=model, path=str(path), external=external))
+        told = {"external": external, "names": names, "place": place, "trigger_id": trigger_id}
+        return dict(self.do("publish", model=model, path=str(path), **told))
 
     def put(self, uri: str, name: str, content: bytes) -> None:
         """Overwrite a file of a registered version through the artifact proxy."""
@@ -140,7 +145,9 @@ class Gateway:
         self.store = pinned_store(root)
         self.audit = AuditLog(self.store)
         given = {"poll_s": 0.5, "promotes": True, "hint_secrets": (SECRET,), **options}
-        self.part: MlflowPart = open_mlflow(MlflowOptions(url, **given), root / "state", self.store, self.audit.journal)
+        self.part: MlflowPart = open_mlflow(
+            MlflowOptions(url, **given), root / "state", self.store, self.audit.journal, graph_ends
+        )
         self.registry = self.part.registry
         plans = RegistryPlans(self.registry, root / "state", lambda *_: None)
         self.source = RegistrySource(plans, ModelOptions())
@@ -208,6 +215,53 @@ def test_what_the_client_published_is_what_is_served(mlflow: MlflowServer, gatew
     (version,) = plan.versions
     assert plan.load_request(version).path == fetched.folder / "model.onnx"
     assert [row.version for row in gateway.registry.versions("whole")] == [1]
+
+
+def test_names_that_mlflow_leaves_out_are_the_graphs(mlflow: MlflowServer, gateway: Gateway) -> None:
+    mlflow.publish("unnamed", 2, names=False)
+    mlflow.do("alias", model="unnamed", name="champion", version=1)
+    assert gateway.look("unnamed") == [None]
+    manifest = gateway.registry.version("unnamed", 1).manifest
+    assert manifest is not None
+    told = manifest.description.signature
+    assert told is not None
+    assert [tensor.name for tensor in (*told.inputs, *told.outputs)] == ["x", "y"]
+
+
+def test_artifacts_on_a_disk_are_taken_from_allowed_folders_only(mlflow: MlflowServer, tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    made = mlflow.publish("beside", 2, external=True, place=place.as_uri())
+    assert made["uri"].startswith("file://")
+    mlflow.do("alias", model="beside", name="champion", version=1)
+    gateway = Gateway(tmp_path, mlflow.url)
+    try:
+        (error,) = gateway.look("beside")
+        assert "registry.mlflow.artifact_folders" in str(error)
+    finally:
+        gateway.close()
+    gateway = Gateway(tmp_path, mlflow.url, artifact_folders=(place,))
+    try:
+        assert gateway.look("beside") == [None]
+        (graph,) = place.rglob("model.onnx")
+        assert (gateway.registry.fetch("beside", 1).folder / "model.onnx").read_bytes() == graph.read_bytes()
+        graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+        mlflow.do("alias", model="beside", name="challenger", version=1)
+        (error,) = gateway.look("beside")
+        assert isinstance(error, BytesChanged)
+        assert gateway.answers("beside") == "1"
+    finally:
+        gateway.close()
+
+
+def test_a_version_without_an_alias_is_found_by_its_trigger(mlflow: MlflowServer, gateway: Gateway) -> None:
+    mlflow.publish("retrained", 2)
+    mlflow.do("alias", model="retrained", name="champion", version=1)
+    gateway.look("retrained")
+    for scale, trigger_id in ((3, "t-1"), (4, "t-1"), (5, "")):
+        mlflow.publish("retrained", scale, trigger_id=trigger_id)
+    assert gateway.registry.triggered("retrained") == {}
+    gateway.look("retrained")
+    assert gateway.registry.triggered("retrained") == {"t-1": 3}
 
 
 def test_an_alias_moves_routing_within_the_poll(mlflow: MlflowServer, gateway: Gateway) -> None:

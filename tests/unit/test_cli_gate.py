@@ -99,7 +99,7 @@ def test_a_bad_policy_ends_with_its_mistakes(made: Path, tmp_path: Path) -> None
         (("--candidate", "x.onnx", "--against", "m:1"), "--against goes with --model"),
         (("--model", "m", "--champion", "x.onnx"), "--champion goes with --candidate"),
         (("--model", "m"), "name the policy"),
-        (("--model", "m", "--policy", "a", "--config", "b"), "name the policy"),
+        (("--candidate", "x.onnx", "--policy", "a", "--config", "b"), "name the policy"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], words: str) -> None:

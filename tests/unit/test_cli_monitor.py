@@ -7,6 +7,7 @@ import gzip
 import json
 import socket
 import threading
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from server.errors import NotFound, TidegateError
 from server.transport.admin import AdminViews, admin_app
 from server.transport.answers import HttpSettings
 from server.transport.reference.asgi import HttpServer
+from tests.support import cli as processes
 from tests.support import models
 from tests.support.echo import EchoCatalog
 
@@ -237,6 +239,39 @@ def test_files_that_are_no_tables_are_told(name: str, content: bytes | None, tex
         Path(name).write_bytes(content)
     model = models.affine(Path("m.onnx"))
     assert text in refused("monitor", "profile", name, "--model", model, "-o", "p.tgp")
+
+
+def test_more_rows_than_there_is_memory_are_told() -> None:
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999, 4), }"
+    with zipfile.ZipFile("d.npz", "w") as file:
+        file.writestr("x.npy", header.ljust(127) + b"\n")
+    assert "the data do not fit into memory" in refused("monitor", "profile", "d.npz", "-o", "p.tgp")
+
+
+def test_where_nothing_can_be_written_the_file_is_named() -> None:
+    csv("d.csv", values())
+    text = refused("monitor", "profile", "d.csv", "--model", models.affine(Path("m.onnx")), "-o", "no/p.tgp")
+    assert "no/p.tgp cannot be written: No such file" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("profile", "none.csv", "--model", "m.onnx", "-o", "p.tgp"),
+        ("profile", "d.csv", "--model", "d.csv", "-o", "p.tgp"),
+        ("profile", "d.csv", "--model", "m.onnx", "-o", "p.tgp", "--map", "a:x"),
+        ("calibrate", "d.csv", "d.csv", "-o", "c.json"),
+        ("skew", "d.csv", "d.csv"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_the_status_of_wrong_usage(arguments: tuple[str, ...]) -> None:
+    csv("d.csv", values())
+    models.affine(Path("m.onnx"))
+    done = processes.cli("monitor", *arguments, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_missing_values_cannot_run_through_integers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from server.cli.routes import explain_route, plan_against, show_plan
+from server.cli.routes import NotAllowed, RunningText, explain_route, plan_against, show_plan
 from server.config.problems import InvalidConfig
 
 CONFIG = """\
@@ -136,10 +137,21 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], reason: str) -> None:
 # --- check-config --against -------------------------------------------------------------------------------------------
 
 
-def shown(path: Path, running: str | None, *, as_json: bool = False) -> tuple[int, str]:
+def tells_nothing(_: bytes) -> dict[str, Any]:
+    raise NotAllowed("URL answers 401: this needs the admin token")
+
+
+def shown(
+    path: Path,
+    running: str | None,
+    dry_run: Callable[[bytes], dict[str, Any]] = tells_nothing,
+    *,
+    as_json: bool = False,
+) -> tuple[int, str]:
     @click.command()
     def show() -> int:
-        return show_plan(plan_against(path, running), as_json=as_json)
+        found = plan_against(path, None if running is None else RunningText(running, dry_run))
+        return show_plan(found, as_json=as_json)
 
     result = CliRunner().invoke(show, standalone_mode=False)
     assert result.exception is None, result.exception
@@ -167,4 +179,54 @@ def test_a_plan_that_is_refused(tmp_path: Path) -> None:
 
 def test_a_running_configuration_with_mistakes_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="<running>:2:1: nope: unknown key"):
-        plan_against(write(tmp_path), "apiVersion: tidegate/v1\nnope: 1\n")
+        plan_against(write(tmp_path), RunningText("apiVersion: tidegate/v1\nnope: 1\n", tells_nothing))
+
+
+CLIMBING = """apiVersion: tidegate/v1
+models:
+  m:
+    versions: {'7': {source: a.onnx}, '8': {source: b.onnx}}
+    stable: 7
+    rollout: {id: r8, candidate: 8, steps: [{weight: 5%, approve: true}], gates: {e: {event: error, max_rate: 1%}}}
+"""
+
+
+def test_the_server_tells_how_long_steps_take_and_what_speaks_against_them(tmp_path: Path) -> None:
+    path, sent = tmp_path / "climbing.yaml", []
+    path.write_text(CLIMBING)
+    steps = [
+        {"weight": 5.0, "median_s": 61.0, "p90_s": 180.4, "gate": "e", "approve": True},
+        {"weight": 10.0, "median_s": None, "p90_s": None, "gate": "e", "approve": False},
+    ]
+    refused = {"model": "m", "reason": "m: rollout 'r8' has been used"}
+
+    def told(body: bytes) -> dict[str, Any]:
+        sent.append(body)
+        return {"rollouts": {"m": steps}, "refusals": [refused], "allowed": False}
+
+    code, text = shown(path, CLIMBING.replace("rollout:", "# "), told)
+    assert (code, sent) == (2, [CLIMBING.encode()])
+    lines = text.splitlines()
+    assert lines[-4].split() == ["MODEL", "WEIGHT", "MEDIAN", "90", "%", "BY"]
+    assert lines[-3].split() == ["m", "5%", "61", "s", "180", "s", "e,", "then", "approval"]
+    assert lines[-2].split() == ["m", "10%", "not", "known", "not", "known", "e"]
+    assert lines[-1] == "refused: m: rollout 'r8' has been used"
+    found = json.loads(shown(path, CLIMBING, told, as_json=True)[1])
+    assert (found["allowed"], found["refusals"], found["rollouts"]) == (False, [refused], {"m": steps})
+
+
+def test_without_the_token_steps_are_not_told_and_without_rollouts_nobody_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "climbing.yaml"
+    path.write_text(CLIMBING)
+    code, text = shown(path, CLIMBING)
+    told = "how long the steps of rollouts take is not known: URL answers 401: this needs the admin token"
+    assert (code, text.splitlines()) == (0, ["nothing changes", told])
+    assert "not known" not in shown(write(tmp_path), CLIMBING)[1]
+
+
+def test_an_unknown_model_is_told_from_some_of_the_known(tmp_path: Path) -> None:
+    path = tmp_path / "many.yaml"
+    path.write_text("apiVersion: tidegate/v1\nmodels:\n" + "".join(f"  m{n}: {{source: m.onnx}}\n" for n in range(30)))
+    found = CliRunner().invoke(explain_route, [str(path), "--model", "z"])
+    assert found.exit_code == 2
+    assert "m19 and 10 more" in found.output

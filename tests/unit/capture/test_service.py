@@ -156,6 +156,41 @@ def test_a_label_under_the_gateways_id_finds_a_request_that_had_its_own(tmp_path
     assert ids <= {row["__id"] for row in rows_of(tmp_path, "labels")}
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_what_a_shadow_answered_is_captured_exactly_when_its_request_is(tmp_path: Path, form: Any) -> None:
+    shadow = replace(SPEC, name="other", version="9")
+    with capturing(tmp_path, CaptureSpec(3_000), shadows=True, format=form) as capture:
+        for number in range(200):
+            client_id = f"c{number}" if number % 2 else ""
+            offer(capture, number, client_id)
+            capture.offer_shadow("m", client_id, f"{1:016x}-{number:x}", shadow, 2, outputs(), "ok", 7)
+        capture.flush()
+        report = capture.report()
+        assert (report.captured, report.dropped) == (report.shadows, {})
+        assert 20 < report.shadows < 120
+        told = {value for family in capture.families() for value in family.points}
+        assert ("shadows",) in told
+    asked, answered = rows_of(tmp_path), rows_of(tmp_path, "shadows")
+    assert {(row["__id"], row["__client_id"], row["__row"]) for row in asked} == {
+        (row["__id"], row["__client_id"], row["__row"]) for row in answered
+    }
+    assert set(answered[0]) == {
+        "__id", "__client_id", "__model", "__version", "__digest", "__time", "__latency_ns", "__status", "__row", "y",
+    }  # fmt: skip
+    assert {(row["__model"], row["__version"], row["__latency_ns"], row["__status"]) for row in answered} == {
+        ("m", "9", 7, "ok")
+    }
+    assert {entry.facts.version for entry in entries(tmp_path, "m", "shadows")} == {"other:9"}
+
+
+def test_a_shadow_that_failed_has_a_row_for_each_of_the_copy(tmp_path: Path) -> None:
+    with capturing(tmp_path, shadows=True) as capture:
+        capture.offer_shadow("m", "", "id", SPEC, 3, None, "version_timeout", 7)
+        capture.offer_shadow("m", "", "one", replace(SPEC, max_batch_size=0), 0, None, "version_timeout", 7)
+    found = [(row["__id"], row["__row"], row["__status"]) for row in rows_of(tmp_path, "shadows")]
+    assert sorted(found) == [("id", row, "version_timeout") for row in range(3)] + [("one", 0, "version_timeout")]
+
+
 def test_models_have_samples_of_their_own(tmp_path: Path) -> None:
     settings = CaptureSettings(default=CaptureSpec(0), specs={"m": ALL})
     capture = Capture(settings, tmp_path)

@@ -108,9 +108,11 @@ def test_what_is_not_there_is_named(mlflow: Mlflow) -> None:
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("s3://bucket/x", "s3://"),
-        ("file:///etc", "file://"),
-        ("/etc", "a path"),
+        ("s3://bucket/x", r"lie at s3://\.\.\., .*--artifacts-destination"),
+        ("file:///etc", r"lie in '/etc' on a disk, .* registry\.mlflow\.artifact_folders"),
+        ("file://elsewhere/etc", "lie at file://"),
+        ("/etc", "registry.mlflow.artifact_folders"),
+        ("mlruns/0", "a relative path"),
         ("mlflow-artifacts://evil.example/x", "only those are taken"),
         ("mlflow-artifacts:/a/../../b", "leads elsewhere"),
         ("mlflow-artifacts:/", "leads elsewhere"),
@@ -243,7 +245,7 @@ def test_downloads_are_bounded(mlflow: Mlflow, tmp_path: Path, head: str) -> Non
 
 
 def test_a_file_that_went_is_named(mlflow: Mlflow, tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="has no f"):
+    with pytest.raises(Unusable, match="has no 0/f"):
         read(origin(mlflow), OfferedFile("f", "0/f"), tmp_path / "f")
 
 
@@ -284,3 +286,30 @@ def test_the_identity_of_an_offer_is_its_mlmodel(mlflow: Mlflow) -> None:
     before = origin(mlflow).offer("m", 1).identity
     mlflow.tamper("m", 1, "MLmodel", MLMODEL + b"x: 1\n")
     assert origin(mlflow).offer("m", 1).identity != before
+
+
+def test_versions_are_found_by_their_trigger_whether_or_not_they_are_named(mlflow: Mlflow) -> None:
+    for _ in range(5):
+        mlflow.add("m", FILES)
+    mlflow.own_tags = {
+        ("m", 2): {"tidegate.trigger_id": "t-1"}, ("m", 3): {"trigger_id": "t-1"}, ("m", 4): {"trigger_id": "t-2"},
+    }  # fmt: skip
+    assert origin(mlflow).triggered("m") == {"t-1": 3, "t-2": 4}
+    (asked,) = mlflow.asked
+    assert asked.query["order_by"] == "version_number DESC"
+    with pytest.raises(NotInRegistry):
+        origin(mlflow).triggered("x' OR name='m")
+
+
+def test_artifacts_in_an_allowed_folder_are_offered_and_read(mlflow: Mlflow, tmp_path: Path) -> None:
+    mlflow.add("m", {})
+    place = tmp_path / "shared" / "m-1"
+    (place / "code").mkdir(parents=True)
+    for name, content in {**FILES, "MLmodel": MLMODEL, "code/train.py": b"", ".hidden": b""}.items():
+        (place / name).write_bytes(content)
+    mlflow.places["m", 1] = place.as_uri()
+    client = origin(mlflow, artifact_folders=(tmp_path / "shared",))
+    offer = client.offer("m", 1)
+    assert [(file.path, file.size) for file in offer.files] == [(n, len(FILES[n])) for n in sorted(FILES)]
+    assert read(client, offer.files[1], tmp_path / "target") == b"graph"
+    assert not [asked for asked in mlflow.asked if "artifacts" in asked.path]

@@ -38,11 +38,16 @@ def test_datatypes(dtype: str, datatype: str) -> None:
     assert found == Signature((TensorEntry("x", datatype, (-1, 4)),), (TensorEntry("y", datatype, ()),))
 
 
+def test_a_tensor_alone_needs_no_name() -> None:
+    x, y = (TensorEntry(name, "FP32", (-1, 4)) for name in ("", "y"))
+    assert declared([tensor(None)], [tensor("y")]) == Signature((x,), (y,))
+
+
 @pytest.mark.parametrize(
     "inputs",
     [
-        [tensor(None)],
         [tensor("x"), tensor(None)],
+        [tensor(None), tensor(None)],
         [tensor("x"), tensor("x")],
         [tensor("x", "complex64")],
         [tensor("x", shape=[-2])],

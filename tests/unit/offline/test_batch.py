@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from server.errors import ConfigError, FailedPrecondition, InvalidArgument
+from server.errors import ConfigError, FailedPrecondition, InvalidArgument, TidegateError
 from server.offline.batch import BatchReport, BatchSettings, run_batch
 from server.offline.chunks import read_chunks
 from server.offline.models import Found, find_model
@@ -320,3 +321,64 @@ def test_options_of_a_model_that_the_configuration_does_not_serve(tmp_path: Path
     config.write_text("apiVersion: tidegate/v1\nregistry: {embedded: true}\nmodels: {other: {}}\n")
     with pytest.raises(ConfigError, match="no model 'fraud'"):
         find_model("fraud", tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "column", "wanted"),
+    [
+        ("FP32", "[1.5, NULL]::FLOAT[]", [1.5, math.nan]),
+        ("FP32", "CASE WHEN i = 1 THEN NULL ELSE [1, 2] END", "has 2 elements a row, the data have 1"),
+        ("INT32", "[1, NULL]::INTEGER[]", "column 'x' has values that are missing, and INT32 has none"),
+        ("BOOL", "[true, NULL]", "values that are missing, and BOOL"),
+        ("BYTES", "['a', NULL]", ["a", ""]),
+        ("BYTES", "['a'::BLOB, 'b'::BLOB]", ["a", "b"]),
+        ("INT64", "[9007199254740993, 1]", [9007199254740993, 1]),
+        ("FP16", "[70000.0, 1.0]::FLOAT[]", "outside the range of FP16"),
+        ("FP32", "[1e300, 1.0]", "outside the range of FP32"),
+        ("BF16", "[-1e300, 1.0]", "outside the range of BF16"),
+        ("FP32", "['inf'::FLOAT, 'nan'::FLOAT]", [math.inf, math.nan]),
+        ("FP32", "{'a': 1}", "values that are no FP32"),
+        ("INT64", "[DATE '2030-01-01', DATE '2030-01-02']", "INT64"),
+        ("BYTES", "['\\xFF'::BLOB, 'a'::BLOB]", "not UTF-8"),
+    ],
+)
+def test_what_parquet_lacks_or_cannot_give_is_never_made_up(
+    tmp_path: Path, datatype: str, column: str, wanted: list[Any] | str
+) -> None:
+    found = find_model(str(models.identity(tmp_path / "m.onnx", datatype, 2)), tmp_path)
+    loaded = OnnxRuntime(measure_budget_s=0).load(found.request)
+    source = tmp_path / "in.parquet"
+    query = f"SELECT {column} AS x FROM range(3) t(i)"  # noqa: S608 - the test's own words
+    duckdb.execute(f"COPY ({query}) TO '{source}' (FORMAT parquet)")
+    try:
+        if isinstance(wanted, str):
+            with pytest.raises(TidegateError, match=wanted):
+                run(source, tmp_path / "out.npz", found, loaded, keep=())
+            return
+        run(source, tmp_path / "out.npz", found, loaded, keep=())
+    finally:
+        loaded.close()
+    with np.load(tmp_path / "out.npz") as answers:
+        for index, value in enumerate(wanted):
+            assert np.array_equal(answers[f"y[{index}]"], [value] * 3, equal_nan=isinstance(value, float))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("9007199254740993", 9007199254740993), ("12", 12), ("12.5", "are no INT64")]
+)
+def test_decimals_lose_no_digits(tmp_path: Path, value: str, wanted: int | str) -> None:
+    found = find_model(str(models.identity(tmp_path / "m.onnx", "INT64", 1)), tmp_path)
+    loaded = OnnxRuntime(measure_budget_s=0).load(found.request)
+    source = tmp_path / "in.parquet"
+    duckdb.execute(f"COPY (SELECT {value}::DECIMAL(20,2) AS x) TO '{source}' (FORMAT parquet)")
+    try:
+        if isinstance(wanted, str):
+            with pytest.raises(InvalidArgument, match=wanted):
+                run(source, tmp_path / "out.npz", found, loaded, keep=())
+        else:
+            run(source, tmp_path / "out.npz", found, loaded, keep=("x",))
+            with np.load(tmp_path / "out.npz") as answers:
+                assert answers["y"].tolist() == [wanted]
+                assert answers["x"].tolist() == [f"{value}.00"]
+    finally:
+        loaded.close()

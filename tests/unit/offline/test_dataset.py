@@ -49,6 +49,14 @@ class Traffic:
         self.capture.offer("m", client, own, Decision("m", spec.version, "stable", 1), spec, inputs, [y], "ok", 7)
         return own
 
+    def shadow(self, at: int, number: int, version: str = "9", rows: int = 1, *, well: bool = True, **of: Any) -> None:
+        """What a shadow answered to the copy of request ``number``: ten times as much."""
+        self.now = at
+        y = Tensor("y", "INT64", (rows, 1), np.full(rows, 10 * number, np.int64).tobytes())
+        spec = replace(SPEC, version=version, digest="s" * 4, **of)
+        status, outputs = ("ok", [y]) if well else ("version_timeout", None)
+        self.capture.offer_shadow("m", "", f"{1:016x}-{number:x}", spec, rows, outputs, status, 70)
+
     def label(self, at: int, request: str, value: float, name: str = "", row: int = 0) -> None:
         assert self.capture.offer_label("m", request, name, value, row, at)
 
@@ -101,6 +109,31 @@ def test_a_clients_id_that_came_twice_means_its_newest_request(tmp_path: Path, t
     assert [row["__label"] for row in rows] == ["NaN", "1.0"]
 
 
+def test_what_a_shadow_answered_stands_beside_its_request(tmp_path: Path, traffic: Traffic) -> None:
+    traffic.request(10, 1, rows=2)
+    traffic.request(20, 2)
+    traffic.request(30, 3)
+    traffic.shadow(40, 1, rows=2)
+    traffic.shadow(41, 1, rows=2, well=False)  # told again: the first counts
+    traffic.shadow(42, 2, rows=1, well=False)
+    traffic.shadow(43, 3, "8")
+    traffic.shadow(44, 3, "9", name="other")
+    traffic.shadow(45, 77)  # its request was not captured
+    traffic.done()
+    folder = tmp_path / "capture"
+    rows = exported(folder, tmp_path / "out.csv", Wanted(shadow="m:9"))
+    told = [(row["y"], row["shadow:y"], row["__shadow_status"], row["__shadow_latency_ns"]) for row in rows]
+    failed = ("2", "", "version_timeout", "70")
+    assert told == [("1", "10", "ok", "70"), ("1", "10", "ok", "70"), failed, ("3", "", "", "")]
+    report = export_dataset(folder, "m", tmp_path / "8.csv", Wanted(shadow="m:8"))
+    assert (report.rows, report.shadowed) == (4, 1)
+    (row,) = [row for row in exported(folder, tmp_path / "o.csv", Wanted(shadow="other:9")) if row["shadow:y"]]
+    assert (row["__row"], row["y"], row["shadow:y"]) == ("0", "3", "30")
+    assert "__shadow_status" not in exported(folder, tmp_path / "none.csv")[0]
+    with pytest.raises(NotFound, match="those of: m:8, m:9, other:9"):
+        export_dataset(folder, "m", tmp_path / "x.csv", Wanted(shadow="m:7"))
+
+
 def test_a_row_that_was_captured_twice_is_one(tmp_path: Path, traffic: Traffic) -> None:
     traffic.request(10, 1)
     traffic.request(20, 1)
@@ -143,6 +176,8 @@ def random_traffic(folder: Path, seed: int) -> None:
         rows, at = rng.randrange(1, 4), rng.randrange(100)
         again = rng.choice([number, max(0, number - 1)])
         known += [traffic.request(at, again, client, rows, spec)] + ([client] if client else [])
+        if rng.random() < 0.4:
+            traffic.shadow(at + 1, again, rng.choice(["8", "9"]), rows, well=rng.random() < 0.8)
         if rng.random() < 0.7:
             name = rng.choice(["", "a", "it's"])
             traffic.label(rng.randrange(200), rng.choice(known), float(rng.randrange(5)), name, rng.randrange(4))
@@ -152,9 +187,11 @@ def random_traffic(folder: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_sql_and_python_give_the_same(tmp_path: Path, seed: int) -> None:
     random_traffic(tmp_path / "capture", seed)
-    by_sql = export_dataset(tmp_path / "capture", "m", tmp_path / "sql.npz", Wanted(5, 90), sql=True)
-    by_python = export_dataset(tmp_path / "capture", "m", tmp_path / "python.npz", Wanted(5, 90), sql=False)
-    assert (by_sql.rows, by_sql.labelled) == (by_python.rows, by_python.labelled)
+    versions = {entry.facts.version for entry in entries(tmp_path / "capture", "m", "shadows")}
+    wanted = Wanted(5, 90, shadow=max(versions, default=""))
+    by_sql = export_dataset(tmp_path / "capture", "m", tmp_path / "sql.npz", wanted, sql=True)
+    by_python = export_dataset(tmp_path / "capture", "m", tmp_path / "python.npz", wanted, sql=False)
+    assert replace(by_sql, output="") == replace(by_python, output="")
     with np.load(tmp_path / "sql.npz") as one, np.load(tmp_path / "python.npz") as other:
         assert sorted(one.files) == sorted(other.files)
         for name in one.files:

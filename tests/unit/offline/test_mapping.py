@@ -99,7 +99,7 @@ def test_values_become_the_datatypes(datatype: str, given: Any, wanted: list[Any
         ("INT32", np.array([1.5]), "cannot hold exactly"),
         ("UINT8", np.array([-1]), "cannot hold exactly"),
         ("INT64", np.array([np.nan]), "cannot hold exactly"),
-        ("INT64", texts(None), "are no INT64"),
+        ("INT64", texts(None), "are missing, and INT64"),
         ("FP32", texts("word"), "are no FP32"),
         ("BOOL", texts("maybe"), "are no BOOL"),
     ],

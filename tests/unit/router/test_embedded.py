@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from router.registry.base import (
+    TRIGGERED,
     Alias,
     AliasConflict,
     Damaged,
@@ -26,7 +27,7 @@ from router.registry.base import (
 )
 from router.registry.embedded import EmbeddedRegistry, Published
 from router.registry.gc import Collected, collect
-from router.registry.manifest import Description, Manifest, Metric
+from router.registry.manifest import Description, Lineage, Manifest, Metric
 from server.audit import AuditLog, Verified
 from server.store.sqlite import SqliteStore
 from tests.contracts.registry_contract import Case, Files, RegistryContract, model_files
@@ -379,6 +380,20 @@ def flip(path: Path) -> None:
     content[-1] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
+
+
+def test_triggers_are_those_of_the_newest_versions_and_read_when_something_changed(house: House) -> None:
+    def publish(number: int, trigger_id: str) -> None:
+        about = Description(lineage=Lineage(trigger_id=trigger_id))
+        house.registry.publish("m", house.source({"model.onnx": bytes([number])}), about, actor="test")
+
+    publish(0, "old")
+    assert dict(house.registry.triggered("m")) == {"old": 1}
+    known = house.registry.triggered("m")
+    assert house.registry.triggered("m") is known
+    for number in range(1, TRIGGERED + 1):
+        publish(number, "again" if number % 2 else "")
+    assert dict(house.registry.triggered("m")) == {"again": TRIGGERED}
 
 
 def test_a_blob_changed_or_lost_is_named_and_mended_by_publishing_again(house: House) -> None:

@@ -7,16 +7,17 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from router.registry.base import NotInRegistry
-from router.registry.manifest import DATA, MODEL
+from router.registry.manifest import DATA, MODEL, Description, Signature, TensorEntry
 from router.registry.origin import BytesChanged, Intent, Offer, OfferedFile, Unreachable, Unusable
 from router.registry.pinned import PinnedRegistry, Settled
 from router.registry.pins import PINS_1
-from router.registry.taking import Limits
+from router.registry.taking import Ends, Limits
 from tests.contracts.registry_contract import Case, Files, RegistryContract, model_files
 
 A, B = model_files(1), model_files(2)
@@ -31,6 +32,9 @@ class Memory:
         self.files: dict[str, dict[int, Files]] = {}
         self.pointers: dict[str, dict[str, int]] = {}
         self.identity = ""
+        self.signature: Signature | None = None
+        self.triggers: Mapping[str, int] = {}
+        self.lie: Callable[[str, int], Offer] | None = None
         self.silent = self.patchy = False
         self.reads = 0
         self.before_read: Callable[[], object] = lambda: None
@@ -52,14 +56,21 @@ class Memory:
         self._answer()
         return tuple(sorted(self.files[model]))
 
+    def triggered(self, model: str) -> Mapping[str, int]:
+        self._answer()
+        return self.triggers
+
     def offer(self, model: str, version: int) -> Offer:
+        return self.told(model, version) if self.lie is None else self.lie(model, version)
+
+    def told(self, model: str, version: int) -> Offer:
         self._answer()
         if version not in self.files[model]:
             raise NotInRegistry(f"model {model!r} has no version {version}")
         files = self.files[model][version].items()
         roles = {"model.onnx": MODEL}
         offered = [OfferedFile(p, f"{model}/{version}/{p}", len(c), roles.get(p, DATA)) for p, c in files]
-        return Offer(tuple(offered), identity=self.identity)
+        return Offer(tuple(offered), Description(signature=self.signature), self.identity)
 
     def read(self, file: OfferedFile, target: int, limit: int) -> None:
         self._answer()
@@ -120,9 +131,9 @@ class Place:
         self.origin, self.rows, self.now = Memory(), Rows(), 1000.0
         self.registry = self.open()
 
-    def open(self) -> PinnedRegistry:
+    def open(self, ends: Ends | None = None) -> PinnedRegistry:
         self.registry = PinnedRegistry(
-            self.origin, self.rows, self.root, self.rows.journal, limits=self.limits, clock=lambda: self.now
+            self.origin, self.rows, self.root, self.rows.journal, limits=self.limits, ends=ends, clock=lambda: self.now
         )
         return self.registry
 
@@ -177,6 +188,37 @@ def test_an_alias_is_followed_once_its_bytes_are_here(place: Place) -> None:
     assert place.rows.acts("registry.pin") == ["m:1"]
     assert place.rows.acts("registry.follow") == ["m@champion"]
     assert list(place.registry.settle()) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "names"),
+    [
+        ((("x",), ("y",)), ("x", "y")),
+        ((("x", "z"), ("y",)), None),
+        ((("x",), ("y", "z")), None),
+        (((), ("y",)), None),
+        (None, None),
+    ],
+)
+def test_a_tensor_alone_is_named_by_the_graph(
+    place: Place, ends: tuple[tuple[str, ...], tuple[str, ...]] | None, names: tuple[str, str] | None
+) -> None:
+    place.origin.signature = Signature((TensorEntry("", "FP32", (-1, 4)),), (TensorEntry("", "INT64", (-1,)),))
+    read: list[bytes] = []
+
+    def read_ends(graph: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        read.append(graph.read_bytes())
+        return ends
+
+    place.origin.add("m", A)
+    place.origin.point("m", champion=1)
+    place.open(read_ends)
+    assert place.look() == [Settled("m", 1)]
+    manifest = place.registry.version("m", 1).manifest
+    assert manifest is not None
+    wanted = names and Signature((TensorEntry(names[0], "FP32", (-1, 4)),), (TensorEntry(names[1], "INT64", (-1,)),))
+    assert manifest.description.signature == wanted
+    assert read == [A["model.onnx"]]
 
 
 def test_aliases_that_are_not_served_are_followed_without_their_bytes(place: Place) -> None:
@@ -331,6 +373,26 @@ def test_paths_that_lead_elsewhere_are_refused(place: Place, path: str) -> None:
     assert place.rows.acts("registry.refused") == ["m:1"]
 
 
+def test_a_file_that_comes_with_another_size_than_listed_is_refused(place: Place) -> None:
+    place.origin.add("m", A)
+    place.origin.point("m", champion=1)
+    listed = place.origin.told
+
+    def longer(model: str, version: int) -> Offer:
+        offer = listed(model, version)
+        return replace(offer, files=tuple(replace(file, size=(file.size or 0) + 1) for file in offer.files))
+
+    place.origin.lie = longer
+    (settled,) = place.look()
+    assert isinstance(settled.error, Unusable)
+    assert "was listed with 7 bytes and came with 6" in str(settled.error)
+    assert place.rows.acts("registry.refused") == ["m:1"]
+    assert dict(place.registry.aliases("m")) == {}
+    place.origin.lie = None
+    place.now += 31
+    assert place.look() == [Settled("m", 1)]
+
+
 def test_sizes_are_limited(tmp_path: Path) -> None:
     place = Place(tmp_path, Limits(file_bytes=2000, version_bytes=2500))
     place.origin.add("big", {"model.onnx": bytes(2001)})
@@ -358,6 +420,27 @@ def test_bytes_that_nobody_names_are_deleted_and_come_back(serving: Place) -> No
     assert len(list((serving.root / "models").glob("m/*"))) == 0
     assert serving.bytes_of(1) == A["model.onnx"]
     assert serving.bytes_of(2) == B["model.onnx"]
+
+
+def test_triggers_are_told_by_polls_while_somebody_asks(serving: Place) -> None:
+    serving.origin.triggers = {"t-1": 2}
+    serving.look()
+    assert serving.registry.triggered("m") == {}
+    serving.look()
+    assert serving.registry.triggered("m") == {"t-1": 2}
+    serving.origin.triggers = {"t-1": 2, "t-2": 3}  # a tag, set on a version that nothing else tells of
+    serving.look()
+    assert serving.registry.triggered("m") == {"t-1": 2, "t-2": 3}
+    serving.origin.silent = True
+    with pytest.raises(Unreachable):
+        serving.look()
+    assert serving.registry.triggered("m") == {"t-1": 2, "t-2": 3}
+    serving.origin.silent = False
+    serving.now += 61
+    serving.look()
+    assert serving.registry.triggered("m") == {}
+    with pytest.raises(NotInRegistry):
+        serving.registry.triggered("nobody")
 
 
 def test_the_rows_of_a_pin_cannot_be_changed(serving: Place) -> None:
