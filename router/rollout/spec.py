@@ -20,8 +20,12 @@ from router.errors import BadRolloutState
 NS_PER_S: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * NS_PER_S
 
-#: ``RatioGate.source`` of the gate on tail latency: slower than stable's 99th percentile, taken from earlier data.
+#: Events of attempts that gates may look at, by ``source``. SLOW: slower than stable's 99th percentile, taken from
+#: earlier data. Any other source is an outcome that callers report.
+ERROR: Final = "error"
+TIMEOUT: Final = "timeout"
 SLOW: Final = "latency > stable.p99"
+EVENTS: Final = (ERROR, TIMEOUT, SLOW)
 
 
 class Reaction(enum.Enum):

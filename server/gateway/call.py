@@ -246,7 +246,8 @@ class Call:
         self._capture(attempt, work, "ok")
         policy = self._policy
         if policy is not None and policy.rollout is not None and attempt.route.counted:
-            policy.rollout.answered(attempt.route.arm, self._permit.tidegate_id, self._request.id)
+            route = attempt.route
+            policy.rollout.answered(route.arm, self._permit.tidegate_id, self._request.id, route.key_hash)
         if attempt.served.labels is not None:
             self._gateway.remember(
                 attempt.served.labels, attempt.route, work, self._permit.tidegate_id, self._request.id
@@ -254,7 +255,7 @@ class Call:
         for shadow in attempt.route.shadows:
             lane = None if self._policy is None else self._policy.lane(shadow)
             if lane is not None:
-                lane.offer(self._permit.tidegate_id, work, self._permit.trace)
+                lane.offer(self._permit.tidegate_id, work, self._permit.trace, self._request.id)
 
     def _end(self, error: TidegateError) -> None:
         """End with an error, if not ended yet."""

@@ -43,6 +43,7 @@ from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, Re
 log: Any = structlog.get_logger("gateway")
 
 _UNKNOWN_SIZE_BYTES = 1024 * 1024
+_STARTING = "the server is starting"
 
 
 @dataclass(slots=True, frozen=True)
@@ -110,6 +111,8 @@ class Gateway:
         self.feedback = FeedbackIndex()
         #: Models known but not served: name -> why (loading, failed...). Kept by the control.
         self.unready: dict[str, str] = {}
+        #: Not everything that the server is to serve has been named and loaded yet: what is unknown is not ready.
+        self.starting = False
         self._requests = 0
         self._bytes = 0
         self._closed = False
@@ -191,19 +194,22 @@ class Gateway:
                 f"got '{_shown(error.version)}'"
             )
         if isinstance(error, UnknownVersion):
+            if self.starting:
+                return self._not_ready(f"model '{_shown(error.model)}' version {error.version}", _STARTING)
             served = ", ".join(error.served)
             return VersionNotFound(
                 f"Request for unknown model: '{_shown(error.model)}' version {error.version} is not found; "
                 f"versions served: {served}"
             )
         if isinstance(error, UnknownModel):
-            reason = self.unready.get(error.model)
+            reason = self.unready.get(error.model, _STARTING if self.starting else None)
             if reason is not None:
-                return ModelNotReady(
-                    f"model '{error.model}' is not ready: {reason}", retry_after_s=self.admission.retry_after_s
-                )
+                return self._not_ready(f"model '{_shown(error.model)}'", reason)
             return ModelNotFound(f"Request for unknown model: '{_shown(error.model)}' is not found")
         return InvalidArgument(str(error))
+
+    def _not_ready(self, what: str, reason: str) -> ModelNotReady:
+        return ModelNotReady(f"{what} is not ready: {reason}", retry_after_s=self.admission.retry_after_s)
 
     def routes(self, model: str) -> ModelRoutes[Served]:
         """Routes of one model, or ModelNotFound / ModelNotReady."""
@@ -248,16 +254,18 @@ class Gateway:
         *,
         text: str = "",
         row: int = 0,
+        outcome_ns: int | None = None,
     ) -> bool:
         """Feedback about a row of an answered request, or about a key: to the labels and to the experiment.
 
         ``value``: the outcome as a number, None when it is none; ``text``: as it was said, if that was text. ``name``
-        "": the label, or the experiment's only outcome. False when nobody takes it: it came too late, or nobody
-        remembers the request. What the labels take they join by and by, or count as unknown. Raises ModelNotFound,
-        ModelNotReady, or InvalidArgument for an outcome that the experiment does not know and the labels do not take.
+        "": the label, or the experiment's only outcome. ``outcome_ns``: when it was, in wall time, if that was said.
+        False when nobody takes it: it came too late, or nobody remembers the request. What the labels take they join by
+        and by, or count as unknown. Raises ModelNotFound, ModelNotReady, or InvalidArgument for an outcome that the
+        experiment does not know and the labels do not take.
         """
         routes = self.routes(model)
-        labelled = bool(request_id) and self._label(routes, request_id, row, value, text, name)
+        labelled = bool(request_id) and self._label(routes, request_id, row, value, text, name, outcome_ns)
         labelled = self._judged(model, request_id, name, value) or labelled
         try:
             counted = self._count_outcome(model, routes, request_id, name, value, key, text)
@@ -293,11 +301,20 @@ class Gateway:
         return {id(one.labels.labels): one.labels for one in served if one.labels is not None}.values()
 
     def _label(
-        self, routes: ModelRoutes[Served], request_id: str, row: int, value: float | None, text: str, name: str
+        self,
+        routes: ModelRoutes[Served],
+        request_id: str,
+        row: int,
+        value: float | None,
+        text: str,
+        name: str,
+        outcome_ns: int | None,
     ) -> bool:
         """Give an outcome to all of them."""
         now_ns = time_ns()
-        taken = [labels.label(request_id, row, value, text, name, now_ns) for labels in self._labels(routes)]
+        taken = [
+            labels.label(request_id, row, value, text, name, now_ns, outcome_ns) for labels in self._labels(routes)
+        ]
         return any(taken)
 
     def _count_outcome(

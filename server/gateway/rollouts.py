@@ -10,22 +10,17 @@ Everything here is on the loop: plain numbers that grow, of which the control ta
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Final
 
 from router.rollout.evidence import OneArm, TwoArms
-from router.rollout.first_events import FirstEvents
+from router.rollout.first_events import FirstEvents, Placing
 from router.rollout.gates import Keys
 from router.rollout.latency import TailThreshold
-from router.rollout.spec import SLOW
+from router.rollout.spec import ERROR, EVENTS, SLOW, TIMEOUT
 from server.batching.batcher import Work
-
-ERROR: Final = "error"
-TIMEOUT: Final = "timeout"
-EVENTS: Final = (ERROR, TIMEOUT, SLOW)
+from server.gateway.rollout_outcomes import MAX_KEYS, STORED_KEYS, OutcomeBooks, Outcomes
 
 #: Ends that say nothing of the version at all, and are no attempts.
 _NOTHING: Final = frozenset({"draining"})
@@ -33,14 +28,6 @@ _NOTHING: Final = frozenset({"draining"})
 _NO_ERROR: Final = frozenset({"ok", "cancelled", "invalid_argument"})
 #: Ends by some limit of time; a caller who leaves has waited long enough.
 _LATE: Final = frozenset({"cancelled", "deadline_exceeded", "queue_timeout", "version_timeout"})
-
-#: Distinct keys of a step, and outcomes that wait to be taken, that are remembered; over it no more are counted.
-MAX_KEYS: Final = 1 << 18
-MAX_OUTCOMES: Final = 100_000
-#: Ids of answered requests that wait for outcomes; older ones are forgotten.
-MAX_ANSWERED: Final = 200_000
-#: Keys with events that are written down; more are counted anew after a restart.
-_STORED_KEYS: Final = 10_000
 
 
 @dataclass(slots=True)
@@ -78,22 +65,24 @@ class ArmBook:
 
 @dataclass(slots=True, frozen=True)
 class Taken:
-    """What has come since the last look. ``rows`` compare the arms, ``alone`` is the candidate's own, by event."""
+    """What has come since the last look. ``rows`` compare the arms, ``alone`` is the candidate's own, by event.
+
+    ``outcomes`` are those that gates look at, by name.
+    """
 
     attempts: int
     compared: int
     rows: Mapping[str, tuple[TwoArms, ...]]
     alone: Mapping[str, OneArm]
     keys: Keys
-    outcomes: tuple[tuple[bool, str, float], ...] = ()
+    outcomes: Mapping[str, Outcomes]
 
 
 class RolloutBooks:
     """The counts of one running rollout. ``attempt`` is on the path of every request of its model."""
 
     __slots__ = (
-        "_answered", "_apart", "_arms", "_candidate", "_first", "_keys", "_outcomes", "_share", "_stable", "_tails",
-        "_wanted", "lost_keys", "lost_outcomes",
+        "_apart", "_arms", "_candidate", "_first", "_keys", "_outcomes", "_placing", "_stable", "_tails", "lost_keys",
     )  # fmt: skip
 
     def __init__(self, apart: str = "", wanted: Iterable[str] = ()) -> None:
@@ -102,9 +91,6 @@ class RolloutBooks:
         ``wanted``: the outcomes that gates look at.
         """
         self._apart = apart
-        self._wanted = frozenset(wanted)
-        #: Newest last: id of an answered request -> its arm, and the outcomes that were heard of it.
-        self._answered: OrderedDict[str, tuple[ArmBook, set[str]]] = OrderedDict()
         self._candidate = ArmBook(True)
         self._stable = ArmBook(False)
         self._arms: Mapping[str, ArmBook] = {}
@@ -112,10 +98,9 @@ class RolloutBooks:
         #: By the size of the batch, in powers of two.
         self._tails: dict[int, TailThreshold] = {}
         self._keys: set[int] = set()
-        self._share = 0.0
-        self._outcomes: deque[tuple[bool, str, float]] = deque()
+        self._placing = Placing()
+        self._outcomes = OutcomeBooks(wanted)
         self.lost_keys = 0
-        self.lost_outcomes = 0
 
     def enter(self, candidate: str, stable: str, share: float) -> None:
         """Other arms, or other weights, are in force: ``share`` of the keys of both arms are the candidate's.
@@ -124,11 +109,9 @@ class RolloutBooks:
         """
         named = ((candidate, self._candidate), (stable, self._stable))
         self._arms = {name: book for name, book in named if name}
-        self._share = share
+        self._placing = Placing(self._placing.step + 1, share)
         self._keys.clear()
         self._candidate.new_keys = self._stable.new_keys = 0
-        for first in self._first.values():
-            first.enter(share)
 
     # -- on the path --------------------------------------------------------------------------------------------
 
@@ -164,7 +147,7 @@ class RolloutBooks:
 
     def _event(self, event: str, book: ArmBook, key: int) -> None:
         if key:
-            self._first[event].add(key, book.is_candidate)
+            self._first[event].add(key, book.is_candidate, self._placing)
 
     def _judge(self, book: ArmBook, tally: Tally, key: int, took_ns: int, size: int) -> None:
         tail = self._tails.get(size)
@@ -180,40 +163,15 @@ class RolloutBooks:
 
     # -- feedback -----------------------------------------------------------------------------------------------
 
-    def answered(self, arm: str, tidegate_id: str, request_id: str) -> None:
+    def answered(self, arm: str, tidegate_id: str, request_id: str, key: int = 0) -> None:
         """A counted request was answered: remembered for its outcomes, if any gate looks at one."""
         book = self._arms.get(arm)
-        if book is None or not self._wanted:
-            return
-        heard: set[str] = set()
-        for one in (tidegate_id, request_id):
-            if one:
-                self._answered[one] = (book, heard)
-                self._answered.move_to_end(one)
-        while len(self._answered) > MAX_ANSWERED:
-            self._answered.popitem(last=False)
+        if book is not None and self._outcomes:
+            self._outcomes.answered((tidegate_id, request_id), book.is_candidate, key, self._placing)
 
     def hear(self, request_id: str, name: str, value: float) -> bool:
-        """An outcome of an answered request; each counts once. False when nobody looks at it or remembers the request.
-
-        ``name`` "": the only one that is looked at.
-        """
-        found = self._answered.get(request_id)
-        if not name and len(self._wanted) == 1:
-            (name,) = self._wanted
-        if found is None or name not in self._wanted or not isfinite(value):
-            return False
-        book, heard = found
-        if name not in heard:
-            heard.add(name)
-            self._outcome(book, name, value)
-        return True
-
-    def _outcome(self, book: ArmBook, name: str, value: float) -> None:
-        if len(self._outcomes) >= MAX_OUTCOMES:
-            self.lost_outcomes += 1
-        else:
-            self._outcomes.append((book.is_candidate, name, value))
+        """An outcome of an answered request; False when nobody looks at it or remembers the request."""
+        return self._outcomes.hear(request_id, name, value)
 
     # -- for the control ----------------------------------------------------------------------------------------
 
@@ -221,30 +179,33 @@ class RolloutBooks:
         """Everything since the last call."""
         ours, theirs = self._candidate, self._stable
         keyed, keyless = (ours.keyed.take(), theirs.keyed.take()), (ours.keyless.take(), theirs.keyless.take())
-        keys = Keys(ours.new_keys, theirs.new_keys, self._share)
+        keys = Keys(ours.new_keys, theirs.new_keys, self._placing.share)
         ours.new_keys = theirs.new_keys = 0
-        outcomes = tuple(self._outcomes)
-        self._outcomes.clear()
         return Taken(
             keyed[0].attempts + keyless[0].attempts,
             keyed[1].attempts + keyless[1].attempts,
             {event: (*_compared(*keyless, event), *self._first[event].take()) for event in EVENTS},
             {event: _alone((keyed[0], keyless[0]), event) for event in EVENTS},
             keys,
-            outcomes,
+            self._outcomes.take(),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """What a restart needs to go on; to be called right after ``take``."""
-        stored = {event: first.to_dict() for event, first in self._first.items()}
-        kept = {event: found for event, found in stored.items() if len(found["seen"]) <= _STORED_KEYS}
-        return {"first": kept, "tails": {str(size): tail.to_dict() for size, tail in self._tails.items()}}
+        return {
+            "step": self._placing.step,
+            "first": {event: first.to_dict() for event, first in self._first.items() if len(first) <= STORED_KEYS},
+            "outcomes": self._outcomes.to_dict(),
+            "tails": {str(size): tail.to_dict() for size, tail in self._tails.items()},
+        }
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Go on from ``to_dict``. Raises BadRolloutState."""
+        self._placing = Placing(int(found.get("step", 0)))
         for event, stored in found.get("first", {}).items():
             if event in self._first:
                 self._first[event].restore(stored)
+        self._outcomes.restore(found.get("outcomes", {}))
         for size, stored in found.get("tails", {}).items():
             tail = self._tails[int(size)] = TailThreshold()
             tail.restore(stored)

@@ -46,8 +46,20 @@ class Labels(Protocol):
         """Whether an outcome that is text and no number is a class of this model's labels."""
         ...
 
-    def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
-        """Take one outcome for the request's row: its number and its text; False when it is none of this model's."""
+    def label(
+        self,
+        request_id: str,
+        row: int,
+        value: float | None,
+        text: str,
+        name: str,
+        now_ns: int,
+        time_ns: int | None = None,
+    ) -> bool:
+        """Take one outcome for the request's row: its number and its text; False when it is none of this model's.
+
+        ``now_ns``, and when the outcome was (None: not said), in wall time.
+        """
         ...
 
 

@@ -12,22 +12,28 @@ from server.control.rollouts.store import RolloutStore
 from server.state import open_state
 from tests.support import models
 from tests.support.cli import cli
-from tests.support.climbing import GATES, STANDING, audited, defaults, order, reaches, section, status_of, traffic
+from tests.support.climbing import (
+    GATES,
+    STANDING,
+    audited,
+    defaults,
+    order,
+    reaches,
+    section,
+    status_of,
+    traffic,
+    write,
+    write_with_upstream,
+)
 from tests.support.routed import Place, X, ask, eventually
 from tests.support.server import Server
-from tests.support.upstream import Upstream, refusing, scaled, upstream
+from tests.support.upstream import refusing, scaled, upstream
 from tests.support.v2 import call
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
-
-
-def write(place: Place, more: str, **fields: str) -> str:
-    text = place.text(more, **fields).replace("models:", defaults() + "models:", 1)
-    place.path.write_text(text)
-    return text
 
 
 def test_a_good_candidate_climbs_and_stays_promoted_over_a_restart(place: Place) -> None:
@@ -139,16 +145,6 @@ def test_a_digest_that_failed_is_not_tried_again_until_it_is_cleared(place: Plac
         assert "failed in rollout 'r1'" in found["reason"]
         assert order(place, server, "clear", x_tidegate_actor="ada")[0] == 200
         reaches(place, server, "step", rollout="r2")
-
-
-def write_with_upstream(place: Place, other: Upstream, more: str) -> str:
-    """Version 2 is another server's."""
-    text = write(place, more, versions="13")
-    mine = f'"3": {{source: {place.root}/v3.onnx}}'
-    assert mine in text
-    text = text.replace(mine, f'"2": {{upstream: {{url: "http://{other.address}", model: m}}}}')
-    place.path.write_text(text)
-    return text
 
 
 def test_a_process_that_is_killed_goes_on_or_goes_back(place: Place) -> None:
@@ -270,6 +266,7 @@ def test_a_challenger_climbs_to_champion_and_a_person_goes_first(tmp_path: Path)
         place.publish(3.0, "challenger")
         found = reaches(place, server, "hold", rollout="r1-3", seconds=40)
         assert "diverge" in found["reason"]
+        assert status_of(place, server, "r1-2")["state"] == "promoted"
         place.alias("champion", "1")
         found = reaches(place, server, "aborted", rollout="r1-3")
         assert "champion was moved" in found["reason"]

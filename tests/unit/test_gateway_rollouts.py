@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from router.rollout.evidence import OneArm, TwoArms
 from router.rollout.spec import SLOW
 from server.batching.batcher import Work
-from server.gateway.rollouts import MAX_OUTCOMES, RolloutBooks
+from server.gateway.rollouts import RolloutBooks
 
 
 def books(share: float = 0.5) -> RolloutBooks:
@@ -82,17 +84,34 @@ def test_only_the_control_slice_is_batched_by_itself() -> None:
     assert [books().lane(arm) for arm in ("control", "candidate", "stable")] == ["control", "", ""]
 
 
-def test_outcomes_wait_in_bounded_number() -> None:
+def test_outcomes_are_those_of_answers_of_the_arms_that_are_compared() -> None:
     counted = RolloutBooks("control", ["click"])
     counted.enter("candidate", "control", 0.5)
-    counted.answered("candidate", "t-1", "mine")
-    counted.answered("pinned", "t-2", "")
+    counted.answered("candidate", "t-1", "mine", 11)
+    counted.answered("control", "t-2", "", 22)
+    counted.answered("pinned", "t-3", "", 33)
+    counted.enter("candidate", "control", 0.25)
     assert counted.hear("mine", "", 1.0)
-    assert counted.hear("t-1", "click", 1.0)  # the same once more: heard, and counted once
-    refused = [("t-1", "other", 1.0), ("t-2", "click", 1.0), ("t-1", "click", float("nan"))]
-    assert not any(counted.hear(*outcome) for outcome in refused)
-    assert counted.take().outcomes == ((True, "click", 1.0),)
-    for number in range(MAX_OUTCOMES + 3):
-        counted.answered("control", f"c-{number}", "")
-        counted.hear(f"c-{number}", "click", 0.0)
-    assert counted.lost_outcomes == 3
+    assert counted.hear("t-2", "click", 1.0)
+    assert not counted.hear("t-3", "click", 1.0)
+    click = counted.take().outcomes["click"]
+    assert click.rows == (TwoArms(0, 1, 0, 1, 0.5),)  # by the share when they were answered
+    assert click.alone == OneArm(1, 1.0)
+    assert not books().hear("t-1", "click", 1.0)
+
+
+def test_after_a_restart_no_key_counts_again() -> None:
+    counted, again = RolloutBooks("control", ["click"]), RolloutBooks("control", ["click"])
+    counted.enter("candidate", "control", 0.5)
+    counted.answered("candidate", "t-1", "", 11)
+    counted.hear("t-1", "click", 1.0)
+    counted.attempt("candidate", 11, "runtime_failure", None)
+    counted.take()
+    again.restore(json.loads(json.dumps(counted.to_dict())))
+    again.enter("candidate", "control", 0.5)
+    again.answered("candidate", "t-2", "", 11)
+    again.hear("t-2", "click", 1.0)
+    again.attempt("candidate", 11, "runtime_failure", None)
+    taken = again.take()
+    assert (taken.outcomes["click"].rows, taken.outcomes["click"].alone) == ((), OneArm(0, 0.0))
+    assert taken.rows["error"] == ()

@@ -211,6 +211,8 @@ class Hands:
             run.weight, run.stable = before
             log.error("rollout_leads_nowhere", id=run.id, stable=action.stable, weight=action.weight)
             return False
+        if not run.serving_ns and (run.weight or run.stable == run.machine.spec.candidate):
+            run.serving_ns = time.time_ns()
         self._compare(run)
         log.info("rollout_published", id=run.id, weight=run.weight / 100, stable=action.stable)
         return True
@@ -275,7 +277,7 @@ class Hands:
         except TidegateError as error:
             found = Admission("failed", error.message)
         detail = {"id": run.id, "status": found.status, "reason": found.reason, "evidence": list(found.evidence)}
-        self.defer(AuditEvent("tidegate", "rollout.gated", f"{template.model}:{version}", detail))
+        await self._noted(AuditEvent("tidegate", "rollout.gated", f"{template.model}:{version}", detail))
         match found.status:
             case "passed":
                 self.tell(run, Accepted())
@@ -283,6 +285,13 @@ class Hands:
                 self.tell(run, CandidateFailed(found.reason or "its quality gates have failed"))
             case _:
                 self.tell(run, ConsentWanted(found.reason or "a quality gate had no data"))
+
+    async def _noted(self, event: AuditEvent) -> None:
+        """Write down what comes before whatever follows from it; as soon as the disk allows if it does not now."""
+        try:
+            await asyncio.to_thread(self.store.note, event)
+        except StoreError:
+            self.defer(event)
 
     def try_to_load(self, run: Run) -> None:
         """While it is loading: let a candidate that is there rehearse, and fail one that cannot be had."""

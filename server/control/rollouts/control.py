@@ -28,17 +28,19 @@ from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
 from server.control.rollouts.evidence import Levels, Look
 from server.control.rollouts.run import GATEWAY, Run, books_for, revived
 from server.control.rollouts.store import Standing, StoredRollout
+from server.control.rollouts.tenure import Tenure
 from server.control.rollouts.traffic import Meter
 from server.control.rollouts.views import expected, families, past_shown, shown
-from server.errors import FailedPrecondition, InvalidArgument, NotFound, TidegateError
-from server.gateway import Served
+from server.errors import ConfigError, FailedPrecondition, InvalidArgument, NotFound, TidegateError
 from server.store.base import StoreError
 from server.telemetry.snapshot import FamilySnapshot
 
 log: Any = structlog.get_logger("rollout")
 
-#: How long an order that is not urgent waits until it is on disk and in force.
+#: How long an order waits until it is on disk and in force; one that takes traffic away is in force before it waits.
 _SETTLE_S: Final = 5.0
+_SETTLE_BACK_S: Final = 0.5
+_TAKEN: Final = "another process works on the rollouts of this state folder: give each server a --state-dir of its own"
 #: States in which a champion that is elsewhere was not moved by the rollout itself.
 _OURS_TO_MOVE: Final = frozenset({State.PROMOTING, State.ROLLING_BACK})
 
@@ -51,9 +53,8 @@ class RolloutMoved(FailedPrecondition):
         self.actual = actual
 
 
-def no_levels(_model: str, _version: str, _statistic: str) -> float | None:
+def no_levels(_model: str, _version: str, _statistic: str, _since_ns: int) -> None:
     """Where nothing is watched, no level is known."""
-    return None
 
 
 @dataclass(slots=True)
@@ -76,10 +77,11 @@ class _Known:
 
 
 class RolloutControl:
-    """All rollouts of one process. ``levels`` tells drift and may block."""
+    """All rollouts of one process. ``levels`` tells drift and may block; ``tenure`` keeps other processes away."""
 
-    def __init__(self, hands: Hands, *, levels: Levels = no_levels) -> None:
+    def __init__(self, hands: Hands, tenure: Tenure, *, levels: Levels = no_levels) -> None:
         self._hands = hands
+        self._tenure = tenure
         self._levels = levels
         self._templates: Mapping[str, RolloutTemplate] = {}
         #: By models entry: what runs, or ran last.
@@ -94,7 +96,13 @@ class RolloutControl:
     # -- the configuration --------------------------------------------------------------------------------------
 
     async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None:
-        """Take up what is on disk, before the first table of the configuration is swapped in. Raises StoreError."""
+        """Take up what is on disk, before the first table of the configuration is swapped in.
+
+        Raises StoreError, and ConfigError when there is work to do and another process does it.
+        """
+        ours = self._tenure.take()
+        if templates and not ours:
+            raise ConfigError(_TAKEN)
         try:
             rows = await asyncio.to_thread(self._hands.store.all)
         except BadRolloutState as error:
@@ -102,7 +110,10 @@ class RolloutControl:
             rows = []
         self._known.stored = {row.id: row for row in rows}
         self.follow(templates, actor)
-        await self._abandon()
+        if ours:
+            await self._abandon()
+        if not templates:
+            self._tenure.give_up()
 
     async def _abandon(self) -> None:
         """What is open on disk and asked for by no section any more has ended with the process that worked on it."""
@@ -120,7 +131,7 @@ class RolloutControl:
 
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]:
         """Why these sections cannot be put in the place of those in force."""
-        wrong = []
+        wrong = [_TAKEN] if templates and not self._tenure.take() else []
         for entry, template in templates.items():
             run = self._runs.get(entry)
             if run is not None and run.template.id == template.id and not run.machine.ended:
@@ -152,11 +163,15 @@ class RolloutControl:
     def _drop(self, entry: str, run: Run, actor: str) -> None:
         if not run.machine.ended:
             self._hands.tell(run, SpecRemoved(actor))
-        run.left = True
         del self._runs[entry]
+        self._leave(run)
+        self._hands.publisher.set_course(entry, None, None)
+
+    def _leave(self, run: Run) -> None:
+        """Another is in its place, or none. What is known of it is how it stands now, and in the end how it ended."""
+        run.left = True
         self._leaving.append(run)
         self._known.stored[run.id] = run.stored(is_open=False)
-        self._hands.publisher.set_course(entry, None, None)
 
     def _restored(self, entry: str, template: RolloutTemplate) -> bool:
         stored = self._known.of(template)
@@ -189,11 +204,24 @@ class RolloutControl:
         """Look at everything, again and again, until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s())
+            self._note_traffic()
             for look in (*[self._look_at(entry) for entry in tuple(self._templates)], self._bury()):
                 try:
                     await look
                 except Exception:  # the boundary: one rollout's fault must not end the others
                     log.exception("rollout_look_failed")
+
+    def _note_traffic(self) -> None:
+        """Of every name, those without a rollout included: their first one is to be planned, too."""
+        now = self._hands.clock()
+        if not self._meter.due(now):
+            return
+        served = {}
+        for name, routes in self._hands.gateway.table.models.items():
+            run, stable = self._runs.get(name), routes.versions[routes.stable]
+            candidate = routes.versions.get(run.machine.spec.candidate) if run is not None and run.weight else None
+            served[name] = (stable,) if candidate in {None, stable} else (stable, candidate)
+        self._meter.note(served, now)
 
     def _interval_s(self) -> float:
         return min((template.every_ns for template in self._templates.values()), default=10**9) / 1e9
@@ -204,12 +232,12 @@ class RolloutControl:
             if run.machine.ended and run.idle.is_set():
                 await _ended(run)
                 self._leaving.remove(run)
+                self._known.stored[run.id] = run.stored(is_open=False)
             elif not run.machine.ended:
                 self._hands.tell(run, Tick())
 
     async def _look_at(self, entry: str) -> None:
         template, run = self._templates[entry], self._runs.get(entry)
-        self._meter.note(entry, self._stable_of(template), self._hands.clock())
         if run is not None and not run.machine.ended:
             await self._look(run)
         elif run is not None:
@@ -230,20 +258,24 @@ class RolloutControl:
         report = None if lane is None else lane.comparison.report()
         levels = await self._levels_of(run)
         taken = run.books.take()
-        look = Look(run.machine.spec, run.template.model, taken, lambda *asked: levels.get(asked[2]), run.pairs, report)
+        look = Look(run.machine.spec, taken, levels, run.pairs, report)
         self._hands.tell(run, Tick(look.evidence(), taken.attempts))
         if self._hands.clock() - run.saved_at_ns >= SAVE_EVERY_NS:
             run.dirty = True
             run.idle.clear()
             run.wake.set()
 
-    async def _levels_of(self, run: Run) -> dict[str, float | None]:
-        spec = run.machine.spec
+    async def _levels_of(self, run: Run) -> dict[str, float]:
+        """Levels that say something new: looking at the same rows twice is one look."""
+        spec, since_ns = run.machine.spec, run.serving_ns
         asked = {gate.source for _, gate in spec.gates if isinstance(gate, LevelGate)}
-        if not asked or not run.weight:
+        if not asked or not since_ns:
             return {}
         model, version = run.template.model, spec.candidate
-        return await asyncio.to_thread(lambda: {name: self._levels(model, version, name) for name in asked})
+        read = await asyncio.to_thread(lambda: {name: self._levels(model, version, name, since_ns) for name in asked})
+        news = {name: found for name, found in read.items() if found and run.levels_until.get(name) != found.until_ns}
+        run.levels_until |= {name: found.until_ns for name, found in news.items()}
+        return {name: found.value for name, found in news.items()}
 
     def _settle(self, run: Run) -> None:
         """After the end: nothing is counted any more, and an alias decides again once it has been seen to have moved.
@@ -311,8 +343,7 @@ class RolloutControl:
             return
         before = self._runs.get(entry)
         if before is not None:
-            before.left = True
-            self._leaving.append(before)
+            self._leave(before)
         self._known.stored[run.id] = stored
         self._waiting.pop(entry, None)
         self._runs[entry] = run
@@ -370,7 +401,8 @@ class RolloutControl:
     ) -> dict[str, Any]:
         """Do what a person wants: one of the orders, or ``clear``. Raises NotFound, FailedPrecondition, RolloutMoved.
 
-        What takes traffic away is in force when this returns; everything else is on disk, too.
+        What takes traffic away is in force when this returns, whatever the disk does; everything is on disk, so that no
+        crash undoes it, unless that takes very long.
         """
         if wanted == "clear":
             return await self._clear(rollout_id, actor, reason)
@@ -387,11 +419,10 @@ class RolloutControl:
         except RolloutRefused as error:
             raise FailedPrecondition(str(error)) from None
         log.info("rollout_ordered", id=run.id, order=wanted, actor=actor, state=run.machine.state.value)
-        if order not in {Order.ABORT, Order.ROLLBACK}:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_SETTLE_S):
-                    await run.idle.wait()
-        return shown(run)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_BACK_S if order in {Order.ABORT, Order.ROLLBACK} else _SETTLE_S):
+                await run.idle.wait()
+        return self._shown(run)
 
     async def _clear(self, rollout_id: str, actor: str, reason: str) -> dict[str, Any]:
         await asyncio.to_thread(self._hands.store.clear, rollout_id, actor, reason)
@@ -414,7 +445,7 @@ class RolloutControl:
 
     def all(self) -> list[dict[str, Any]]:
         """Every rollout that is known, those of the configuration first; and sections that wait to begin."""
-        running = [shown(run, self._expected(run)) for run in self._runs.values()]
+        running = [self._shown(run) for run in self._runs.values()]
         waiting = [
             {"id": self._templates[entry].id, "name": entry, "state": "waiting", "reason": why, "ended": False}
             for entry, why in self._waiting.items()
@@ -444,21 +475,19 @@ class RolloutControl:
         raise NotFound(f"there is no rollout '{rollout_id[:128]}'")
 
     def planned(self, templates: Mapping[str, RolloutTemplate]) -> dict[str, list[dict[str, Any]]]:
-        """For each section that would begin: its steps with the seconds that they are expected to take."""
+        """For each section that would begin: its steps with the seconds that they are expected to take.
+
+        ``rollout status`` and ``check-config --against`` show the same.
+        """
         found = {}
         for entry, template in templates.items():
             run = self._runs.get(entry)
             if run is None or run.template.fingerprint() != template.fingerprint():
-                rps, errors = self._meter.read(entry)
-                steps = expected(template.base, rps, errors, matched=template.matched)
-                found[entry] = [
-                    {"weight": s.weight / 100, "median_s": s.median_s, "p90_s": s.p90_s, "gate": s.gate} for s in steps
-                ]
+                found[entry] = expected(template, template.base, *self._meter.read(entry))
         return found
 
-    def _expected(self, run: Run) -> Any:
-        rps, errors = self._meter.read(run.template.entry)
-        return expected(run.machine.spec, rps, errors, matched=run.template.matched)
+    def _shown(self, run: Run) -> dict[str, Any]:
+        return shown(run, expected(run.template, run.machine.spec, *self._meter.read(run.template.entry)))
 
     def families(self) -> Iterator[FamilySnapshot]:
         """The metrics."""
@@ -474,10 +503,7 @@ class RolloutControl:
                 await asyncio.to_thread(self._hands.store.save, run.stored(is_open=False))
             except TidegateError as error:
                 log.error("rollout_not_written", id=run.id, error=error.message)
-
-    def _stable_of(self, template: RolloutTemplate) -> Served | None:
-        found = self._hands.publisher.find(template.stable)
-        return None if found is None else found[1]
+        self._tenure.give_up()
 
 
 async def _ended(run: Run) -> None:

@@ -6,14 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from router.rollout.evidence import OneArm, TwoArms
-from router.rollout.gates import Evidence, Level, Means
-from router.rollout.spec import GateSpec, LevelGate, MeanGate, MismatchGate, RateGate, RatioGate, RolloutSpec
-from router.sequential import Moments
-from server.gateway.rollouts import EVENTS, Taken
+from router.rollout.evidence import OneArm
+from router.rollout.gates import Evidence, Level
+from router.rollout.spec import EVENTS, GateSpec, LevelGate, MeanGate, MismatchGate, RateGate, RatioGate, RolloutSpec
+from server.gateway.rollouts import Taken
 
-#: The drift of a version now: (model, version, statistic) -> its highest score over all columns, None when unknown.
-Levels: TypeAlias = Callable[[str, str, str], float | None]
+
+@dataclass(slots=True, frozen=True)
+class Reading:
+    """A level, by rows of up to ``until_ns`` (wall clock). The same time again is the same rows again."""
+
+    value: float
+    until_ns: int
+
+
+#: The drift of a version: (model, version, statistic, since) -> its highest score over all columns, by rows that came
+#: after ``since`` (wall clock, ns) alone; None when there are too few of them.
+Levels: TypeAlias = Callable[[str, str, str, int], Reading | None]
 
 
 @dataclass(slots=True)
@@ -43,12 +52,12 @@ def _pairs(source: str, report: Mapping[str, Any]) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Look:
-    """One look at everything that is known. ``comparison``: the shadow's report, while there is a shadow."""
+    """One look at everything that is known. ``levels``: those that rows have come for since the look before, by
+    statistic. ``comparison``: the shadow's report, while there is a shadow."""
 
     spec: RolloutSpec
-    model: str
     taken: Taken
-    levels: Levels
+    levels: Mapping[str, float]
     pairs: PairCounts
     comparison: Mapping[str, Any] | None = None
 
@@ -64,42 +73,24 @@ class Look:
                 if self.comparison is not None:
                     yield self.pairs.news(gate.source, self.comparison)
             case RateGate():
-                yield self._alone(gate.source)
+                yield from self._alone(gate.source)
             case MeanGate():
-                yield self._means(gate.source)
+                if (heard := self.taken.outcomes.get(gate.source)) is not None:
+                    yield heard.means
             case LevelGate():
-                value = self.levels(self.model, self.spec.candidate, gate.source)
-                if value is not None:
+                if (value := self.levels.get(gate.source)) is not None:
                     yield Level(value)
             case MismatchGate():
                 yield self.taken.keys
 
     def _ratio(self, source: str) -> Iterator[Evidence]:
+        heard = self.taken.outcomes.get(source)
+        rows = self.taken.rows[source] if source in EVENTS else () if heard is None else heard.rows
+        if rows:
+            yield rows
+
+    def _alone(self, source: str) -> Iterator[Evidence]:
         if source in EVENTS:
-            if rows := self.taken.rows[source]:
-                yield rows
-            return
-        ours, theirs = self._outcomes(source, True), self._outcomes(source, False)
-        if ours or theirs:
-            yield TwoArms(len(ours), _events(ours), len(theirs), _events(theirs))
-
-    def _alone(self, source: str) -> OneArm:
-        if source in EVENTS:
-            return self.taken.alone[source]
-        ours = self._outcomes(source, True)
-        return OneArm(len(ours), float(_events(ours)))
-
-    def _means(self, source: str) -> Means:
-        moments = Moments(), Moments()
-        for arm, is_candidate in zip(moments, (True, False), strict=True):
-            for value in self._outcomes(source, is_candidate):
-                arm.add(value)
-        return Means(*moments)
-
-    def _outcomes(self, name: str, is_candidate: bool) -> list[float]:
-        return [value for ours, named, value in self.taken.outcomes if ours is is_candidate and named == name]
-
-
-def _events(values: list[float]) -> int:
-    """Binary outcomes that are so."""
-    return sum(value > 0 for value in values)
+            yield self.taken.alone[source]
+        elif (heard := self.taken.outcomes.get(source)) is not None:
+            yield heard.alone

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import isnan
-from typing import Final
+from typing import Any, Final
 
 from router.types import PINNED_ARM
-from server.control.rollouts.evidence import Levels
+from server.control.rollouts.evidence import Levels, Reading
 from server.errors import NotFound
 from server.monitoring.service import MonitorService
 
@@ -15,21 +16,32 @@ _SCORES: Final = {"psi": "psi", "ks": "ks_low"}
 
 
 def drift_levels(monitors: MonitorService) -> Levels:
-    """Asks the reports of a service: of the widest full window of a version, the column that drifted most.
+    """Asks the reports of a service. None for a version that is not watched. Blocks."""
 
-    None for a version that is not watched, and until a window is full. Blocks.
-    """
-
-    def level(model: str, version: str, statistic: str) -> float | None:
+    def level(model: str, version: str, statistic: str, since_ns: int) -> Reading | None:
         try:
             report = monitors.report(model, version)
         except NotFound:
             return None
-        full = [window for window in report["windows"] if window["full"] and window["arm"] != PINNED_ARM]
-        if not full:
-            return None
-        widest = max(full, key=lambda window: int(window["rows"]))
-        scores = [float(score[_SCORES[statistic]]) for score in widest["scores"]]
-        return max((score for score in scores if not isnan(score)), default=None)
+        return read_level(report["windows"], statistic, since_ns)
 
     return level
+
+
+def read_level(windows: Sequence[Mapping[str, Any]], statistic: str, since_ns: int) -> Reading | None:
+    """The column that drifted most, in the widest full window without a row of before ``since_ns``.
+
+    Of the arm that was counted last: a candidate that was promoted answers under another one. A version's own rows of
+    before, those it was warmed with and those that callers sent to it by number say nothing of this rollout.
+    """
+    held = [window for window in windows if window["rows"] and window["arm"] != PINNED_ARM]
+    if not held:
+        return None
+    arm = max(held, key=lambda window: int(window["end_ns"]))["arm"]
+    full = [found for found in held if found["arm"] == arm and found["full"] and found["start_ns"] >= since_ns]
+    if not full:
+        return None
+    widest = max(full, key=lambda window: int(window["rows"]))
+    scores = [float(score[_SCORES[statistic]]) for score in widest["scores"]]
+    highest = max((score for score in scores if not isnan(score)), default=None)
+    return None if highest is None else Reading(highest, int(widest["end_ns"]))

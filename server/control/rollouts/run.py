@@ -12,14 +12,13 @@ from typing import Any, Final
 
 from router.rollout.events import Action, Record, State
 from router.rollout.machine import AUTOMATIC, Rollout
-from router.rollout.spec import MeanGate, RateGate, RatioGate
+from router.rollout.spec import EVENTS, MeanGate, RateGate, RatioGate
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
 from server.config.routing import CANDIDATE_ARM, CONTROL_ARM
 from server.control.rollouts.evidence import PairCounts
 from server.control.rollouts.store import StoredRollout
 from server.gateway import RolloutBooks
-from server.gateway.rollouts import EVENTS
 
 #: Who acts when no person does, in the audit.
 GATEWAY: Final = "tidegate"
@@ -34,7 +33,8 @@ class Run:
     """``revision`` counts what was recorded of it; ``queue`` holds what is to be done, in order.
 
     ``seen_moved``: the registry has been seen to say what a promotion made of it. ``wall_ns``: when it failed, by the
-    clock of the wall.
+    clock of the wall. ``serving_ns``: since when the candidate has served in this process, by the same clock; 0 before.
+    ``levels_until``: up to when the rows came that levels were read from, by statistic.
     """
 
     template: RolloutTemplate
@@ -63,6 +63,8 @@ class Run:
     counting: bool = True
     weight: int = 0
     stable: str = ""
+    serving_ns: int = 0
+    levels_until: dict[str, int] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -95,6 +95,11 @@ class RolloutStore:
             for event in events:
                 self._audit.append(connection, event)
 
+    def note(self, event: AuditEvent) -> None:
+        """Say something in the audit that changes no rollout."""
+        with self._store.transaction() as connection:
+            self._audit.append(connection, event)
+
     def clear(self, rollout_id: str, actor: str, reason: str) -> None:
         """Let the digest that failed in a rollout be tried again. Raises NotFound."""
         with self._store.transaction() as connection:

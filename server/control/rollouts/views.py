@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import exp
 from typing import Any
 
 from router.rollout.events import State
 from router.rollout.gates import Verdict
-from router.rollout.plan import PlannedStep, Traffic, plan
-from router.rollout.spec import NS_PER_S, SLOW, RateGate, RatioGate, RolloutSpec
+from router.rollout.plan import Traffic, plan
+from router.rollout.spec import ERROR, NS_PER_S, SLOW, RateGate, RatioGate, RolloutSpec
+from server.config.rollouts import RolloutTemplate
 from server.control.rollouts.run import Run, plain
 from server.control.rollouts.store import StoredRollout
-from server.gateway.rollouts import ERROR
 from server.telemetry.snapshot import FamilySnapshot, Points
 
 _LABELS = ("model", "id")
@@ -21,10 +20,9 @@ _LABELS = ("model", "id")
 _MOST_LOG_E = 700.0
 
 
-def shown(run: Run, steps: Iterable[PlannedStep] = ()) -> dict[str, Any]:
-    """One rollout that this process knows everything of."""
+def shown(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One rollout that this process knows everything of; ``steps`` as they are ``expected``."""
     machine, spec = run.machine, run.machine.spec
-    planned = [asdict(step) for step in steps]
     return plain(  # type: ignore[no-any-return]
         {
             "id": spec.id,
@@ -50,7 +48,7 @@ def shown(run: Run, steps: Iterable[PlannedStep] = ()) -> dict[str, Any]:
             "approvals": list(machine.approvals),
             "revision": run.revision,
             "gates": [gate_shown(verdict) for verdict in machine.verdicts()],
-            "plan": planned,
+            "plan": steps,
         }
     )
 
@@ -88,10 +86,10 @@ def past_shown(stored: StoredRollout) -> dict[str, Any]:
     }
 
 
-def expected(spec: RolloutSpec, rps: float, error_rate: float, *, matched: bool) -> tuple[PlannedStep, ...]:
-    """How long each step is expected to take with traffic as it is.
+def expected(template: RolloutTemplate, spec: RolloutSpec, rps: float, error_rate: float) -> list[dict[str, Any]]:
+    """How long each step is expected to take with traffic as it is: weights in percent, seconds None if not known.
 
-    For gates on errors and on latency, by whose definition stable is slow once in a hundred; others cannot be told.
+    Gates on errors and on latency can be told of, as stable is slow once in a hundred by definition; others cannot.
     """
     known = {ERROR: error_rate, SLOW: 0.01}
     rates = {
@@ -99,7 +97,16 @@ def expected(spec: RolloutSpec, rps: float, error_rate: float, *, matched: bool)
         for name, gate in spec.gates
         if isinstance(gate, RatioGate | RateGate) and gate.source in known
     }
-    return plan(spec, Traffic(rps, rates, matched))
+    return [
+        {
+            "weight": step.weight / 100,
+            "median_s": step.median_s,
+            "p90_s": step.p90_s,
+            "gate": step.gate,
+            "approve": step.approve,
+        }
+        for step in plan(spec, Traffic(rps, rates, template.matched))
+    ]
 
 
 def families(runs: Iterable[Run]) -> Iterator[FamilySnapshot]:

@@ -150,6 +150,33 @@ def test_growth_waits_for_the_disk_and_an_abort_does_not(tmp_path: Path) -> None
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
+def test_what_the_quality_gates_said_is_in_the_audit_before_what_follows_from_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        await rig.hands.admit(rig.run)
+        await rig.until(lambda: rig.share == 0.5)
+        assert [row.event.action for row in rig.audit.tail(9)] == [
+            "rollout.gated", "rollout.loading", "rollout.step",
+        ]  # fmt: skip
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_verdict_of_the_quality_gates_waits_for_no_disk(tmp_path: Path) -> None:
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        with rig.disk_taken():
+            await rig.hands.admit(rig.run)
+            assert rig.run.machine.state is State.LOADING
+        await rig.until(lambda: rig.share == 0.5)
+        assert rig.deferred.flush(10)
+        assert "rollout.gated" in [row.event.action for row in rig.audit.tail(9)]
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
 def test_a_candidate_that_breaks_before_its_step_is_in_force_never_gets_it(tmp_path: Path) -> None:
     async def body() -> None:
         rig = Rig(tmp_path)

@@ -1,0 +1,38 @@
+"""Several servers over one state folder: one of them works on its rollouts, and the others leave them alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.climbing import STANDING, audited, defaults, reaches, section, status_of, traffic
+from tests.support.routed import Place
+from tests.support.server import Server, serving
+
+TAKEN = "another process works on the rollouts of this state folder"
+
+
+def test_a_rollout_has_one_process(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    without = place.text("")
+    text = place.text(section(STANDING)).replace("models:", defaults() + "models:", 1)
+    place.path.write_text(text)
+    bystander = tmp_path / "bystander.yaml"
+    bystander.write_text(without)
+    with place.serve() as server, traffic(server) as callers:
+        reaches(place, server, "step")
+        with serving(str(bystander), "--state-dir", str(place.state)) as other:
+            status, answer, _ = place.admin(other, "POST", "config", text.encode())
+            assert status == 400
+            assert TAKEN in answer["error"]
+            assert status_of(place, server)["state"] == "step"
+        second = Server(str(place.path), "--state-dir", str(place.state))
+        try:
+            assert second.wait() == 2
+        finally:
+            second.kill()
+        assert status_of(place, server)["state"] == "step"
+        assert "rollout.aborted" not in {event["action"] for event in audited(place, server)}
+        server.kill()
+    assert callers.versions["2"]
+    with place.serve() as again:
+        assert status_of(place, again)["state"] != "aborted"
