@@ -113,14 +113,14 @@ class _Group:
         rows, labels = map(np.concatenate, zip(*self._first, strict=True))
         return rows, labels
 
-    def add(self, predictions: Array, labels: Array, times: Array) -> list[WindowRows]:
+    def add(self, predictions: Array, labels: Array, came: Array, times: Array) -> list[WindowRows]:
         if self._missing:
             taken = min(self._missing, len(labels))
             self._first.append((predictions[:taken], labels[:taken]))
             self._missing -= taken
             if not self._missing:
                 self.give(reference_rows(self._settings, *self._joined_first()))
-        return self.windows.add(predictions, labels, times)
+        return self.windows.add(predictions, labels, came, times)
 
     def in_alarm(self) -> list[str]:
         return [self._settings.signals[place] for place in np.flatnonzero(self.book.active)]
@@ -227,8 +227,9 @@ class LabelMonitor:
         group = self._group(key)
         predictions = np.array([row.prediction for row in rows], "f8")
         labels = np.array([row.label for row in rows], "f8")
-        times = np.array([row.labelled_ns for row in rows], "i8")
-        self._look(key, group, group.add(predictions, labels, times))
+        came = np.array([max(row.labelled_ns, row.predicted_ns) for row in rows], "i8")
+        times = np.array([row.outcome_ns for row in rows], "i8")
+        self._look(key, group, group.add(predictions, labels, came, times))
 
     def _group(self, key: GroupKey) -> _Group:
         if key not in self._groups:
@@ -284,7 +285,7 @@ class LabelMonitor:
         return self._changes
 
     def snapshot(self, mark: str, run: str) -> bytes:
-        """Windows, references, alarms and counts, for ``restore``; predictions and labels that wait are left out.
+        """Windows, references, alarms, counts, and the predictions and labels that wait, for ``restore``.
 
         ``mark`` and ``run``: see ``monitor.label_state``.
         """
@@ -304,8 +305,8 @@ class LabelMonitor:
             groups[found.key] = _Group(self.settings, None)
             groups[found.key].restore(found)
         with self._lock:
-            self._groups, self.forgotten_groups = groups, saved.forgotten_groups
             self.join.restore(saved.join)
+            self._groups, self.forgotten_groups = groups, saved.forgotten_groups
             for group in groups.values():
                 for window in group.windows.now():
                     if self._tells(window):
@@ -370,6 +371,7 @@ class LabelMonitor:
                     "full": window.full,
                     "start_ns": window.start_ns,
                     "end_ns": window.end_ns,
+                    "outdated": window.outdated,
                     "metrics": self._scorer.metrics(window.tally, window.ranking),
                 }
                 if group is not None:
@@ -431,6 +433,7 @@ class LabelMonitor:
     def _metric_samples(self, state: LabelState) -> Iterable[Sample]:
         for entry in self._windows(state, own=False):
             labels = {"model": self.model, **{name: entry[name] for name in ("version", "arm", "window")}}
+            yield Sample("label_outdated_rows_total", labels, float(entry["outdated"]))
             for name, value in entry["metrics"].items():
                 if isinstance(value, int | float) and not isnan(value):
                     yield Sample("performance", {**labels, "metric": name}, float(value))

@@ -1,7 +1,9 @@
 """What labels have taught, as plain data: kept over a restart, and carried by a profile as the reference.
 
 A saved state is bound to a ``mark`` of everything that its numbers depend on; under another mark nothing goes on from
-it. It holds scores and outcomes of the rows in the windows, counts, alarms and references: no ids, and no inputs.
+it. It holds scores and outcomes of the rows in the windows and of those that may still get a label, counts, alarms and
+references. It holds no inputs, and of ids keyed hashes with their key: who has the file can tell whether an id that he
+knows is in it, and cannot list them.
 
 A reference is what the windows of a model are held against: exact sums and counts of labelled rows, and how many rows
 of either outcome fell into each cell of a fine grid of scores. No row is in it.
@@ -18,8 +20,9 @@ import numpy as np
 from monitor import sealed
 from monitor.decay import ReferenceRows
 from monitor.errors import SettingsError, StateError
+from monitor.label_memory import KEY_BYTES, GroupCounts, SavedRows
 from monitor.label_windows import Pane, SeriesState, WindowsState
-from monitor.labels import COUNTERS, GroupCounts, SavedJoin
+from monitor.labels import COUNTERS, SavedJoin
 from monitor.outcomes import LabelReference, LabelSettings
 from monitor.performance import GRID, Ranking, Tally, scorer_of
 from monitor.types import Array
@@ -28,7 +31,7 @@ from monitor.types import Array
 GroupKey: TypeAlias = tuple[str, str, str]
 
 _KIND: Final = "label state"
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 #: In the place of how many scores a pane's ranking keeps.
 _NO_RANKING: Final = -1
 _CELLS: Final = -2
@@ -64,7 +67,7 @@ class SavedLabels:
 
     def to_bytes(self) -> bytes:
         """A sealed file: see ``monitor.sealed``."""
-        arrays: dict[str, Array] = {}
+        arrays = _join_arrays(self.join)
         groups = [_stored(f"{place}/", group, arrays) for place, group in enumerate(self.groups)]
         header = {
             "schema": _SCHEMA,
@@ -73,6 +76,7 @@ class SavedLabels:
             "run": self.run,
             "counters": self.join.counters,
             "join": [asdict(group) for group in self.join.groups],
+            "key": self.join.key.hex(),
             "groups": groups,
             "forgotten_groups": self.forgotten_groups,
         }
@@ -85,17 +89,43 @@ class SavedLabels:
         try:
             if header["schema"] != _SCHEMA:
                 raise StateError(f"{what}: schema {header['schema']} is not known, wanted {_SCHEMA}")
-            counters = {name: int(header["counters"][name]) for name in COUNTERS}
             return cls(
                 str(header["model"]),
                 str(header["mark"]),
                 str(header["run"]),
-                SavedJoin(counters, [GroupCounts(**found) for found in header["join"]]),
+                _join(header, arrays),
                 [_group(f"{place}/", found, arrays, exact_rows) for place, found in enumerate(header["groups"])],
                 int(header["forgotten_groups"]),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as failure:
             raise StateError(f"{what}: the state is damaged ({type(failure).__name__})") from None
+
+
+# --- what waits ------------------------------------------------------------------------------------------------------
+
+
+def _join_arrays(join: SavedJoin) -> dict[str, Array]:
+    rows = join.rows
+    return {
+        "join/requests": rows.requests,
+        "join/ids": rows.ids,
+        "join/labels": rows.labels,
+        "join/predictions": rows.predictions,
+        "join/held": join.held,
+        "join/held_values": join.held_values,
+    }
+
+
+def _join(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> SavedJoin:
+    counters = {name: int(header["counters"][name]) for name in COUNTERS}
+    key = bytes.fromhex(header["key"])
+    if len(key) != KEY_BYTES:
+        raise ValueError("key")
+    rows = SavedRows(*[arrays[f"join/{name}"] for name in ("requests", "ids", "labels", "predictions")])
+    held = arrays["join/held"], arrays["join/held_values"]
+    found = SavedJoin(counters, [GroupCounts(**group) for group in header["join"]], key, rows, *held)
+    found.check()
+    return found
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -123,6 +153,7 @@ def _series_entry(series: SeriesState) -> dict[str, Any]:
         "unit": series.unit,
         "pane": series.pane,
         "closed": series.closed,
+        "outdated": series.outdated,
         "panes": len(series.panes),
         "open": series.open is not None,
     }
@@ -137,7 +168,8 @@ def _group(at: str, found: Mapping[str, Any], arrays: Mapping[str, Array], exact
         opened = panes.pop(0) if entry["open"] else None
         if entry["unit"] not in ("rows", "time"):
             raise ValueError("unit")
-        windows.append(SeriesState(entry["unit"], int(entry["pane"]), int(entry["closed"]), closed, opened))
+        outdated = {str(name): int(rows) for name, rows in entry["outdated"].items()}
+        windows.append(SeriesState(entry["unit"], int(entry["pane"]), int(entry["closed"]), closed, opened, outdated))
     kept = panes.pop(0) if found["reference"] else None
     if panes:
         raise ValueError("panes")

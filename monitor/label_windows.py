@@ -1,16 +1,21 @@
 """Windows of joined rows: panes of tallies, by rows and by time, that slide by adding and subtracting whole panes.
 
-A row belongs to the pane in which its *label came*: a window is what was learnt lately, whether its predictions are a
-minute or a week old. Panes of time begin at whole multiples of their length, so those of several processes line up;
-panes of rows are lined up by age. Nothing here reads a clock: times are wall ns. Not thread safe.
+A window of rows holds those whose labels *came* last: what was learnt lately, whether its predictions are a minute or
+a week old. A window of time holds the rows whose *outcome was* in it, which is when the label came unless its caller
+said otherwise. So outcomes that are sent once a day are spread over the day that they happened in. A row whose outcome
+was in a pane that has been closed, and that a window still holds, is put in there and seen by the window's next look;
+one that is older than a window is left out of it and counted as outdated. Only arrivals and ``tick`` move windows on.
+
+Panes of time begin at whole multiples of their length, so those of several processes line up; panes of rows are lined
+up by age. Nothing here reads a clock: times are wall ns. Not thread safe.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +28,10 @@ from monitor.types import Array, Window
 
 @dataclass(slots=True, eq=False)
 class Pane:
-    """Rows whose labels came in one stretch. ``index``: its place in time, or how many panes were before it."""
+    """Rows of one stretch. ``index``: its place in time, or how many panes were before it.
+
+    ``start_ns``, ``end_ns``: of its rows, when their labels came or, in a pane of time, when their outcomes were.
+    """
 
     index: int
     tally: Tally
@@ -36,17 +44,28 @@ class Pane:
         return self.tally.rows
 
     def add(self, tally: Tally, pairs: tuple[Array, Array] | None, start_ns: int, end_ns: int) -> None:
-        """Take rows in whose labels came from ``start_ns`` to ``end_ns``."""
+        """Take rows in, of ``start_ns`` to ``end_ns``."""
         self.start_ns = min(self.start_ns, start_ns) if self.rows else start_ns
         self.end_ns = max(self.end_ns, end_ns)
         self.tally = self.tally.plus(tally)
         if self.ranking is not None and pairs is not None:
             self.ranking.add(*pairs)
 
+    def copy(self, limit: int) -> Pane:
+        """To be added to while the original is read elsewhere. ``limit``: see ``Ranking``."""
+        ranking = None
+        if self.ranking is not None:
+            ranking = Ranking(limit)
+            ranking.merge(self.ranking)
+        return Pane(self.index, self.tally, ranking, self.start_ns, self.end_ns)
+
 
 @dataclass(slots=True, eq=False)
 class WindowRows:
-    """What a window holds. ``full``: it has its whole length; ``look`` numbers the panes closed so far."""
+    """What a window holds. ``full``: it has its whole length; ``look`` numbers the panes closed so far.
+
+    ``outdated``: rows that were too old for it when their label came, ever.
+    """
 
     window: Window
     tally: Tally
@@ -55,6 +74,7 @@ class WindowRows:
     end_ns: int
     look: int
     full: bool
+    outdated: int = 0
 
     @property
     def rows(self) -> int:
@@ -73,6 +93,8 @@ class SeriesState:
     closed: int
     panes: list[Pane]
     open: Pane | None = None
+    #: By the names of windows of time.
+    outdated: dict[str, int] = field(default_factory=dict)
 
 
 #: Panes per series, in the order of the settings' windows.
@@ -90,35 +112,71 @@ class _Series:
         self._panes: deque[Pane] = deque(maxlen=max(window.panes for window in windows))
         self._totals = [scorer.empty() for _ in windows]
         self._open: Pane | None = None
+        self.outdated = {window.name: 0 for window in windows} if self.unit == "time" else {}
 
     def _fresh(self, index: int) -> Pane:
         return Pane(index, self._scorer.empty(), Ranking(self._limit) if self._scorer.ranks else None)
 
-    def add(self, predictions: Array, labels: Array, times: Array) -> Iterator[WindowRows]:
-        """Take rows in, in order; the windows after each pane that they closed."""
+    def add(self, predictions: Array, labels: Array, came: Array, times: Array) -> Iterator[WindowRows]:
+        """Take rows in, in the order their labels came; the windows after each pane that they closed."""
         start = 0
         while start < len(labels):
-            index = int(times[start]) // self.pane if self.unit == "time" else self.closed
-            if self.unit == "time":
-                yield from self.tick(int(times[start]))
+            yield from self.tick(int(came[start]))
             if self._open is None:
-                self._open = self._fresh(index)
-            end = self._end(times, start)
+                self._open = self._fresh(int(came[start]) // self.pane if self.unit == "time" else self.closed)
+            end = self._end(came, start)
             part = slice(start, end)
-            pairs = self._scorer.pairs(predictions[part], labels[part])
-            tally = self._scorer.tally(predictions[part], labels[part])
-            self._open.add(tally, pairs, int(times[part].min()), int(times[part].max()))
+            if self.unit == "rows":
+                self._into(self._open, predictions[part], labels[part], came[part])
+            else:
+                told = times[part] < came[part]
+                self._by_time(predictions[part], labels[part], times[part], told)
             start = end
             if self.unit == "rows" and self._open.rows == self.pane:
                 yield from self._close()
 
-    def _end(self, times: Array, start: int) -> int:
-        """Where the rows that belong to the open pane end; a row older than the pane stays in it."""
+    def _end(self, came: Array, start: int) -> int:
+        """Where the rows that came before the open pane was over end."""
         assert self._open is not None  # noqa: S101 - made by the caller
         if self.unit == "rows":
-            return min(len(times), start + self.pane - self._open.rows)
-        over = np.flatnonzero(times[start:] >= (self._open.index + 1) * self.pane)
-        return start + int(over[0]) if len(over) else len(times)
+            return min(len(came), start + self.pane - self._open.rows)
+        over = np.flatnonzero(came[start:] >= (self._open.index + 1) * self.pane)
+        return start + int(over[0]) if len(over) else len(came)
+
+    def _into(self, pane: Pane, predictions: Array, labels: Array, times: Array) -> Tally:
+        tally = self._scorer.tally(predictions, labels)
+        pane.add(tally, self._scorer.pairs(predictions, labels), int(times.min()), int(times.max()))
+        return tally
+
+    def _by_time(self, predictions: Array, labels: Array, times: Array, told: Array) -> None:
+        """Put rows where their outcomes were, those of which nothing was ``told`` into the open pane.
+
+        So a clock that was set back, by which they come before that pane, leaves no row out.
+        """
+        assert self._open is not None  # noqa: S101 - made by the caller
+        indices = np.where(told, np.minimum(times // self.pane, self._open.index), self._open.index)
+        for index in np.unique(indices).tolist():
+            mine = indices == index
+            rows = predictions[mine], labels[mine], times[mine]
+            age = self._open.index - index
+            if age == 0:
+                self._into(self._open, *rows)
+            elif age <= (self._panes.maxlen or 0):
+                self._amend(age, *rows)
+            for window in self.windows:
+                self.outdated[window.name] += len(rows[1]) if age > window.panes else 0
+
+    def _amend(self, age: int, predictions: Array, labels: Array, times: Array) -> None:
+        """Add rows to the pane that was closed ``age`` panes ago. Who reads the old one keeps it as it was."""
+        assert self._open is not None  # noqa: S101 - made by the caller
+        while len(self._panes) < age:  # nothing was known of the time before
+            self._panes.appendleft(self._fresh(self._open.index - len(self._panes) - 1))
+        pane = self._panes[-age].copy(self._limit)
+        self._panes[-age] = pane
+        tally = self._into(pane, predictions, labels, times)
+        for place, window in enumerate(self.windows):
+            if age <= window.panes:
+                self._totals[place] = self._totals[place].plus(tally)
 
     def tick(self, now_ns: int) -> Iterator[WindowRows]:
         """Close the panes of time that are over at ``now_ns``, the empty ones after the open one too."""
@@ -130,6 +188,8 @@ class _Series:
             yield from self._close()
             if any(pane.rows for pane in self._panes):
                 self._open = self._fresh(following)
+            else:  # panes stand without a gap, and the next may be far from these
+                self._panes.clear()
 
     def _close(self) -> Iterator[WindowRows]:
         closing, self._open = self._open, None
@@ -147,15 +207,18 @@ class _Series:
     def now(self) -> Iterator[WindowRows]:
         """The windows of closed panes as they are."""
         for window, total in zip(self.windows, self._totals, strict=True):
-            yield _window(window, total, list(self._panes)[-window.panes :], self.closed)
+            outdated = self.outdated.get(window.name, 0)
+            yield _window(window, total, list(self._panes)[-window.panes :], self.closed, outdated)
 
     def state(self, *, with_open: bool = False) -> SeriesState:
-        return SeriesState(self.unit, self.pane, self.closed, list(self._panes), self._open if with_open else None)
+        opened = self._open if with_open else None
+        return SeriesState(self.unit, self.pane, self.closed, list(self._panes), opened, dict(self.outdated))
 
     def restore(self, state: SeriesState) -> None:
         """Go on from a state of the same pane and scorer."""
         self._panes.extend(state.panes)
         self.closed, self._open = state.closed, state.open
+        self.outdated |= state.outdated
         for place, window in enumerate(self.windows):
             for pane in state.panes[-window.panes :]:
                 self._totals[place] = self._totals[place].plus(pane.tally)
@@ -172,11 +235,15 @@ class _Series:
         most = self._panes.maxlen or 0
         if (state.unit, state.pane) != (self.unit, self.pane) or not fits:
             raise StateError("the saved label windows are of other panes or of another task")
-        if len(state.panes) > most or state.closed < len(state.panes):
+        if self.unit == "time" and any(later.index != pane.index + 1 for pane, later in pairwise(panes)):
+            raise StateError("the saved label windows are not of one stretch of time")
+        if set(state.outdated) != set(self.outdated):
+            raise StateError("the saved label windows are not those of the settings")
+        if len(state.panes) > most or (self.unit == "rows" and state.closed < len(state.panes)):
             raise StateError(f"the saved label windows hold {len(state.panes)} panes of {most}")
 
 
-def _window(window: Window, total: Tally, panes: Sequence[Pane], closed: int) -> WindowRows:
+def _window(window: Window, total: Tally, panes: Sequence[Pane], closed: int, outdated: int) -> WindowRows:
     held = [pane for pane in panes if pane.rows]
     ranking = None
     if panes and panes[0].ranking is not None:
@@ -185,7 +252,7 @@ def _window(window: Window, total: Tally, panes: Sequence[Pane], closed: int) ->
             if pane.ranking is not None:
                 ranking.merge(pane.ranking)
     start, end = min((p.start_ns for p in held), default=0), max((p.end_ns for p in held), default=0)
-    return WindowRows(window, total, ranking, start, end, closed, closed >= window.panes)
+    return WindowRows(window, total, ranking, start, end, closed, closed >= window.panes, outdated)
 
 
 class LabelWindows:
@@ -197,9 +264,13 @@ class LabelWindows:
             by_pane.setdefault((window.unit, window.pane), []).append(window)
         self._series = [_Series(windows, scorer, settings.exact_rows) for windows in by_pane.values()]
 
-    def add(self, predictions: Array, labels: Array, times: Array) -> list[WindowRows]:
-        """Take rows in, in the order their labels came: (n, width), (n,), (n,) wall ns. Each move of each window."""
-        return [window for series in self._series for window in series.add(predictions, labels, times)]
+    def add(self, predictions: Array, labels: Array, came: Array, times: Array | None = None) -> list[WindowRows]:
+        """Take rows in, in the order their labels came: (n, width), (n,), (n,) wall ns. Each move of each window.
+
+        ``times``: when their outcomes were, as ``came``; None: as they came.
+        """
+        when = came if times is None else times
+        return [window for series in self._series for window in series.add(predictions, labels, came, when)]
 
     def tick(self, now_ns: int) -> list[WindowRows]:
         """Close what is over by time; each move of each window."""
@@ -254,7 +325,9 @@ def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
         for pane in [pane for part in parts for pane in part.panes]:
             by_index.setdefault(pane.index, []).append(pane)
         grouped = [by_index[index] for index in sorted(by_index)]
-    return SeriesState(first.unit, first.pane, max(p.closed for p in parts), [_merge_panes(g) for g in grouped])
+    outdated = {name: sum(part.outdated.get(name, 0) for part in parts) for name in first.outdated}
+    closed, panes = max(part.closed for part in parts), [_merge_panes(group) for group in grouped]
+    return SeriesState(first.unit, first.pane, closed, panes, outdated=outdated)
 
 
 def _merge_panes(panes: Sequence[Pane]) -> Pane:
@@ -285,5 +358,5 @@ def windows_of(state: WindowsState, windows: Sequence[Window], scorer: Scorer) -
         total = scorer.empty()
         for pane in panes:
             total = total.plus(pane.tally)
-        found.append(_window(window, total, panes, series.closed))
+        found.append(_window(window, total, panes, series.closed, series.outdated.get(window.name, 0)))
     return found

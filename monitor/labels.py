@@ -10,23 +10,23 @@ counted. A label whose id nobody knows waits for its prediction for a while. Pre
 the oldest request is forgotten when a new one needs its room or when it is too old, and its rows without a label have
 expired. Hence for every group at any time: predicted == joined + expired + waiting.
 
-Ids are kept as 64-bit hashes, keyed per process: that two of a million are taken for one another has a chance of about
-3 in 10^8. Memory is about 55 bytes per row (8 more per further class), made at the start, and up to half a kilobyte per
-request with two ids.
+When the outcome was may be told with it. That says which window of time the row belongs to and nothing else: what
+expires, and what is late, goes by when things arrive, so that no caller's clock can have predictions forgotten.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from math import isfinite, isnan, nan
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from math import isfinite, isnan
+from typing import Final, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
+from monitor.errors import StateError
+from monitor.label_memory import IDS, GroupCounts, IdHash, Memory, SavedRows, remembered
 from monitor.outcomes import ALL, OTHER, HasTensor, Joined, LabelSettings
 from monitor.types import BYTES, DATATYPES, Array, Buffer
 
@@ -34,7 +34,8 @@ from monitor.types import BYTES, DATATYPES, Array, Buffer
 TURN: Final = 65_536
 #: Predictions and labels beyond this are no numbers that a mean could be taken of.
 _LARGEST: Final = 1e60
-_WORD: Final = (1 << 64) - 1
+#: Rows of predictions that are saved at most, the newest: some 60 MB.
+SAVED_ROWS: Final = 1_000_000
 
 OnJoined: TypeAlias = Callable[[Sequence[Joined]], object]
 #: (version, arm, predictions end to end).
@@ -42,7 +43,7 @@ OnPredicted: TypeAlias = Callable[[str, str, Sequence[float]], object]
 
 
 class _Prediction(NamedTuple):
-    ids: tuple[int, ...]
+    ids: Sequence[str]
     version: str
     arm: str
     rows: int
@@ -55,45 +56,21 @@ class _Prediction(NamedTuple):
 
 
 class _Label(NamedTuple):
-    id: int
+    id: str
     row: int
     value: float | str
     now_ns: int
+    time_ns: int
 
 
-@dataclass(slots=True)
-class GroupCounts:
-    """Rows of one (version, arm, slice). ``forgotten`` rows left the memory, ``expired`` those of them unlabelled."""
+class _Held(NamedTuple):
+    """A label of a value that the task has, by the hash of its id."""
 
-    version: str
-    arm: str
-    slice: str
-    predicted: int = 0
-    joined: int = 0
-    late: int = 0
-    duplicate: int = 0
-    conflicting: int = 0
-    forgotten: int = 0
-    expired: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """Rows remembered that have no label yet."""
-        return self.predicted - self.joined - self.expired
-
-    @property
-    def join_rate(self) -> float:
-        """Share of all predicted rows that have a label by now; NaN for none."""
-        return self.joined / self.predicted if self.predicted else nan
-
-    @property
-    def settled_join_rate(self) -> float:
-        """Share of the rows forgotten by now that got their label in time: not lowered by labels still to come."""
-        return 1 - self.expired / self.forgotten if self.forgotten else nan
-
-    def to_dict(self) -> dict[str, Any]:
-        rates = {"waiting": self.waiting, "join_rate": self.join_rate, "settled_join_rate": self.settled_join_rate}
-        return {**asdict(self), **rates}
+    id: int
+    row: int
+    value: float
+    now_ns: int
+    time_ns: int
 
 
 #: Of a ``LabelJoin``, by the names of its attributes.
@@ -101,92 +78,26 @@ COUNTERS: Final = ("dropped_rows", "dropped_labels", "refused_rows", "invalid_ro
                    "held_dropped", "repeated_ids")  # fmt: skip
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SavedJoin:
-    """What of a join outlives its process. ``counters`` by the names of ``COUNTERS``."""
+    """What of a join outlives its process. ``counters`` by the names of ``COUNTERS``; ``key``: of the ids' hashes.
+
+    ``groups``: those that count, the newest last, after those that only remembered rows are of. ``held``, in the order
+    they came: int64 (k, 4) with id, row, when it came and when the outcome was; ``held_values`` float64 (k,).
+    """
 
     counters: dict[str, int]
     groups: list[GroupCounts]
+    key: bytes
+    rows: SavedRows
+    held: Array = field(default_factory=lambda: np.empty((0, 4), "i8"))
+    held_values: Array = field(default_factory=lambda: np.empty(0))
 
-
-class _Memory:
-    """A ring of rows: request after request, oldest first, found by the hashes of their ids.
-
-    ``head`` and ``tail`` number rows since the beginning; a request is known by the number of its first row, and the
-    facts of a request stand at that row's place.
-    """
-
-    __slots__ = ("_capacity", "_first", "_ids", "_width", "group", "head", "label", "predictions", "rows", "tail",
-                 "time", "unit")  # fmt: skip
-
-    def __init__(self, capacity: int, width: int) -> None:
-        self._capacity, self._width = capacity, width
-        self.predictions = array("d", bytes(8 * capacity * width))
-        self.label = array("d", bytes(8 * capacity))
-        self.time = array("q", bytes(8 * capacity))
-        self.unit = array("Q", bytes(8 * capacity))
-        self.rows = array("l", bytes(array("l").itemsize * capacity))
-        self.group: list[GroupCounts | None] = [None] * capacity
-        self._ids: list[tuple[int, ...]] = [()] * capacity
-        self._first: dict[int, int] = {}
-        self.head = self.tail = 0
-
-    def __len__(self) -> int:
-        return self.head - self.tail
-
-    @property
-    def requests(self) -> int:
-        """Ids that can be asked for."""
-        return len(self._first)
-
-    def find(self, hashed: int) -> int | None:
-        return self._first.get(hashed)
-
-    def place(self, number: int) -> int:
-        return number % self._capacity
-
-    def prediction(self, number: int) -> tuple[float, ...]:
-        start = (number % self._capacity) * self._width
-        return tuple(self.predictions[start : start + self._width])
-
-    def room(self, rows: int) -> bool:
-        """Whether that many rows fit without forgetting any."""
-        return self.head - self.tail + rows <= self._capacity
-
-    def add(self, item: _Prediction, values: Sequence[float], group: GroupCounts) -> int:
-        """Append a request that there is room for; ``values``, row by row. How many of its ids were in use."""
-        number, at = self.head, self.head % self._capacity
-        self.head += item.rows
-        self.rows[at], self.time[at], self.unit[at] = item.rows, item.now_ns, item.unit & _WORD
-        self.group[at], self._ids[at] = group, item.ids
-        width = self._width
-        for row in range(item.rows):
-            place = (number + row) % self._capacity
-            self.label[place] = nan
-            self.predictions[place * width : (place + 1) * width] = array("d", values[row * width : (row + 1) * width])
-        used = 0
-        for hashed in dict.fromkeys(item.ids):
-            used += hashed in self._first
-            self._first[hashed] = number
-        return used
-
-    def forget(self) -> None:
-        """Let go of the oldest request, and count it in its group."""
-        number, at = self.tail, self.tail % self._capacity
-        rows = self.rows[at]
-        for hashed in self._ids[at]:
-            if self._first.get(hashed) == number:
-                del self._first[hashed]
-        group = self.group[at]
-        if group is not None:
-            group.forgotten += rows
-            labels = [self.label[(number + row) % self._capacity] for row in range(rows)]
-            group.expired += sum(map(isnan, labels))
-        self.group[at], self._ids[at] = None, ()
-        self.tail += rows
-
-    def oldest_ns(self) -> int:
-        return self.time[self.tail % self._capacity]
+    def check(self) -> None:
+        """Raises StateError when the parts do not belong together."""
+        self.rows.check(len(self.groups))
+        if self.held.shape != (len(self.held), 4) or self.held_values.shape != self.held.shape[:1]:
+            raise StateError("the saved labels that wait are damaged")
 
 
 class LabelJoin:
@@ -204,13 +115,15 @@ class LabelJoin:
         self._on_predicted = on_predicted
         self.dropped_rows = self.dropped_labels = self.refused_rows = 0
         self.invalid_rows = self.invalid_labels = self.unknown = self.held_dropped = self.repeated_ids = 0
-        self._rows_in = self._rows_out = self._bytes_in = self._bytes_out = self._labels_in = self._labels_out = 0
+        self._rows_in = self._rows_out = self._bytes_in = self._bytes_out = 0
+        self._labels_in = self._labels_out = self._chars_in = self._chars_out = 0
         self._output, self._name = settings.output, settings.name
         self._queue: deque[_Prediction | _Label] = deque()
-        self._memory = _Memory(settings.capacity_rows, settings.width)
+        self._hash = IdHash()
+        self._memory = Memory(settings.capacity_rows, settings.width)
         self._groups: OrderedDict[tuple[str, str, str], GroupCounts] = OrderedDict()
         #: Labels that wait for their prediction, numbered in the order they came, and the numbers per id.
-        self._held: OrderedDict[int, _Label] = OrderedDict()
+        self._held: OrderedDict[int, _Held] = OrderedDict()
         self._held_ids: dict[int, list[int]] = {}
         self._holds = 0
         self._listeners: list[OnJoined] = []
@@ -230,8 +143,8 @@ class LabelJoin:
     ) -> bool:
         """Hand in one answered request; False when it was dropped or refused. Never blocks, never raises.
 
-        ``ids``: all that feedback may call it by; empty ones are passed over. ``rows`` 0 (a model that does not batch)
-        counts as one row. ``outputs``: the answer's tensors in any order. ``slice_value`` "": not sliced.
+        ``ids``: the one or two that feedback may call it by; empty ones are passed over. ``rows`` 0 (a model that does
+        not batch) counts as one row. ``outputs``: the answer's tensors in any order. ``slice_value`` "": not sliced.
         """
         count = rows or 1
         if (
@@ -244,10 +157,10 @@ class LabelJoin:
             for tensor in outputs:
                 if tensor.name == self._output:
                     data = tensor.data if isinstance(tensor.data, bytes | list) else bytes(tensor.data)
-                    hashed = tuple([hash(found) for found in ids if found])
                     size = len(data) if isinstance(data, bytes) else sum(map(len, data))
+                    size += len("".join(ids))
                     self._queue.append(
-                        _Prediction(hashed, version, arm, count, tensor.datatype, data, size, slice_value, unit, now_ns)
+                        _Prediction(ids, version, arm, count, tensor.datatype, data, size, slice_value, unit, now_ns)
                     )
                     self._rows_in += count
                     self._bytes_in += size
@@ -258,18 +171,26 @@ class LabelJoin:
         self.refused_rows += count
         return False
 
-    def label(self, request_id: str, row: int, value: float | str, name: str, now_ns: int) -> bool:
+    def label(
+        self, request_id: str, row: int, value: float | str, name: str, now_ns: int, time_ns: int | None = None
+    ) -> bool:
         """Hand in one label; False when it is of another name or was dropped. Never blocks, never raises.
 
-        ``name`` "" is taken for the label whatever its name is. Whether it finds its prediction, only a drain can tell.
+        ``name`` "" is taken for the label whatever its name is. ``time_ns``: when the outcome was, as it was told;
+        None: when it came. Whether it finds its prediction, only a drain can tell.
         """
         if name and name != self._name:
             return False
-        if self._labels_in - self._labels_out >= self.settings.queue_labels:
+        if (
+            self._labels_in - self._labels_out >= self.settings.queue_labels
+            or self._chars_in - self._chars_out > self.settings.queue_bytes
+        ):
             self.dropped_labels += 1
             return False
-        self._queue.append(_Label(hash(request_id), row, value, now_ns))
+        time_ns = now_ns if time_ns is None else max(0, min(time_ns, now_ns))
+        self._queue.append(_Label(request_id, row, value, now_ns, time_ns))
         self._labels_in += 1
+        self._chars_in += len(request_id)
         return True
 
     # --- the drain -------------------------------------------------------------------------------------------------
@@ -291,6 +212,7 @@ class LabelJoin:
             self._keep(predictions, joined)
             predictions = []
             self._labels_out += 1
+            self._chars_out += len(item.id)
             self._take_label(item, joined)
         self._keep(predictions, joined)
         if not self._queue:
@@ -328,11 +250,12 @@ class LabelJoin:
             self._memory.forget()
         group = self._group(item.version, item.arm, item.slice)
         group.predicted += item.rows
-        self.repeated_ids += self._memory.add(item, values, group)
+        ids = [self._hash(name) for name in item.ids[:IDS] if name]
+        self.repeated_ids += self._memory.add(ids, item.rows, item.now_ns, item.unit, values, group)
         if self._on_predicted is not None:
             self._on_predicted(item.version, item.arm, values)
         if self._held:
-            self._release(item.ids, joined)
+            self._release(ids, joined)
 
     def _values(self, items: Sequence[_Prediction]) -> list[float] | None:
         """All rows' predictions end to end, or None when not all contents are rows of what the settings say."""
@@ -385,39 +308,44 @@ class LabelJoin:
             self.invalid_labels += 1
             return
         self._expire(item.now_ns)
+        row = max(-1, min(item.row, self.settings.capacity_rows))  # no request has more: a number that can be saved
+        self._seek(_Held(self._hash(item.id), row, value, item.now_ns, item.time_ns), joined)
+
+    def _seek(self, item: _Held, joined: list[Joined]) -> None:
+        """Join a label, or have it wait for its prediction."""
         number = self._memory.find(item.id)
         if number is None:
             self._hold(item)
         else:
-            self._join(number, item, value, joined)
+            self._join(number, item, joined)
 
-    def _join(self, number: int, item: _Label, value: float, joined: list[Joined]) -> None:
+    def _join(self, number: int, item: _Held, joined: list[Joined]) -> None:
         memory = self._memory
         first = memory.place(number)
         group = memory.group[first]
-        if group is None or not 0 <= item.row < memory.rows[first]:
+        if group is None or not 0 <= item.row < memory.rows(number):
             self.unknown += 1
             return
         at = memory.place(number + item.row)
         known = memory.label[at]
         if not isnan(known):
-            group.duplicate += known == value
-            group.conflicting += known != value
+            group.duplicate += known == item.value
+            group.conflicting += known != item.value
             return
-        memory.label[at] = value
+        memory.label[at] = item.value
         group.joined += 1
         predicted_ns = memory.time[first]
         group.late += item.now_ns - predicted_ns > self.settings.late_ns
         joined.append(
             Joined(
-                self.model, group.version, group.arm, memory.unit[first], memory.prediction(number + item.row), value,
-                group.slice, predicted_ns, item.now_ns,
+                self.model, group.version, group.arm, memory.unit[first], memory.prediction(number + item.row),
+                item.value, group.slice, predicted_ns, item.now_ns, max(item.time_ns, predicted_ns),
             )
         )  # fmt: skip
 
     # --- labels before their prediction ------------------------------------------------------------------------------
 
-    def _hold(self, item: _Label) -> None:
+    def _hold(self, item: _Held) -> None:
         if not self.settings.hold_labels:
             self.unknown += 1
             return
@@ -432,7 +360,7 @@ class LabelJoin:
         """Join the labels that waited for these ids' prediction, in the order they came."""
         numbers = [number for hashed in ids for number in self._held_ids.pop(hashed, ())]
         for item in [self._held.pop(number) for number in sorted(numbers)]:
-            self._take_label(item, joined)
+            self._seek(item, joined)
 
     def _give_up(self) -> None:
         """The label that has waited longest is unknown."""
@@ -458,29 +386,60 @@ class LabelJoin:
         return self._rows_out + self._labels_out
 
     def saved(self) -> SavedJoin:
-        """What outlives the process: counts. Ids are known to this process alone, so what waits to be joined is lost.
+        """All but the queue. For the draining thread, or under its lock.
 
-        Rows that wait for their label have expired, and labels that wait for their prediction are unknown. For the
-        draining thread, or under its lock.
+        Of the predictions the newest ``SAVED_ROWS``: for the next process, older ones have expired.
         """
-        lost = {"unknown": self.unknown + len(self._held)}
-        groups = [replace(g, forgotten=g.predicted, expired=g.predicted - g.joined) for g in self._groups.values()]
-        return SavedJoin({name: getattr(self, name) for name in COUNTERS} | lost, groups)
+        counted = list(self._groups.values())
+        known = {id(group) for group in counted}
+        groups = [group for group in self._memory.groups() if id(group) not in known] + counted
+        rows = self._memory.saved(groups, SAVED_ROWS)
+        kept = [
+            replace(group, forgotten=group.predicted - held, expired=group.predicted - group.joined - waiting)
+            for group, held, waiting in zip(groups, *remembered(rows, len(groups)), strict=True)
+        ]
+        held = [(item.id, item.row, item.now_ns, item.time_ns) for item in self._held.values()]
+        return SavedJoin(
+            {name: getattr(self, name) for name in COUNTERS},
+            kept,
+            self._hash.key,
+            rows,
+            np.array(held, "i8").reshape(-1, 4),
+            np.array([item.value for item in self._held.values()]),
+        )
 
     def restore(self, saved: SavedJoin) -> None:
-        """Go on counting, before anything was handed in."""
+        """Go on from there, before anything was handed in. Raises StateError, and then takes nothing."""
+        saved.check()
+        if not self._memory.fits(saved.rows):
+            raise StateError("the saved predictions do not fit the settings")
         for name, value in saved.counters.items():
             setattr(self, name, value)
-        self._groups = OrderedDict(
-            [((g.version, g.arm, g.slice), g) for g in saved.groups[-self.settings.max_groups :]]
-        )
+        counted = saved.groups[-self.settings.max_groups :]
+        self._groups = OrderedDict([((g.version, g.arm, g.slice), g) for g in counted])
+        self._hash = IdHash(saved.key)
+        self._memory.restore(saved.rows, saved.groups)
+        for (hashed, row, now_ns, time_ns), value in zip(saved.held.tolist(), saved.held_values.tolist(), strict=True):
+            self._hold(_Held(hashed, row, value, now_ns, time_ns))
+        self._predicted_again(saved)
+
+    def _predicted_again(self, saved: SavedJoin) -> None:
+        """Have what is remembered seen as if it had been predicted now, arm by arm."""
+        if self._on_predicted is None:
+            return
+        arms = [(group.version, group.arm) for group in saved.groups]
+        of = np.repeat(saved.rows.requests[:, 3], saved.rows.requests[:, 0])
+        for arm in dict.fromkeys(arms):
+            mine = np.isin(of, [place for place, name in enumerate(arms) if name == arm])
+            if mine.any():
+                self._on_predicted(*arm, saved.rows.predictions[mine].reshape(-1).tolist())
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def groups(self) -> list[GroupCounts]:
         """Copies of the counts per group, sorted. For the draining thread, or under its lock."""
         return sorted(
-            [GroupCounts(**asdict(group)) for group in self._groups.values()],
+            [replace(group) for group in self._groups.values()],
             key=lambda group: (group.version, group.arm, group.slice),
         )
 

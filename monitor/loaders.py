@@ -90,13 +90,18 @@ def _parsed(texts: list[str]) -> Array:
 def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if columns is None or name in columns}
+            table = {name: file[name] for name in file.files if columns is None or name in columns}
     except (ValueError, zipfile.BadZipFile, EOFError) as failure:
         raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None
+    for name, values in table.items():
+        if not isinstance(values, np.ndarray):  # the bytes of a file that is no array
+            raise ProfileError(f"{path.name}: '{name}' is no array")
+    return table
 
 
 def _read_parquet(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
     picked = sorted(columns) if columns is not None else None
+    path.open("rb").close()  # who is not there is told of as everywhere
     if importlib.util.find_spec("pyarrow") is not None:
         return _through_pyarrow(path, picked)
     if importlib.util.find_spec("duckdb") is not None:
@@ -123,7 +128,8 @@ def _through_duckdb(path: Path, columns: list[str] | None) -> dict[str, Array]:
         try:
             found = connection.execute("SELECT * FROM read_parquet(?)", [str(path)]).fetchnumpy()
         except duckdb.Error as failure:
-            raise ProfileError(f"{path.name}: not a readable Parquet file ({failure})") from None
+            why = str(failure).partition("\n")[0]  # then comes the query
+            raise ProfileError(f"{path.name}: not a readable Parquet file ({why})") from None
     return {name: _filled(values) for name, values in found.items() if columns is None or name in columns}
 
 

@@ -63,6 +63,7 @@ class Joined(NamedTuple):
     """One row whose label came. ``prediction``: the score (binary), value (regression) or scores of all classes.
 
     With ``form`` "class" it is the class's number. ``unit`` is whatever the caller of ``remember`` said.
+    ``outcome_ns``: when the outcome was, if that was told, else when its label came; never before its prediction.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Joined(NamedTuple):
     slice: str
     predicted_ns: int
     labelled_ns: int
+    outcome_ns: int
 
 
 @dataclass(slots=True, frozen=True)

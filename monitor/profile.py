@@ -45,6 +45,8 @@ MAX_KNOTS: Final = 4_000_000
 MISSING_BIN: Final = "missing"
 NEW_BIN: Final = "new"
 RARE_BIN: Final = "rare"
+#: The cell that the strings beyond the most frequent share, where it is a bin of its own.
+OTHERS_BIN: Final = "others"
 _KIND: Final = "reference profile"
 _SCHEMA: Final = 1
 
@@ -288,6 +290,8 @@ def _string(value: object) -> bytes:
 
 
 def _numbers(array: Array, column: Column) -> Array:
+    if array.dtype.kind in "cMm":
+        raise ProfileError(f"column '{column.name}' holds {array.dtype} values, wanted {column.datatype}")
     try:
         wide = array.astype("f8")
     except (ValueError, TypeError):
@@ -404,7 +408,7 @@ def _build_strings(column: Column, values: Array) -> ColumnProfile:
     counts = np.zeros(2 * len(sizes) + 2, "i8")
     counts[1:-1:2] = sizes
     counts[-1] = missing
-    labels = [s.decode("utf-8", "backslashreplace")[:64] for s, _ in own] + ([RARE_BIN] if rare else [])
+    labels = [s.decode("utf-8", "backslashreplace")[:64] for s, _ in own] + ([OTHERS_BIN] if rare else [])
     bin_of, level_of, names, levels = _value_bins(counts, labels)
     categories, others = tuple([s for s, _ in own]), tuple([s for s, _ in rare])
     knots = np.arange(len(sizes), dtype="f8")

@@ -17,6 +17,8 @@ from monitor.types import STABLE, HasData, Parts, Source
 
 #: A monitored tensor.
 Key: TypeAlias = tuple[Source, str]
+#: Of pieces that are bytes or views of bytes.
+_join: Final[Callable[[Any], bytes]] = b"".join
 #: What a string of a BYTES tensor costs beside its contents.
 _STRING_OVERHEAD: Final = 40
 
@@ -116,8 +118,8 @@ class Tap:
         ``rows`` 0 (a model that does not batch) counts as one row.
         """
         count = rows or 1
-        self.offered += count
-        waiting = self.offered - self._taken - self.dropped - self._refused
+        offered = self.offered = self.offered + count
+        waiting = offered - self._taken - self.dropped - self._refused
         if waiting > self._max_rows or self._bytes_in - self._bytes_out > self._max_bytes:
             self.dropped += count
             self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
@@ -144,11 +146,11 @@ class Tap:
             if parts is None:
                 data.append(None)
                 continue
-            joined = b"".join(cast("Sequence[bytes]", parts))
+            joined = _join(parts)
             size += len(joined)
             data.append([joined])
         for place in self._outputs:
-            joined = b"".join((cast("bytes", outputs[place].data),))
+            joined = _join((outputs[place].data,))
             size += len(joined)
             data.append([joined])
         return data, size
@@ -167,7 +169,7 @@ class Tap:
                 size += sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in lists])
                 data.append(lists)
             else:
-                joined = b"".join(cast("Sequence[bytes]", parts))
+                joined = _join(parts)
                 size += len(joined)
                 data.append([joined])
         return data, size

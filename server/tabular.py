@@ -191,7 +191,9 @@ def _take(found: Tabular, table: Table, tensor: TensorSpec, columns: Sequence[st
 
 
 def _whole(found: Tabular, name: str, values: Array, source: Source, datatype: str, width: int | None) -> None:
-    flat = values.reshape(len(values), -1) if values.ndim and values.size else values.reshape(len(values), 1)
+    if not values.size:
+        raise InvalidArgument(f"'{name}' has no rows, or no element in them")
+    flat = values.reshape(len(values), -1)
     if flat.shape[1] != (flat.shape[1] if width is None else width):
         raise InvalidArgument(f"{source} '{name}' has {width} elements a row, the data have {flat.shape[1]}")
     if flat.shape[1] > MOST_COLUMNS:

@@ -4,8 +4,8 @@ A model has one ``ModelLabels`` for all its versions, made when the first of the
 prediction whichever version made it and whichever serves by now. It ends with the last version that is loaded under
 these settings; under other settings another one is made beside it, and what the old one remembers goes with it.
 
-What labels have taught outlives the process: windows, references, alarms and counts are saved, and gone on from under
-the same settings. What is remembered for labels to come is not, as ids are known to one process only.
+What labels have taught outlives the process, and so does what waits to be joined: windows, references, alarms, counts,
+predictions without a label and labels without a prediction are saved, and gone on from under the same settings.
 
 **Threads.** ``answered`` and ``label`` are the loop's: they append to a bounded queue. ``drain``, ``save``,
 ``families`` and ``take_alarms`` are the drain thread's. ``acquire`` is the loader's: it compiles and restores.
@@ -48,6 +48,7 @@ _GAUGES: Final = frozenset({"label_remembered_rows", "label_remembered_ids", "la
 _TEXTS: Final = {
     "tidegate_label_rows_total": "Predicted rows by what became of them.",
     "tidegate_label_join_ratio": "Share of all predicted rows that have their label by now.",
+    "tidegate_label_outdated_rows_total": "Rows whose outcome was before a window of time began as their label came.",
     "tidegate_label_unknown_labels_total": "Labels whose prediction is not known, or has no such row.",
     "tidegate_performance": "A metric of the rows in a window whose labels came.",
     "tidegate_performance_alarm": "1 while a signal of the labels is in alarm.",
@@ -82,10 +83,22 @@ class ModelLabels:
         settings = self.watch.settings
         return text in settings.class_of and name in ("", settings.name)
 
-    def label(self, request_id: str, row: int, value: float | None, text: str, name: str, now_ns: int) -> bool:
-        """Hand in an outcome: its number, if it is one, and its text, if it was one. False when it was not taken."""
+    def label(
+        self,
+        request_id: str,
+        row: int,
+        value: float | None,
+        text: str,
+        name: str,
+        now_ns: int,
+        time_ns: int | None = None,
+    ) -> bool:
+        """Hand in an outcome: its number, if it is one, and its text, if it was one. False when it was not taken.
+
+        ``time_ns``: when it was, in wall time, as its caller said; None: now.
+        """
         outcome = text if value is None or text in self.watch.settings.class_of else value
-        return self.monitor.join.label(request_id, row, outcome, name, now_ns)
+        return self.monitor.join.label(request_id, row, outcome, name, now_ns, time_ns)
 
     def learn(self, version: str, reference: LabelReference) -> None:
         """Hold a version against its profile's reference. One that was made otherwise is logged and left aside."""

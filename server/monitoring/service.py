@@ -89,6 +89,7 @@ class Timing:
     drain_s: float = 0.2
     gauges_s: float = 5.0
     save_s: float = 30.0
+    save_again_s: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +191,7 @@ class MonitorService:
         self._mirrored_taps: frozenset[object] = frozenset()
         self._families: tuple[FamilySnapshot, ...] = ()
         self._failing = self._failed_now = False
-        self._gauges_at = self._save_at = 0.0
+        self._gauges_at = self._save_at = self._saved_at = 0.0
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class MonitorService:
             self._gauges_at = now + self._timing.gauges_s
             self._show()
         if now >= self._save_at:
-            self._save_at = now + self._timing.save_s
+            self._saved_at, self._save_at = now, now + self._timing.save_s
             self._save(files)
         if self._failing and not self._failed_now:
             self._failing = False
@@ -412,12 +413,17 @@ class MonitorService:
             found, alarm = self._alarms.popleft()
             found.shown_rows = -1
             # The episode is on disk before long: one that is forgotten would be raised, and be told of, again.
-            found.saved_rows, self._save_at = -1, 0.0
+            found.saved_rows = -1
+            self._save_soon()
             event = alarm_event(found.model, found.version, found.monitor.sha256, alarm, found.run)
             self._announce(event, asdict(alarm))
         for labels, change in self.labels.take_alarms():
-            self._save_at = 0.0
+            self._save_soon()
             self._announce(label_event(change, labels.run), alarm_row(change))
+
+    def _save_soon(self) -> None:
+        """Before long, but not for each of many changes: a save waits for the disk, and counting waits for it."""
+        self._save_at = min(self._save_at, self._saved_at + self._timing.save_again_s)
 
     def _announce(self, event: dict[str, Any], row: dict[str, Any]) -> None:
         """Tell of one change of an alarm: the log, the audit, the history, and whoever listens."""

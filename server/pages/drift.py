@@ -30,6 +30,9 @@ Document: TypeAlias = Mapping[str, Any]
 #: Features with plots on the whole page at most, and in each view at least.
 MOST_PLOTS: Final = 80
 _LEAST_PLOTS: Final = 4
+#: Features listed at once, and how many more are not worth a line to hide them behind.
+_LISTED: Final = 40
+_FEW: Final = 10
 _NAMED: Final = 8
 
 
@@ -221,11 +224,37 @@ def _view(document: Document, view: _View, most: int) -> Html:
     note = el("p", el("small", fewer)) if len(plots) < len(features) else None
     return el(
         "div",
-        feature_table(window, about),
-        _part("Quality checks", quality_table(window.get("quality") or ())),
+        _features(view, about),
+        _part("Quality checks", _checks(window.get("quality") or ())),
         _part("Plots", join(_legend(), note, *plots) if plots else None),
         class_=f"view view{view.place}",
     )
+
+
+def _features(view: _View, about: str) -> Html:
+    """The features that matter in a table; many quiet ones behind a line to be opened."""
+    loud = [
+        place
+        for place, (score, verdict) in enumerate(view.features)
+        if verdict.get("over") or score.get("column") in view.in_alarm
+    ]
+    shown = max([_LISTED, *[place + 1 for place in loud]])
+    scores = list(view.window.get("scores") or ())
+    if len(scores) <= shown + _FEW:
+        return feature_table(view.window, about)
+    first, rest = ({**view.window, "scores": part} for part in (scores[:shown], scores[shown:]))
+    more = f"{len(scores) - shown} more features, none of them over"
+    return join(feature_table(first, about), el("details", el("summary", more), feature_table(rest, f"{more}.")))
+
+
+def _checks(found: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Checks that alarm, and rules, in a table; of many columns a value out of range here and there is no news."""
+    loud = [one for one in found if one.get("over") or one.get("in_alarm") or str(one.get("check")).startswith("rule")]
+    quiet = [one for one in found if one not in loud]
+    if len(quiet) <= _FEW:
+        return quality_table(found)
+    more = f"{len(quiet)} more checks, none of them over"
+    return join(quality_table(loud), el("details", el("summary", more), quality_table(quiet)))
 
 
 def _plots(

@@ -34,7 +34,7 @@ overflow-wrap:anywhere}
 overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.85rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:.2rem 0}
+caption{text-align:left;color:var(--soft);padding:.2rem 0}summary{cursor:pointer;padding:.5rem 0;color:var(--now)}
 th,td{padding:.28rem .42rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;vertical-align:top}
 th{font-weight:600;vertical-align:bottom;background:var(--tint);white-space:normal}
 .t,.records td:first-child,.records th:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;

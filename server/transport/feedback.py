@@ -4,15 +4,15 @@ Joined by the request's id: the gateway's ``x-tidegate-id`` or the client's own.
 model and to its experiment; what neither takes (too late, unknown, of a model that has none) is accepted and said to
 be so. A list with an item that is malformed, or with text that is no number and no class, is refused whole.
 
-``time`` is checked, and neither used nor kept: windows and expiry go by when a label arrives, so that no caller's clock
-can move them or have predictions forgotten.
+``time``, when the outcome was, says which window of time the labels count the row in. Experiments, expiry and lateness
+go by when an outcome arrives, so that no caller's clock can have predictions forgotten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 
 from server.errors import InvalidArgument
@@ -20,6 +20,8 @@ from server.errors import InvalidArgument
 MAX_ITEMS: Final = 10_000
 MAX_TEXT: Final = 4096
 _KEYS: Final = frozenset({"id", "outcome", "row", "name", "key", "time"})
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 _WORDS: Final = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -28,7 +30,7 @@ class Feedback:
     """One outcome. ``id`` (with ``row``) or ``key`` says whose it is; ``name`` which outcome, "" the only one.
 
     ``value``: the outcome as a number, None for text that is none. ``text``: the outcome as it was said, if that was
-    text: it may be the name of a class.
+    text: it may be the name of a class. ``time_ns``: when it was, wall time; None: not said.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Feedback:
     value: float | None
     text: str = ""
     row: int = 0
+    time_ns: int | None = None
 
 
 #: ``hear(model, items)``: how many of them somebody took. Raises ModelNotFound or InvalidArgument; for an outcome as
@@ -61,13 +64,18 @@ def _item(item: object, where: str) -> Feedback:
     text = item["outcome"] if isinstance(item.get("outcome"), str) else ""
     value = number_of(text) if text else _value(item, where)
     found = Feedback(
-        _text(item, "id", where), _text(item, "key", where), _text(item, "name", where), value, text, _row(item, where)
+        _text(item, "id", where),
+        _text(item, "key", where),
+        _text(item, "name", where),
+        value,
+        text,
+        _row(item, where),
+        time_of(item["time"], where) if "time" in item else None,
     )
     if not found.id and not found.key:
         raise InvalidArgument(f"{where}'id' or 'key' must say whose outcome it is")
     if len(text) > MAX_TEXT:
         raise InvalidArgument(f"{where}'outcome' must be text of at most {MAX_TEXT} characters")
-    _check_time(item, where)
     return found
 
 
@@ -104,14 +112,11 @@ def _row(item: dict[str, Any], where: str) -> int:
     return row
 
 
-def _check_time(item: dict[str, Any], where: str) -> None:
-    if "time" in item:
-        check_time(item["time"], where)
-
-
-def check_time(time: object, where: str) -> None:
-    """Raises InvalidArgument when ``time`` is no RFC 3339."""
+def time_of(time: object, where: str) -> int:
+    """RFC 3339 as ns since 1970, UTC. Raises InvalidArgument for anything else, a time without its offset included."""
     try:
-        datetime.fromisoformat(time)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise InvalidArgument(f"{where}'time' must be RFC 3339, got {str(time)[:64]!r}") from None
+        since = datetime.fromisoformat(time) - _EPOCH  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        wanted = "RFC 3339 with its offset, as 2026-01-31T12:00:00Z"
+        raise InvalidArgument(f"{where}'time' must be {wanted}, got {str(time)[:64]!r}") from None
+    return since // _MICROSECOND * 1000

@@ -127,7 +127,8 @@ _SCHEMAS: Final[Node] = {
             "time": {
                 "type": "string",
                 "format": "date-time",
-                "description": "Checked, and not used: an outcome counts from when it arrives.",
+                "description": "When the outcome was, with its offset from UTC: which window of time the labels count "
+                "it in. Left out or in the future, it is now.",
             },
         },
         "outcome",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from tests.support.server import Server, serving
 from tests.support.v2 import call, infer, tensor
 
 WIDTH = 4
+DROPPED = "tidegate_monitor_rows_dropped_total"
 
 
 def normal(rows: int, seed: int, shift: float = 0.0) -> Array:
@@ -277,3 +279,98 @@ def test_a_profile_that_does_not_fit_refuses_the_version(tmp_path: Path) -> None
         assert "profile.tgp" in refused["error"]
         assert "other" in refused["error"]
         assert send(server, normal(10, 1)) == "1"
+
+
+class HungDisk:
+    """Has the monitor's next save hang, as on a disk that does not answer: the file it writes to is a pipe.
+
+    The drain thread, which saves, stands still until ``answer`` reads the pipe to its end.
+    """
+
+    def __init__(self, server: Server, saved: Path) -> None:
+        self.path = saved.with_name(f".{saved.name}.{server.process.pid}.tmp")
+        os.mkfifo(self.path)
+
+    def answer(self) -> None:
+        with self.path.open("rb") as pipe:
+            while pipe.read(65536):
+                pass
+
+
+def resident(server: Server) -> int:
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.timeout(180)
+def test_a_drain_thread_that_hangs_costs_rows_of_the_monitor_and_nothing_else(place: Place) -> None:
+    """Under load from three callers: all are answered, memory stays, drops are exact and said, and counting resumes."""
+    labels = ", ring: {rows: 5000}, labels: {task: regression, output: y, capacity: 5000}"
+    with place.serve(place.text(labels)) as server:
+        send(server, normal(1000, 2))
+        counted(server, 1000)
+        server.terminate()
+        assert server.wait() == 0
+    (saved,) = (place.state / "monitors" / "m").glob("1-*.state")
+    with place.serve(place.text(labels)) as server:
+        disk = HungDisk(server, saved)
+        send(server, normal(3000, 3, shift=1.0))
+        server.wait_for("drift_raised")  # which is told of right before it is saved: nothing is drained from here on
+        sent = 3000
+        bodies = [
+            {"inputs": [tensor("x", "FP32", [64, WIDTH], np.round(normal(64, seed), 2).ravel().tolist())]}
+            for seed in range(3)
+        ]
+
+        def load(seed: int, requests: int) -> None:
+            for _ in range(requests):
+                status, _, _ = call(server.http, "POST", "/v2/models/m/infer", bodies[seed])
+                answered.append(status)
+
+        answered: list[int] = []
+        sizes = []
+        for _ in range(4):
+            callers = [threading.Thread(target=load, args=(seed, 90)) for seed in range(3)]
+            for thread in callers:
+                thread.start()
+            for thread in callers:
+                thread.join(60)
+            sizes.append(resident(server))
+        assert answered == [200] * 1080
+        sent += 1080 * 64
+        waiting, dropped = total(server, "tidegate_monitor_lag_rows"), rows_of(server, "1", DROPPED)
+        assert 0 < waiting <= 5000
+        assert dropped == total(server, "tidegate_monitor_rows_total") - waiting - counted_by_now(place, server) > 0
+        assert sizes[-1] - sizes[1] < 16_000_000  # the queues are full by then
+
+        disk.answer()
+        assert "Errno" in server.wait_for("monitor_not_saved")["error"]  # a pipe cannot be flushed to a disk
+        counted(server, sent)
+        sent += 1000
+        send(server, normal(1000, 8))  # closes the panes in which rows were lost
+        counted(server, sent)
+        _, document = place.admin(server, "GET", "monitors/m/1")
+        report = document["report"]
+        assert report["counted"]["stable"] + dropped == sent + 1000
+        assert report["dropped"] == {"stable": dropped}
+        assert all(window["sampled"] for window in report["windows"] if window["arm"] == "stable")
+        (group,) = document["performance"]["join"]["groups"]
+        assert group["predicted"] + document["performance"]["join"]["dropped_rows"] == sent + 1000
+        assert document["performance"]["join"]["dropped_rows"] > 0
+
+        for seed in range(12):  # as much as the longest window holds, and never more than the ring
+            send(server, normal(1000, 20 + seed))
+            sent += 1000
+            counted(server, sent)
+        _, document = place.admin(server, "GET", "monitors/m/1")
+        assert document["report"]["counted"]["stable"] == report["counted"]["stable"] + 12_000
+        windows = [window for window in document["report"]["windows"] if window["arm"] == "stable"]
+        assert windows
+        assert not any(window["sampled"] for window in windows)
+        server.terminate()
+        assert server.wait() == 0
+    assert not disk.path.exists()
+
+
+def counted_by_now(place: Place, server: Server) -> int:
+    _, document = place.admin(server, "GET", "monitors/m/1")
+    return int(document["report"]["counted"]["stable"]) - 1000

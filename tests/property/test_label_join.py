@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as npst
 from sklearn import metrics
 
 from monitor.exact import exact_square_sum, exact_sum, mean
+from monitor.label_state import SavedLabels
 from monitor.label_windows import LabelWindows, merge_windows, windows_of
 from monitor.labels import LabelJoin
 from monitor.outcomes import LabelSettings
@@ -80,6 +81,7 @@ def test_join_equals_the_naive_one(
             assert join.label(event.id, event.row, event.value, "", event.now_ns)
         if rng.random() < 0.2:
             found += join.drain(event.now_ns)
+            join = restarted(join) if rng.random() < 0.5 else join
     found += join.drain(end)
     rows = [((j.version, j.arm, j.slice), j.prediction[0], j.label, j.predicted_ns, j.labelled_ns) for j in found]
     assert rows == naive.rows
@@ -89,6 +91,14 @@ def test_join_equals_the_naive_one(
     assert join.repeated_ids == naive.repeated_ids
     assert all(group.predicted == group.joined + group.expired + group.waiting for group in groups)
     assert sum(group.predicted - group.forgotten for group in groups) == join.counters()["remembered_rows"] <= capacity
+
+
+def restarted(join: LabelJoin) -> LabelJoin:
+    """Another process's join that goes on from what this one has had written down."""
+    data = SavedLabels("m", "mark", "run", join.saved(), []).to_bytes()
+    again = LabelJoin("m", join.settings)
+    again.restore(SavedLabels.from_bytes(data, 0).join)
+    return again
 
 
 def facts(naive: Joins) -> dict[str, int]:
@@ -140,6 +150,39 @@ def test_window_metrics_equal_those_of_its_rows(count: int, data: st.DataObject)
     for live, kept in zip((by_rows, by_time), windows_of(windows.state(), wanted.windows, scorer), strict=True):
         assert live.tally.sums == kept.tally.sums
         assert (live.tally.counts == kept.tally.counts).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 150), st.integers(0, 2**32))
+def test_windows_of_time_hold_the_outcomes_of_their_time_in_whatever_order_they_come(count: int, seed: int) -> None:
+    """Whole numbers are added, so what comes late leaves the very bits that it would have left in time."""
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 9, count) / 8, rng.integers(0, 2, count).astype("f8")
+    came = 1000 + np.cumsum(rng.choice([0, 0, 1, 3, 40], count))
+    when = came - rng.choice([0, 0, 0, 1, 7, 30], count)
+    wanted = LabelSettings("binary", "p", windows=(time_window(20e-9, 4e-9), time_window(8e-9, 4e-9)))
+    scorer = scorer_of(wanted)
+    windows, start = LabelWindows(wanted, scorer), 0
+    while start < count:
+        part = slice(start, start + int(rng.integers(1, 40)))
+        windows.add(scores[part, None], labels[part], came[part], when[part])
+        start = part.stop
+        if rng.random() < 0.5:
+            again = LabelWindows(wanted, scorer)
+            again.restore(windows.unfinished())
+            windows = again
+    end = int(came[-1] + rng.choice([0, 4, 8, 100]))
+    windows.tick(end)
+    age = end // 4 - when // 4
+    for window, panes in zip(windows.now(), (5, 2), strict=True):
+        inside = (age >= 1) & (age <= panes)
+        alone = scorer.tally(scores[inside, None], labels[inside])
+        assert (window.tally.rows, window.tally.sums) == (alone.rows, alone.sums)
+        assert (window.tally.counts == alone.counts).all()
+        assert window.outdated == (came // 4 - when // 4 > panes).sum()
+        check(scorer, window, scores[inside], labels[inside])
+    for live, kept in zip(windows.now(), windows_of(windows.state(), wanted.windows, scorer), strict=True):
+        assert (live.tally.sums, live.start_ns, live.end_ns) == (kept.tally.sums, kept.start_ns, kept.end_ns)
 
 
 def check(scorer: Any, window: Any, scores: np.ndarray, labels: np.ndarray) -> None:

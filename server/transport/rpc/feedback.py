@@ -7,7 +7,7 @@ from typing import Final
 
 from server._pb import feedback_pb2 as pb
 from server.errors import InvalidArgument
-from server.transport.feedback import MAX_ITEMS, MAX_TEXT, Feedback, check_time, number_of
+from server.transport.feedback import MAX_ITEMS, MAX_TEXT, Feedback, number_of, time_of
 from server.transport.port import Services
 from server.transport.rpc.unary import Method, parse
 
@@ -39,8 +39,7 @@ def _feedback(number: int, outcome: pb.Outcome) -> Feedback:
     for name in ("id", "key", "name", "text"):
         if len(getattr(outcome, name)) > MAX_TEXT:
             raise InvalidArgument(f"{where}'{name}' must be text of at most {MAX_TEXT} characters")
-    if outcome.time:
-        check_time(outcome.time, where)
+    time_ns = time_of(outcome.time, where) if outcome.time else None
     # A value of 0 that is not sent is a value of 0 to older clients.
     value = number_of(outcome.text) if outcome.text else outcome.value
-    return Feedback(outcome.id, outcome.key, outcome.name, value, outcome.text, outcome.row)
+    return Feedback(outcome.id, outcome.key, outcome.name, value, outcome.text, outcome.row, time_ns)

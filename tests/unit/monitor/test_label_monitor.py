@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from monitor.errors import SettingsError, StateError
 from monitor.label_monitor import LabelAlarm, LabelMonitor, merge_states
@@ -300,22 +301,74 @@ def test_decayed_behaviour_does_not_become_the_norm_by_a_restart() -> None:
     assert len(alarms) == raised
 
 
-def test_counts_go_on_and_what_waited_is_given_up() -> None:
+def test_counts_go_on_and_what_waited_is_joined() -> None:
     traffic = Traffic(monitor_of(windows=(rows_window(100),), capacity_rows=800))
+    traffic.send(2500)  # a reference, so that there is an estimate
     traffic.send(1000, labels=0.5)
-    traffic.monitor.join.label("nobody", 0, 1, "", 10**6)
-    traffic.monitor.join.label("early", 0, 1, "", 10**6)
-    traffic.monitor.drain(10**6)
-    before = traffic.monitor.report()["join"]
+    traffic.monitor.join.label("early", 0, 1, "", 10**7)
+    traffic.monitor.drain(10**7)
+    before = traffic.monitor.report()
     traffic.monitor = after_restart(traffic.monitor)
-    (group,) = traffic.monitor.report()["join"]["groups"]
-    assert (group["predicted"], group["joined"]) == (1000, before["groups"][0]["joined"])
-    assert (group["forgotten"], group["waiting"]) == (1000, 0)
-    assert group["expired"] == 1000 - group["joined"]
-    assert traffic.monitor.join.counters()["unknown_labels"] == before["unknown_labels"] + 2
-    traffic.send(100)
-    (group,) = traffic.monitor.report()["join"]["groups"]
-    assert (group["predicted"], group["joined"]) == (1100, before["groups"][0]["joined"] + 100)
+    after = traffic.monitor.report()
+    assert after["join"] == before["join"]
+    assert before["estimates"][0]["rows"] == 3500
+    assert after["estimates"][0]["rows"] == 800  # of the predictions that are remembered
+    (group,) = before["join"]["groups"]
+    assert group["waiting"] > 300
+    for number in range(2701, 3501):
+        traffic.monitor.join.label(f"r{number}", 0, 1, "", 10**7)
+    traffic.monitor.join.remember(["early"], "1", "stable", 1, [Output(np.float64(0.5).tobytes())], "", 10**7)
+    assert len(traffic.monitor.drain(10**7)) == group["waiting"] + 1
+
+
+HOUR_NS = 3600 * SECOND_NS
+HOURS = LabelSettings(
+    "binary", "p", windows=(time_window(24 * 3600, 3600), time_window(7200, 3600)), rules=LabelRules(learn_rows=0),
+    max_age_ns=10**18, late_ns=HOUR_NS // 2, hold_ns=10**18,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_windows_of_time_are_what_scikit_learn_finds_on_the_rows_of_these_hours(told: bool) -> None:
+    """Labels up to two days late, out of order, twice and early, with restarts in the middle of it."""
+    monitor, rng, count, end = LabelMonitor("m", HOURS), np.random.default_rng(8), 3000, 1061 * HOUR_NS
+    scores = rng.random(count)
+    truth = (rng.random(count) < scores).astype(int)
+    made = np.sort(rng.integers(1000 * HOUR_NS, 1060 * HOUR_NS, count))
+    outcome = made + rng.integers(0, 6 * HOUR_NS, count)
+    came = outcome + np.where(rng.random(count) < 0.5, 0, rng.integers(0, 48 * HOUR_NS, count))
+    came = np.where(rng.random(count) < 0.05, made - 1, came)  # before its prediction
+    events = [(int(at), False, n) for n, at in enumerate(made)] + [(int(at), True, n) for n, at in enumerate(came)]
+    for place, (at, label, n) in enumerate(sorted(event for event in events if event[0] < end)):
+        if not label:
+            monitor.join.remember([f"r{n}"], "1", "stable", 1, [Output(np.float64(scores[n]).tobytes())], "", at)
+        for _ in range(2 * label):
+            monitor.join.label(f"r{n}", 0, int(truth[n]), "", at, int(outcome[n]) if told else None)
+        if place % 97 == 0:
+            monitor.drain(at)
+        if place % 970 == 0:
+            monitor = after_restart(monitor)
+    monitor.drain(end)
+
+    arrived, known = came < end, np.maximum(came, made)
+    when = np.maximum(np.minimum(outcome, came), made) if told else known
+    found = {window["window"]: window for window in monitor.report()["windows"]}
+    shown = {s.labels["window"]: s.value for s in monitor.samples() if s.name == "label_outdated_rows_total"}
+    for window, hours in zip(found.values(), (24, 2), strict=True):
+        age = end // HOUR_NS - when // HOUR_NS
+        rows = arrived & (age >= 1) & (age <= hours)
+        y, p, metrics = truth[rows], scores[rows], window["metrics"]
+        assert window["rows"] == rows.sum() > 20
+        assert metrics["accuracy"] == pytest.approx(accuracy_score(y, p >= 0.5), abs=1e-9)
+        assert metrics["auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-9)
+        assert metrics["brier"] == pytest.approx(brier_score_loss(y, p), abs=1e-9)
+        assert metrics["log_loss"] == pytest.approx(log_loss(y, p), abs=1e-9)
+        outdated = (arrived & (known // HOUR_NS - when // HOUR_NS > hours)).sum()
+        assert window["outdated"] == shown[window["window"]] == outdated
+        assert (outdated > 100) == told
+    (group,) = monitor.report()["join"]["groups"]
+    assert (group["joined"], group["duplicate"]) == (arrived.sum(), arrived.sum())
+    assert group["late"] == (arrived & (came - made > HOURS.late_ns)).sum()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from monitor import sealed
 from monitor.errors import SettingsError, StateError
+from monitor.label_memory import GroupCounts, SavedRows
 from monitor.label_state import (
     SavedGroup,
     SavedLabels,
@@ -22,7 +23,7 @@ from monitor.label_state import (
     to_profile,
 )
 from monitor.label_windows import LabelWindows
-from monitor.labels import COUNTERS, GroupCounts, SavedJoin
+from monitor.labels import COUNTERS, SavedJoin
 from monitor.outcomes import LabelSettings
 from monitor.performance import scorer_of
 from monitor.types import rows_window, time_window
@@ -42,7 +43,12 @@ def saved(settings: LabelSettings = SETTINGS, rows: int = 270) -> SavedLabels:
         SavedGroup(("1", "stable", ""), windows.unfinished(), {"active": [True]}, reference, None, 0),
         SavedGroup(("1", "stable", "eu"), [], {}, None, (SCORES[:7, None], LABELS[:7]), 93),
     ]
-    join = SavedJoin(dict.fromkeys(COUNTERS, 3), [GroupCounts("1", "stable", "", predicted=9, joined=4)])
+    waiting = SavedRows(
+        np.array([[2, 5, -1, 0]]), np.array([[7, 0]]), np.array([np.nan, 1.0]), np.array([[0.5], [0.25]])
+    )
+    held, values = np.array([[3, 0, 8, 8]]), np.array([1.0])
+    group = GroupCounts("1", "stable", "", predicted=9, joined=4)
+    join = SavedJoin(dict.fromkeys(COUNTERS, 3), [group], bytes(range(16)), waiting, held, values)
     return SavedLabels("m", "mark", "run", join, groups, 2)
 
 
@@ -51,9 +57,13 @@ def test_what_is_written_is_read_again() -> None:
     data = first.to_bytes()
     again = SavedLabels.from_bytes(data, SETTINGS.exact_rows)
     assert again.to_bytes() == data
-    assert (again.model, again.mark, again.run, again.join, again.forgotten_groups) == (
-        "m", "mark", "run", first.join, 2,
-    )  # fmt: skip
+    assert (again.model, again.mark, again.run, again.forgotten_groups) == ("m", "mark", "run", 2)
+    assert (again.join.counters, again.join.groups) == (first.join.counters, first.join.groups)
+    assert again.join.key == bytes(range(16))
+    for name in ("requests", "ids", "labels", "predictions"):
+        np.testing.assert_array_equal(getattr(again.join.rows, name), getattr(first.join.rows, name))
+    assert again.join.held.tolist() == [[3, 0, 8, 8]]
+    assert again.join.held_values.tolist() == [1.0]
     whole, part = again.groups
     assert (whole.key, whole.alarms, whole.missing) == (("1", "stable", ""), {"active": [True]}, 0)
     assert part.first is not None
@@ -93,8 +103,8 @@ def test_damage_is_told(place: int) -> None:
     ("header", "why"),
     [
         ({"schema": 99}, "schema 99 is not known"),
-        ({"schema": 1}, "damaged"),
-        ({"schema": 1, "counters": [], "join": [], "groups": []}, "damaged"),
+        ({"schema": 2}, "damaged"),
+        ({"schema": 2, "counters": [], "join": [], "groups": []}, "damaged"),
     ],
 )
 def test_other_contents_are_told(header: dict[str, object], why: str) -> None:

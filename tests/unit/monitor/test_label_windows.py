@@ -54,6 +54,55 @@ def test_a_row_older_than_the_open_pane_is_counted_in_it() -> None:
     add(one, 1, 1.0)
     (moved,) = one.tick(102 * SECOND_NS)
     assert (moved.rows, moved.start_ns, moved.end_ns) == (2, 1 * SECOND_NS, 100 * SECOND_NS)
+    assert one.now()[1].outdated == 0
+
+
+def told(one: LabelWindows, came: float, *outcomes: float) -> None:
+    """Rows that came together, with what was told of when their outcomes were."""
+    times = (np.array([came, *outcomes]) * SECOND_NS).astype("i8")
+    one.add(np.full((len(outcomes), 1), 0.5), np.ones(len(outcomes)), np.full(len(outcomes), times[0]), times[1:])
+
+
+def test_late_rows_are_put_where_their_outcomes_were() -> None:
+    one = windows()
+    told(one, 101.0, 101.0)
+    kept = one.state()
+    told(one, 110.5, 101.5, 109.0, 99.9, 80.0, 110.5)  # the open pane is 110 to 112, its window goes back to 100
+    assert [window.outdated for window in one.now()] == [0, 2]
+    (moved,) = one.tick(112 * SECOND_NS)
+    assert (moved.rows, moved.start_ns) == (2, 109 * SECOND_NS)  # 102 to 112
+    one = windows()
+    told(one, 111.0, 103.0, 104.0, 110.0)
+    assert [moved.rows for moved in one.tick(114 * SECOND_NS)] == [3, 2]
+    assert [pane.rows for pane in kept[1].panes] == []
+
+
+def test_who_reads_a_state_keeps_it_while_late_rows_come() -> None:
+    one = windows()
+    told(one, 101.0, 101.0)
+    one.tick(102 * SECOND_NS)
+    kept = one.state()
+    told(one, 103.0, 101.5)
+    assert [pane.rows for pane in kept[1].panes] == [1]
+    assert [pane.rows for pane in one.state()[1].panes] == [2]
+    assert kept[1].panes[0].ranking is not None
+    assert len(kept[1].panes[0].ranking.cells().nonzero()[0]) == 1
+
+
+def test_a_state_of_panes_with_a_gap_or_of_other_windows_is_refused() -> None:
+    one = windows()
+    told(one, 101.0, 101.0)
+    one.tick(106 * SECOND_NS)
+    state = one.unfinished()
+    assert [pane.index for pane in state[1].panes] == [50, 51, 52]
+    gone = state[1].panes.pop(1)
+    with pytest.raises(StateError, match="one stretch of time"):
+        windows().restore(state)
+    state[1].panes.insert(1, gone)
+    windows().restore(state)
+    state[1].outdated = {"1h": 0}
+    with pytest.raises(StateError, match="those of the settings"):
+        windows().restore(state)
 
 
 def test_panes_of_rows_merge_by_age_and_those_of_time_by_time() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from monitor.errors import SettingsError
+from monitor.errors import SettingsError, StateError
 from monitor.labels import LabelJoin
 from monitor.outcomes import OTHER, Joined, LabelRules, LabelSettings
 from monitor.types import AlarmRules, Window
@@ -48,8 +48,8 @@ def test_either_id_finds_the_prediction() -> None:
     join.label("mine", 1, 1, "", 20)
     join.label("gate-1", 0, 0, "", 30)
     assert join.drain(40) == [
-        Joined("m", "3", "canary", 7, (0.75,), 1.0, "eu", 10, 20),
-        Joined("m", "3", "canary", 7, (0.25,), 0.0, "eu", 10, 30),
+        Joined("m", "3", "canary", 7, (0.75,), 1.0, "eu", 10, 20, 20),
+        Joined("m", "3", "canary", 7, (0.25,), 0.0, "eu", 10, 30, 30),
     ]
     (group,) = join.groups()
     assert (group.version, group.arm, group.slice) == ("3", "canary", "eu")
@@ -176,6 +176,120 @@ def test_what_is_joined_does_not_depend_on_when_it_is_drained() -> None:
         return found + join.drain(400)
 
     assert run(often=True) == run(often=False) != []
+
+
+def test_when_an_outcome_was_is_between_its_prediction_and_its_label() -> None:
+    join = join_of()
+    remember(join, ["a"], 0.1, 0.2, 0.3, 0.4, 0.5, now=100)
+    for row, told in enumerate([None, 150, 99, 10**30, -(10**30)]):
+        join.label("a", row, 1, "", 200, told)
+    found = join.drain(200)
+    assert [row.outcome_ns for row in found] == [200, 150, 100, 200, 100]
+    assert {row.labelled_ns for row in found} == {200}
+    assert len(join.drain(10**15)) == 0
+    assert join.groups()[0].late == 0
+
+
+def test_when_an_outcome_was_neither_holds_nor_forgets_anything() -> None:
+    join = join_of(hold_ns=100, max_age_ns=1000, late_ns=50)
+    remember(join, ["a"], 0.1, now=0)
+    join.label("later", 0, 1, "", 10, 10**18)
+    join.label("a", 0, 1, "", 60, 5)
+    assert len(join.drain(60)) == 1
+    assert join.groups()[0].late == 1
+    assert join.counters()["held_labels"] == 1
+    join.drain(111)
+    assert join.unknown == 1
+    assert join.counters()["remembered_rows"] == 1
+
+
+# --- over a restart --------------------------------------------------------------------------------------------------
+
+
+def restarted(join: LabelJoin) -> LabelJoin:
+    """Another process's join that goes on from this one."""
+    again = LabelJoin(join.model, join.settings)
+    again.restore(join.saved())
+    return again
+
+
+def test_labels_find_predictions_of_the_process_before() -> None:
+    join = join_of(capacity_rows=7)
+    remember(join, ["g0"], 0.9)
+    join.remember(["g1", "mine"], "3", "canary", 2, scores(0.25, 0.75), "eu", 10, unit=2**64 - 1)
+    remember(join, ["g2", "same"], 0.5, 0.6, now=20)
+    remember(join, ["g3", "same", "\ud800"], 0.125, now=30)
+    join.label("mine", 0, 0, "", 40)
+    join.label("early", 1, 1, "", 41, 5)
+    remember(join, ["g4"], 0.0, 0.0, now=42)  # the ring has come round: g0 had to go
+    join.drain(42)
+    again = restarted(join)
+    assert again.counters() == join.counters()
+    assert again.groups() == join.groups()
+    again.label("mine", 0, 0, "", 50)
+    for name, row in (("g1", 1), ("same", 0), ("g2", 1), ("g0", 0)):
+        again.label(name, row, 1, "", 50)
+    remember(again, ["early"], 0.1, 0.375, now=60)
+    found = [(j.version, j.arm, j.slice, j.unit, j.prediction[0], j.predicted_ns) for j in again.drain(60)]
+    assert found == [
+        ("3", "canary", "eu", 2**64 - 1, 0.75, 10),
+        ("1", "stable", "", 0, 0.125, 30),
+        ("1", "stable", "", 0, pytest.approx(0.6), 20),
+        ("1", "stable", "", 0, 0.375, 60),
+    ]
+    counts = {group.arm: group for group in again.groups()}
+    assert (counts["canary"].joined, counts["canary"].duplicate) == (2, 1)
+    assert again.counters()["held_labels"] == 1  # g0's, which was forgotten
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"), [({"capacity_rows": 3}, 4), ({"task": "multiclass", "classes": ("a", "b")}, 1)]
+)
+def test_predictions_that_do_not_fit_are_refused(settings: dict[str, Any], rows: int) -> None:
+    join, other = join_of(), join_of(**settings)
+    remember(join, ["a"], *[0.5] * rows)
+    join.drain(1)
+    with pytest.raises(StateError, match="do not fit"):
+        other.restore(join.saved())
+    assert other.groups() == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("labels", np.empty(3)),
+        ("predictions", np.full((2, 1), np.nan)),
+        ("ids", np.zeros((1, 3), "i8")),
+        ("requests", np.array([[2, 0, 0, 9]])),
+        ("requests", np.array([[3, 0, 0, 0]])),
+        ("requests", np.array([[2, 0, 0, -1]])),
+        ("requests", np.array([2])),
+    ],
+)
+def test_predictions_that_do_not_belong_together_are_refused(part: str, value: Any) -> None:
+    join = join_of()
+    remember(join, ["a"], 0.5, 0.6)
+    join.drain(1)
+    saved = join.saved()
+    setattr(saved.rows, part, value)
+    with pytest.raises(StateError, match="the saved predictions"):
+        join_of().restore(saved)
+
+
+def test_a_row_beyond_all_numbers_can_wait_and_be_saved() -> None:
+    join = join_of()
+    join.label("a", 10**40, 1, "", 1)
+    join.drain(1)
+    assert restarted(join).counters()["held_labels"] == 1
+
+
+def test_the_queue_of_labels_is_bounded_by_the_size_of_their_ids() -> None:
+    join = join_of(queue_bytes=1000)
+    taken = [join.label("x" * 100, 0, 1, "", 1) for _ in range(20)]
+    assert sum(taken) == 11
+    assert join.dropped_labels == 9
+    join.drain(1)
+    assert join.label("x" * 100, 0, 1, "", 1)
 
 
 def test_rows_that_are_not_there_and_other_names() -> None:
@@ -367,7 +481,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.parametrize("ids", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ids", [100_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
 def test_memory_is_flat_however_many_ids_come(ids: int) -> None:
     join = join_of(capacity_rows=5000, hold_labels=500, queue_rows=20_000, queue_labels=20_000)
     data, sizes = scores(0.5), []

@@ -230,6 +230,22 @@ def test_the_last_lease_saves_and_the_next_goes_on(tmp_path: Path) -> None:
     assert [entry["rows_missing"] for entry in report["learning"]] == [50]
 
 
+def test_predictions_are_remembered_over_restarts_by_either_id(tmp_path: Path) -> None:
+    service = LabelService(tmp_path)
+    answer(tap_of(service), "a", 0.9, 0.1)
+    service.drain(2)
+    service.save()
+
+    service, heard = LabelService(tmp_path), list[Joined]()
+    service.subscribe(heard.extend)
+    tap = tap_of(service)
+    tap.label("a", 0, None, "good", "", 3)
+    tap.label("t-a", 1, None, "bad", "", 3, 2)
+    service.drain(4)
+    found = [(row.version, row.unit, row.label, round(row.prediction[0], 3), row.outcome_ns) for row in heard]
+    assert found == [("1", 7, 1.0, 0.9, 3), ("1", 7, 0.0, 0.1, 2)]
+
+
 def test_only_what_is_new_is_written(tmp_path: Path) -> None:
     service = LabelService(tmp_path)
     tap = tap_of(service, HARD)

@@ -293,6 +293,38 @@ def test_two_hundred_features_stay_under_two_megabytes() -> None:
     assert 60 <= tree.count("div", "feature") <= 80
 
 
+def test_quiet_features_of_many_are_behind_a_line_and_alarms_never_are() -> None:
+    names = [f"f{place}" for place in range(200)]
+    quiet, loud = window(names), window(names, name="other")
+    loud["in_alarm"] = ["f60"]
+    tree = Tree(drift_page({"report": report(quiet, loud)}))
+    assert tree.of("summary") == [
+        "160 more features, none of them over",
+        "139 more features, none of them over",
+    ]
+    assert all(tree.text.count(place) >= 2 for place in names)
+    assert Tree(drift_page({"report": report(window(names[:50]))})).count("details") == 0
+
+
+def test_checks_that_say_little_are_behind_a_line() -> None:
+    checks = [{"column": f"f{n}", "check": "below", "count": 1, "rows": 1000, "over": n == 7} for n in range(30)]
+    checks.append({"column": "f40", "check": "rule max", "count": 0, "rows": 1000, "over": False})
+    page = drift_page({"report": report(window(["a"], quality=checks))})
+    assert Tree(page).of("summary") == ["29 more checks, none of them over"]
+    assert page.index("f7<") < page.index("rule max") < page.index("<summary") < page.index("f29<")
+    assert Tree(drift_page({"report": report(window(["a"], quality=checks[:8]))})).count("details") == 0
+
+
+def test_no_address_of_anywhere_is_in_the_page() -> None:
+    page = drift_page({"report": report(window(["a"]))})
+    tree = Tree(page)
+    asked = {"src", "href", "action", "formaction", "poster", "data", "srcset", "background", "ping"}
+    assert not [attributes for _, attributes in tree.tags if asked & set(attributes)]
+    assert "url(" not in page
+    assert "@import" not in page
+    assert not re.search(r"https?://|//[a-z]", page)
+
+
 def test_quality_checks_alarm_like_drift() -> None:
     check = {"column": "age", "check": "missing", "count": 120, "rows": 1000, "share": 0.12, "allowed": 0.01, "p": 1e-9}
     calm = {**check, "column": "zip", "in_alarm": False, "over": False}
