@@ -12,6 +12,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 DEMO := .venv/.demo-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv-clients/.installed
+DRIFT_PEERS := .venv-drift-peers/.installed
 SOURCES := server router monitor tests loadtests scripts
 
 .PHONY: help
@@ -97,7 +98,7 @@ proto-fresh: $(DEV)
 
 # --- tools ---
 
-.PHONY: fmt proto bench bench-quick constraints clean
+.PHONY: fmt proto bench bench-quick bench-peers bench-drift constraints clean
 fmt: $(DEV) ## format and mend what can be mended by itself
 	@echo "== formatting"
 	@$(PY) -m ruff format $(SOURCES)
@@ -114,6 +115,19 @@ bench: $(DEV) ## cost per request beside the usual stacks and floors (under 10 m
 bench-quick: $(DEV) ## the same, shorter and less sure (under 2 minutes)
 	@echo "== bench, quick"
 	@$(PY) -m loadtests.bench --quick $(BENCH)
+
+bench-peers: $(DEV) ## other model servers beside ours (under 10 minutes after the set-up)
+	@echo "== bench, peers"
+	@$(PY) -m loadtests.peers $(BENCH)
+
+$(DRIFT_PEERS): loadtests/requirements-drift-peers.txt
+	@echo "== set-up: .venv-drift-peers with other drift monitors (about 400 MB)"
+	@bash scripts/venv.sh .venv-drift-peers -r $<
+	@touch $@
+
+bench-drift: $(DEV) $(DRIFT_PEERS) ## drift statistics beside other libraries and a plain copy
+	@echo "== bench, drift"
+	@$(PY) -m loadtests.drift_figures $(BENCH)
 
 constraints: ## resolve all versions anew and write the constraints files
 	@echo "== resolving"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ from loadtests.bench_rows import (
     USUAL_HTTP,
     Row,
 )
+from loadtests.budget import Budget
 from loadtests.crew import Crew, Pace, Sample, Way, checking
 from loadtests.histogram import Histogram
 from loadtests.models import HEAVY, MODEL, WIDE, bench_row
@@ -48,6 +50,9 @@ from server.errors import InvalidArgument, TidegateError
 
 _HEAVY_BATCH_S: Final = 0.005
 _RAMP_S: Final = 0.15
+_FIND_S: Final = 0.2
+#: No round begins that would end later than this after the start, and the run ends by itself where one does.
+LIMIT_S: Final = 570.0
 #: Tails of an open loop and large JSON tensors need some seconds to show.
 _OPEN_FACTOR: Final = 3.0
 _LARGE_RATE: Final = 1.0
@@ -71,7 +76,9 @@ class Bench:
     targets: dict[str, Target] = field(default_factory=dict)
     payloads: dict[str, Payload] = field(default_factory=dict)
     wanted: dict[str, Payload] = field(default_factory=dict)
+    budget: Budget = field(default_factory=lambda: Budget(LIMIT_S))
     server_cores: set[int] = field(default_factory=lambda: machine.split_cores()[0])
+    generator_cores: set[int] = field(default_factory=lambda: machine.split_cores()[1])
 
     # --- set-up ----------------------------------------------------------------------------------------------
 
@@ -136,15 +143,24 @@ class Bench:
     # --- rounds ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Raises TimeoutError when the time is over before the first round has ended."""
         cells = [(row, column) for row in self.plan.rows for column in self._columns(row)]
-        for number in range(-1, self.plan.rounds):
-            warming = number < 0
-            print("  warming up" if warming else f"  round {number + 1} of {self.plan.rounds}", flush=True)
-            turn = (number + 1) * 7 % max(1, len(cells))
-            for row, column in cells[turn:] + cells[:turn]:
-                sample = await self._cell(row, column, self.plan.seconds / 4 if warming else self.plan.seconds)
-                if not warming:
-                    self.result.add(row.name, column, sample)
+        try:
+            async with asyncio.timeout(self.budget.left_s()):
+                print("  warming up", flush=True)
+                for row, column in cells:
+                    await self._cell(row, column, self.plan.seconds / 4)
+                for number in self.budget.rounds(self.plan.rounds):
+                    print(f"  round {number + 1} of {self.plan.rounds}", flush=True)
+                    turn = (number + 1) * 7 % max(1, len(cells))
+                    for row, column in cells[turn:] + cells[:turn]:
+                        self.result.add(row.name, column, await self._cell(row, column, self.plan.seconds))
+                    self.result.settings["rounds"] = number + 1
+        except TimeoutError:
+            if self.budget.left_s() or not self.result.settings["rounds"]:
+                raise
+        if self.result.settings["rounds"] < self.plan.rounds:
+            self._note(f"Time was up after {self.result.settings['rounds']} of {self.plan.rounds} rounds.")
 
     def _columns(self, row: Row) -> list[str]:
         """Who is asked: those that the row names, and peers that speak its protocol, in closed loops over one model."""
@@ -168,16 +184,26 @@ class Bench:
         if row.external:
             return await h2load.measure(target, row.model, row.way, payload, seconds)
         crew = Crew(target, row.model, row.way, payload, check)
-        if row.all_cores:
-            machine.pin_tree(target.pid, machine.usable_cores())
         try:
             if row.pace.rate:
                 return await self._paced(crew, row, target, seconds * _OPEN_FACTOR)
+            if row.model_apart:
+                await self._set_model_apart(crew)
             return await crew.measure(seconds, ramp_s=_RAMP_S)
         finally:
             await crew.close()
-            if row.all_cores:
+            if row.model_apart:
                 machine.pin_tree(target.pid, self.server_cores)
+
+    async def _set_model_apart(self, crew: Crew) -> None:
+        """Leave the server's core to the thread that works most: the one that runs the model."""
+        pid = crew.target.pid
+        before = machine.thread_seconds(pid)
+        await crew.measure(_FIND_S)
+        after = machine.thread_seconds(pid)
+        busiest = max(after, key=lambda thread: after[thread] - before.get(thread, 0.0))
+        machine.pin_tree(pid, self.generator_cores)
+        os.sched_setaffinity(busiest, self.server_cores)
 
     def _asked(self, row: Row, column: str) -> tuple[Payload, Any]:
         """What is sent, and how the answer is checked: floors have one answer only, and a peer's model is its own."""
@@ -240,13 +266,12 @@ def check_labels(peers: tuple[Target, ...]) -> None:
 
 def measure(plan: Plan) -> Result:
     """Start everything, measure, stop everything."""
-    result = Result("bench", {"rounds": plan.rounds, "seconds": plan.seconds, "peers": [p.label for p in plan.peers]})
-    _, generator_cores = machine.split_cores()
+    result = Result("bench", {"rounds": 0, "seconds": plan.seconds, "peers": [p.label for p in plan.peers]})
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         bench = Bench(plan, Path(name), result)
         bench.prepare()
         bench.start(stack)
-        with machine.pinned(generator_cores):
+        with machine.pinned(bench.generator_cores):
             uvloop.run(bench.run())
     return result
 
@@ -262,6 +287,8 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[], metavar="KEY=VALUE,...", help="a V2 server beside ours")
     parser.add_argument("--output", type=Path, default=ROOT / "loadtests" / "results", help="folder for the result")
     options = parser.parse_args()
+    # SIGTERM ends the servers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The generator's gRPC library would speak of every process that is started beside it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     rounds = (2 if options.quick else 6) if options.rounds is None else options.rounds
@@ -273,9 +300,12 @@ def main() -> int:
         check_labels(peers)
         plan = Plan(chosen(options.only), rounds, seconds, peers)
         result = measure(plan)
-    except (TidegateError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
+    except (TidegateError, OSError, RuntimeError) as error:
+        print(f"bench: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench: ended early; every server is stopped", file=sys.stderr)
+        return 130
     path = options.output / f"bench-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
     result.save(path)
     print("\n" + bench_table.text(result, plan.rows))

@@ -20,11 +20,12 @@ _BUSY_GENERATOR: Final = 0.9
 def text(result: Result, rows: Iterable[Row]) -> str:
     """Everything that is to be read."""
     return "\n".join(
-        [*_heading(result), "", *_table(result, rows), "", *_goals(result), *_peers(result), "", *_notes(result)]
+        [*heading(result), "", *_table(result, rows), "", *_goals(result), *_peers(result), "", *_notes(result)]
     )
 
 
-def _heading(result: Result) -> Iterator[str]:
+def heading(result: Result) -> Iterator[str]:
+    """Where and when it was measured."""
     machine = result.machine
     commit = machine["commit"] or "unknown"
     yield f"{machine['cpu']}, {machine['usable_cores']} cores, Python {machine['python']}, commit {commit}"
@@ -104,6 +105,13 @@ def _notes(result: Result) -> Iterator[str]:
             errors = sum(sample.errors for sample in samples)
             if errors:
                 yield f"ERRORS: {row}, {column}: {errors} of {sum(s.latency.count for s in samples)} requests"
+    yield from generator_was_the_limit(result)
+    yield from (str(note) for note in result.settings.get("notes", []))
+
+
+def generator_was_the_limit(result: Result) -> Iterator[str]:
+    """A line for each cell whose rate is that of our own generator."""
+    for row, columns in result.cells.items():
+        for column, samples in columns.items():
             if stats.median([s.client_cpu_s / s.seconds for s in samples]).value > _BUSY_GENERATOR:
                 yield f"The generator was the limit of the rate: {row}, {column}"
-    yield from (str(note) for note in result.settings.get("notes", []))

@@ -13,12 +13,12 @@ from loadtests.histogram import Histogram
 from loadtests.lanes import Check, GrpcioLane, GrpcLane, HttpLane, Lane, http_request
 from loadtests.load import LATE_NS, UNANSWERED, Arrivals, Closed, Open, Taken
 from loadtests.payloads import Payload
+from loadtests.requests import Request, v2_request
 from loadtests.servers import Target
 from server.errors import InvalidArgument
 
 Protocol: TypeAlias = Literal["http-json", "http-binary", "grpc", "grpcio"]
 PROTOCOLS: Final[tuple[Protocol, ...]] = ("http-json", "http-binary", "grpc", "grpcio")
-_LENGTH_HEADER: Final = "inference-header-content-length"
 
 
 @dataclass(slots=True, frozen=True)
@@ -100,7 +100,7 @@ class Crew:
         self, target: Target, model: str, way: Way, payload: Payload, check: Check | None = None, version: str = ""
     ) -> None:
         self.target, self.way = target, way
-        self._make = _maker(target, target.model or model, version, way, payload, check)
+        self._make = _maker(target, request_of(target, model, version, way, payload), way, check)
         self._lanes: list[Lane] = []
 
     async def open(self) -> None:
@@ -140,26 +140,23 @@ def _loop(lanes: Sequence[Lane], pace: Pace, meter: Meter, seed: int) -> Closed 
     return Open(lanes, pace.rate, pace.arrivals, seed=seed, spin=own_core, on_begin=meter.begin, on_end=meter.end)
 
 
-def _maker(
-    target: Target, model: str, version: str, way: Way, payload: Payload, check: Check | None
-) -> Callable[[], Lane]:
+def _maker(target: Target, request: Request, way: Way, check: Check | None) -> Callable[[], Lane]:
     """Makes one lane after the other, all with the same request."""
     if way.protocol.startswith("grpc"):
         if not target.grpc:
             raise InvalidArgument(f"target {target.label!r} has no gRPC address")
-        message = payloads.grpc_message(model, version, payload)
         kind: Any = GrpcLane if way.protocol == "grpc" else GrpcioLane
-        return lambda: kind(target.grpc, message, way.streams, check)
+        return lambda: kind(target.grpc, request.body, way.streams, check)
     if not target.http:
         raise InvalidArgument(f"target {target.label!r} has no HTTP address")
-    path = f"/v2/models/{model}" + (f"/versions/{version}" if version else "") + "/infer"
-    if way.protocol == "http-json":
-        headers, body = [("content-type", "application/json")], payloads.json_body(payload)
-    else:
-        body, size = payloads.binary_body(payload)
-        headers = [("content-type", "application/octet-stream"), (_LENGTH_HEADER, str(size))]
-    request = http_request(target.http, path, body, headers)
-    return lambda: HttpLane(target.http, request, check)
+    content = http_request(target.http, request.path, request.body, request.headers)
+    return lambda: HttpLane(target.http, content, check)
+
+
+def request_of(target: Target, model: str, version: str, way: Way, payload: Payload) -> Request:
+    """The target's own request where it has one, that of the V2 protocol otherwise."""
+    own = target.requests.get(way.protocol)
+    return own or v2_request(way.protocol, target.model or model, version, payload)
 
 
 def checking(protocol: Protocol, wanted: Payload) -> Check:

@@ -25,7 +25,7 @@ import numpy as np
 
 from router.rollout.events import Accepted, Loaded, Order, Ordered, State, Tick
 from router.rollout.evidence import AT_ONCE, BETTER, BLOCK_NS, WORSE, WORSE_PRIOR, TwoArms, unstarted
-from router.rollout.first_events import FirstEvents
+from router.rollout.first_events import FirstEvents, Placing
 from router.rollout.gates import Keys, MismatchEvidence, RatioEvidence
 from router.rollout.machine import Rollout
 from router.rollout.plan import Traffic, certificate_times
@@ -228,17 +228,17 @@ def _sticky_run(rng: np.random.Generator, shares: Sequence[float], sick: float) 
     position = rng.random(users)
     own = rng.random(users)
     gates = [RatioEvidence(name, RatioGate("error", 1.0), ALPHA, ALPHA) for name in ("requests", "keys")]
-    firsts = FirstEvents()
+    firsts, placing = FirstEvents(), Placing()
     worse = [False, False]
     for number, piece in enumerate(np.array_split(who, 300)):
         share = shares[number * len(shares) // 300]
-        if number == 0 or share != shares[(number - 1) * len(shares) // 300]:
-            firsts.enter(share)
+        if share != placing.share:
+            placing = Placing(placing.step + 1, share)
         ours = position[piece] < share
         chance = np.where(own[piece] < np.where(ours, sick, 0.02), 0.25, 0.0005)
         failed = rng.random(len(piece)) < chance
         for user in np.flatnonzero(failed):
-            firsts.add(int(piece[user]), bool(ours[user]))
+            firsts.add(int(piece[user]), bool(ours[user]), placing)
         counted = [int(count) for count in (ours.sum(), (ours & failed).sum(), (~ours).sum(), (~ours & failed).sum())]
         gates[0].take(TwoArms(*counted), NS_PER_S)
         gates[1].take(firsts.take(), NS_PER_S)

@@ -13,12 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from loadtests import payloads
-from loadtests.crew import Meter, Sample, Way
+from loadtests.crew import Meter, Sample, Way, request_of
 from loadtests.histogram import Histogram
-from loadtests.lanes import INFER_PATH, OK
+from loadtests.lanes import OK
 from loadtests.load import Taken
 from loadtests.payloads import Payload
+from loadtests.requests import Request
 from loadtests.servers import Target
 from server.errors import InvalidArgument
 
@@ -37,7 +37,7 @@ async def measure(target: Target, model: str, way: Way, payload: Payload, second
         raise InvalidArgument("h2load is not installed (nghttp2-client); use the generator 'own'")
     with tempfile.TemporaryDirectory() as name:
         body, log = Path(name) / "body", Path(name) / "log"
-        arguments = _request(target, target.model or model, version, way, payload, body)
+        arguments = _arguments(target, request_of(target, model, version, way, payload), way, body)
         load = [f"-c{way.connections}", f"-m{way.streams}", "-t1", f"-D{max(1, round(seconds))}", f"--log-file={log}"]
         meter = Meter(target.pid)
         meter.begin()
@@ -57,20 +57,14 @@ async def measure(target: Target, model: str, way: Way, payload: Payload, second
         return meter.sample(read_log(log.read_text(), float(max(1, round(seconds)))))
 
 
-def _request(target: Target, model: str, version: str, way: Way, payload: Payload, body: Path) -> list[str]:
-    """Arguments for one protocol; the request's body goes to a file."""
+def _arguments(target: Target, request: Request, way: Way, body: Path) -> list[str]:
+    """What to ask; the request's body goes to a file."""
+    headers = [f"-H{name}: {value}" for name, value in request.headers]
     if way.protocol == "grpc":
-        message = payloads.grpc_message(model, version, payload)
-        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
-        headers = ["-Hcontent-type: application/grpc", "-Hte: trailers"]
-        return [f"-d{body}", *headers, f"http://{target.grpc}{INFER_PATH}"]
-    url = f"http://{target.http}/v2/models/{model}" + (f"/versions/{version}" if version else "") + "/infer"
-    if way.protocol == "http-json":
-        body.write_bytes(payloads.json_body(payload))
-        return ["--h1", f"-d{body}", "-Hcontent-type: application/json", url]
-    content, size = payloads.binary_body(payload)
-    body.write_bytes(content)
-    return ["--h1", f"-d{body}", f"-Hinference-header-content-length: {size}", url]
+        body.write_bytes(b"\0" + len(request.body).to_bytes(4, "big") + request.body)
+        return [f"-d{body}", *headers, f"http://{target.grpc}{request.path}"]
+    body.write_bytes(request.body)
+    return ["--h1", f"-d{body}", *headers, f"http://{target.http}{request.path}"]
 
 
 def read_log(text: str, seconds: float) -> Taken:

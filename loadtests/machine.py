@@ -11,13 +11,17 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 _PROC: Final = Path("/proc")
+_LOOK_S: Final = 0.02
+#: A process that was killed is gone after this long.
+_KILLED_S: Final = 5.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PACKAGES: Final = ("tidegate", "numpy", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "ngh2", "uvloop")
 _SERVER_PACKAGES: Final = ("httptools", "orjson", "starlette", "uvicorn")
@@ -58,11 +62,59 @@ def cpu_seconds(pid: int) -> float:
 
 def _thread_seconds(pid: int) -> float:
     """Time of the threads that live, to the nanosecond; less than the process's when threads have ended."""
-    total = 0
+    return sum(thread_seconds(pid).values())
+
+
+def thread_seconds(pid: int) -> dict[int, float]:
+    """Processor time of each thread of a process, by its id, to the nanosecond. Raises OSError when it is gone."""
+    times: dict[int, float] = {}
     for thread in (_PROC / str(pid) / "task").iterdir():
         with suppress(OSError):
-            total += int((thread / "schedstat").read_text().split()[0])
-    return total / 1e9
+            times[int(thread.name)] = int((thread / "schedstat").read_text().split()[0]) / 1e9
+    return times
+
+
+def born(pid: int) -> int | None:
+    """When a process was started, in ticks since the machine was; None when it has ended (or waits to be reaped).
+
+    A process is the same as before where this is: its number alone may be another's by then.
+    """
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def end_tree(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Ask a child to end, and kill whatever of its tree is left after ``patience_s``."""
+    members = {pid: born(pid) for pid in tree(process.pid)}
+    end = time.monotonic() + patience_s
+    process.terminate()
+    signal_tree(process.pid, signal.SIGCONT)  # a stopped one hears nothing
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    for pid in _left(members, end):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    _left(members, time.monotonic() + _KILLED_S)
+
+
+def _left(members: Mapping[int, int | None], end: float) -> list[int]:
+    """Those that still are the processes they were, at ``end``; empty as soon as there are none."""
+    while True:
+        left = [pid for pid, start in members.items() if start is not None and born(pid) == start]
+        if not left or time.monotonic() >= end:
+            return left
+        time.sleep(_LOOK_S)
+
+
+def signal_tree(pid: int, number: signal.Signals) -> None:
+    """Send a signal to each process of a tree."""
+    for one in tree(pid):
+        with suppress(ProcessLookupError):
+            os.kill(one, number)
 
 
 def busy_seconds() -> float:

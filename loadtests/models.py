@@ -1,4 +1,4 @@
-"""The models that are served while load is measured, and sessions of them without a server.
+"""The models that are served while load is measured.
 
 All have one FP32 input ``x`` and one FP32 output ``y``, both batched, and weights from a fixed seed.
 """
@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+
+from loadtests.session import session as session  # noqa: PLC0414 - offered here too, with the models
 
 FEATURES: Final = 30
 MODEL: Final = "bench"
@@ -64,14 +66,6 @@ def _timed(model: ort.InferenceSession, batch: np.ndarray[Any, Any]) -> float:
     started = time.perf_counter()
     model.run(None, {"x": batch})
     return time.perf_counter() - started
-
-
-def session(path: Path) -> ort.InferenceSession:
-    """On one thread that does not spin, as the server's sessions on one core."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _write_layers(path: Path, sizes: tuple[int, ...]) -> None:

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from loadtests.machine import pinned
+from loadtests.requests import Request
 from server.errors import InvalidArgument
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -23,13 +24,17 @@ _STOP_SECONDS: Final = 60.0
 
 @dataclass(slots=True, frozen=True)
 class Target:
-    """A V2 server. ``pid`` 0: its processor time is not known. ``model`` "": models go by the names asked for."""
+    """A V2 server. ``pid`` 0: its processor time is not known. ``model`` "": models go by the names asked for.
+
+    ``requests`` by protocol are for a server that is no V2 server, and is asked in a form of its own.
+    """
 
     label: str
     http: str = ""
     grpc: str = ""
     model: str = ""
     pid: int = 0
+    requests: Mapping[str, Request] = field(default_factory=dict, hash=False)
 
 
 def parse_target(text: str) -> Target:
@@ -47,7 +52,8 @@ def parse_target(text: str) -> Target:
     pid = given.pop("pid", "0")
     if not (pid.isascii() and pid.isdecimal()) or (pid != "0" and not Path(f"/proc/{pid}").exists()):
         raise InvalidArgument(f"pid must be that of a process of this machine, got {pid!r}")
-    return Target(**{"label": "peer", **given}, pid=int(pid))
+    label, http, grpc, model = (given.get(key, "") for key in ("label", "http", "grpc", "model"))
+    return Target(label or "peer", http, grpc, model, int(pid))
 
 
 def check_address(text: str) -> None:

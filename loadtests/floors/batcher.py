@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from loadtests.models import session
+from loadtests.session import session
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _MOST_ROWS: Final = 64

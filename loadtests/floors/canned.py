@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.models import MODEL, bench_row, session
+from loadtests.models import MODEL, bench_row
+from loadtests.session import session
 from server._pb import inference_pb2 as pb
 
 

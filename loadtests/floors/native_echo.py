@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from starlette.applications import Starlette
 
-from loadtests.models import MODEL, bench_row, session
+from loadtests.models import MODEL, bench_row
+from loadtests.session import session
 from server.transport.answers import HttpSettings
 from server.transport.http_infer import InferApp
 from server.transport.native.server import GrpcMethods, NativeServer, Served

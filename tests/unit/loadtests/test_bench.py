@@ -13,8 +13,9 @@ from loadtests import bench_table, h2load
 from loadtests.bench import Plan, check_labels, chosen, measure
 from loadtests.bench_rows import ROWS
 from loadtests.crew import Crew, Pace, Protocol, Sample, Way, checking
-from loadtests.models import MODEL, bench_row, session, write_model
+from loadtests.models import MODEL, bench_row, write_model
 from loadtests.servers import Target, floor
+from loadtests.session import session
 from server.errors import InvalidArgument
 
 FLOORS: dict[str, tuple[Protocol, ...]] = {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -68,6 +71,53 @@ def test_a_process_that_is_gone_has_no_time() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     assert machine.cpu_seconds(process.pid) == 0
+
+
+STUBBORN = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); input()"], stdin=subprocess.PIPE)
+input()
+"""
+
+
+def test_a_tree_ends_whole_even_when_it_does_not_want_to() -> None:
+    command = [sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        members = machine.tree(process.pid)
+        assert len(members) == 2
+        machine.end_tree(process, 0.1)
+    assert process.returncode == -signal.SIGKILL
+    assert [machine.born(pid) for pid in members] == [None, None]
+
+
+def test_a_process_is_known_by_when_it_was_started() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        start = machine.born(process.pid)
+        assert start is not None
+        assert machine.born(process.pid) == start
+        process.communicate(b"\n")
+    assert machine.born(process.pid) is None
+
+
+def test_a_tree_is_stopped_and_goes_on() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        machine.signal_tree(process.pid, signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        machine.signal_tree(process.pid, signal.SIGCONT)
+        assert os.WIFCONTINUED(os.waitpid(process.pid, os.WCONTINUED)[1])
+        process.communicate(b"\n")
+
+
+def test_time_by_thread() -> None:
+    before = machine.thread_seconds(os.getpid())
+    end = time.thread_time() + 0.05
+    while time.thread_time() < end:
+        pass
+    seen = machine.thread_seconds(os.getpid())
+    assert seen[threading.get_native_id()] - before[threading.get_native_id()] > 0.04
 
 
 def test_what_is_started_while_pinned_stays_there() -> None:
