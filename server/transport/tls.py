@@ -16,6 +16,7 @@ def tls_context(tls: TlsSettings) -> ssl.SSLContext:
     Raises ConfigError for files that cannot be used.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # OpenSSL before 3.0 lets clients ask for handshakes without end
     try:
         context.load_cert_chain(tls.certificate, tls.private_key)
         if tls.client_ca is not None:

@@ -15,9 +15,15 @@ from mlflow.models import ModelSignature  # type: ignore[import-not-found]
 from mlflow.types import Schema, TensorSpec  # type: ignore[import-not-found]
 
 
-def publish(client: MlflowClient, model: str, path: str, external: bool) -> dict[str, Any]:
-    schema = Schema([TensorSpec(np.dtype("float32"), (-1, 4), "x")])
-    outputs = Schema([TensorSpec(np.dtype("float32"), (-1, 4), "y")])
+def publish(
+    client: MlflowClient, model: str, path: str, external: bool, names: bool, place: str, trigger_id: str
+) -> dict[str, Any]:
+    """``place``: where artifacts are to lie, outside the server's proxy; "": behind it."""
+    named = ("x", "y") if names else (None, None)
+    schema, outputs = (Schema([TensorSpec(np.dtype("float32"), (-1, 4), name)]) for name in named)
+    if place and client.get_experiment_by_name(place) is None:
+        client.create_experiment(place, artifact_location=place)
+    mlflow.set_experiment(place or "Default")
     with mlflow.start_run() as run:
         mlflow.log_param("depth", 10)
         info = mlflow.onnx.log_model(
@@ -30,6 +36,8 @@ def publish(client: MlflowClient, model: str, path: str, external: bool) -> dict
         )
         mlflow.log_metric("auc", 0.91, model_id=info.model_id)
     version = info.registered_model_version
+    if trigger_id:
+        client.set_model_version_tag(model, str(version), "tidegate.trigger_id", trigger_id)
     uri = client.get_model_version_download_uri(model, str(version))
     return {"version": int(version), "run": run.info.run_id, "uri": uri}
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import grpc
@@ -82,10 +83,19 @@ class GrpcCaller(threading.Thread):
                 self.warm.release()
 
 
+TRANSPORTS = pytest.mark.parametrize("transport", ["native", "reference"])
+
+
+def on(transport: str, root: Path) -> AbstractContextManager[Server]:
+    options = ("--model-repository", str(root / "models"), "--state-dir", str(root / "state"))
+    return serving(*options, "--transport", transport)
+
+
+@TRANSPORTS
 @pytest.mark.parametrize("caller", [HttpCaller, GrpcCaller])
-def test_no_call_is_lost(caller: type[HttpCaller] | type[GrpcCaller], tmp_path: Path) -> None:
+def test_no_call_is_lost(caller: type[HttpCaller] | type[GrpcCaller], transport: str, tmp_path: Path) -> None:
     models.slow_scalar(tmp_path / "models" / "slow" / "1" / "model.onnx", size=256, layers=8)
-    with serving("--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state")) as server:
+    with on(transport, tmp_path) as server:
         tally: Counter[str] = Counter()
         warm = threading.Semaphore(0)
         callers = [caller(server, tally, warm) for _ in range(CALLERS)]
@@ -102,9 +112,10 @@ def test_no_call_is_lost(caller: type[HttpCaller] | type[GrpcCaller], tmp_path: 
     assert set(tally) <= {"ok", "refused"}, tally
 
 
-def test_readiness_goes_off_first_and_in_flight_is_answered(tmp_path: Path) -> None:
+@TRANSPORTS
+def test_readiness_goes_off_first_and_in_flight_is_answered(transport: str, tmp_path: Path) -> None:
     models.slow_scalar(tmp_path / "models" / "slow" / "1" / "model.onnx", size=1024, layers=40)
-    with serving("--model-repository", str(tmp_path / "models"), "--state-dir", str(tmp_path / "state")) as server:
+    with on(transport, tmp_path) as server:
         host, _, port = server.http.rpartition(":")
         probe = http.client.HTTPConnection(host, int(port), timeout=30)
         probe.request("GET", "/v2/health/ready")

@@ -32,8 +32,8 @@ TEXTS: dict[str, Any] = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "
 INTERNALS = ("Traceback", ".py", "/work", "/home", "/tmp", ".cc", "onnxruntime::", "0x7", "site-packages", "TypeError")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["native", "reference"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("repository")
     models.affine(root / "affine" / "1" / "model.onnx")
     models.two_inputs(root / "simple" / "1" / "model.onnx")
@@ -41,7 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for datatype in models.ELEMENT_TYPES:
         models.identity(root / f"identity_{datatype.lower()}" / "1" / "model.onnx", datatype)
     state = str(tmp_path_factory.mktemp("state"))
-    with serving("--model-repository", str(root), "--state-dir", state) as running:
+    options = ("--model-repository", str(root), "--state-dir", state, "--transport", request.param)
+    with serving(*options) as running:
         yield running
 
 

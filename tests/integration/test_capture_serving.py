@@ -9,12 +9,14 @@ from typing import Any
 import duckdb
 import grpc
 import numpy as np
+import pytest
 
 from server._pb import inference_pb2 as pb
 from server.capture.segments import entries
 from tests.support import models
 from tests.support.cli import cli
 from tests.support.metrics import total
+from tests.support.routed import eventually
 from tests.support.server import Server, serving
 from tests.support.v2 import call, tensor
 
@@ -98,3 +100,39 @@ def test_segments_hold_what_callers_were_answered(tmp_path: Path) -> None:
         names = {row[0] for row in connection.execute("DESCRIBE rows").fetchall()}
         assert {"x[0]", "x[2]"} <= names
         assert "x[1]" not in names
+
+
+SHADOWED = """\
+apiVersion: tidegate/v1
+capture: {{sample: 30%, format: parquet, shadows: {shadows}}}
+models:
+  m:
+    versions: {{"1": {{source: {root}/m.onnx}}, "2": {{source: {root}/n.onnx}}}}
+    stable: "1"
+    shadow: [{{to: "2", sample: 100%, budget: {{rps: 1000}}}}]
+"""
+
+
+@pytest.mark.parametrize("shadows", ["true", "false"])
+def test_what_a_shadow_answered_is_captured_beside_its_request(tmp_path: Path, shadows: str) -> None:
+    models.affine(tmp_path / "m.onnx", scale=2.0, shift=1.0)
+    models.affine(tmp_path / "n.onnx", scale=3.0, shift=0.0)
+    (tmp_path / "config.yaml").write_text(SHADOWED.format(root=tmp_path, shadows=shadows))
+    folder = tmp_path / "state" / "capture"
+    with serving(str(tmp_path / "config.yaml"), "--state-dir", str(tmp_path / "state")) as server:
+        server.wait_for("shadow_ready")
+        for number in range(60):
+            assert ask(server, number) == 200
+        eventually(lambda: total(server, "tidegate_shadow_pairs_total") == 60)
+        server.terminate()
+        assert server.wait() == 0
+    if shadows == "false":
+        assert entries(folder, "m", "shadows") == []
+        return
+    cli("data", "export", "--capture-dir", str(folder), "--model", "m", "--shadow", "2", "-o", str(tmp_path / "o.npz"))
+    with np.load(tmp_path / "o.npz") as found:
+        x = found["x[0]"]
+        assert 5 < len(x) < 40
+        assert np.array_equal(found["y[0]"], 2 * x + 1)
+        assert np.array_equal(found["shadow:y[0]"], 3 * x)
+        assert set(found["__shadow_status"]) == {"ok"}

@@ -37,7 +37,10 @@ UNARY += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List"]
 STREAMS = [WATCH, *(path for path, _ in REFLECTION.values())]
 
 
-@pytest.fixture(scope="module", params=["native", "reference"])
+TRANSPORTS = ["native", "reference"]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(limits=LIMITS, transport=request.param) as started:
         yield started
@@ -299,8 +302,9 @@ def test_refused_admission_has_an_id_too(server: Running, channel: grpc.Channel)
     assert dict(caught.value.trailing_metadata())["retry-after"] == "3"
 
 
-def test_shedding_is_resource_exhausted_where_the_operator_wants_it() -> None:
-    with running(statuses=StatusTable(shed_as_429=True)) as server, connect(server) as channel:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_shedding_is_resource_exhausted_where_the_operator_wants_it(transport: str) -> None:
+    with running(statuses=StatusTable(shed_as_429=True), transport=transport) as server, connect(server) as channel:
         assert refused(channel, "ModelInfer", infer_request("full"))[0] == "RESOURCE_EXHAUSTED"
 
 
@@ -315,9 +319,12 @@ def test_message_over_the_limit(server: Running, channel: grpc.Channel) -> None:
     assert len(server.port.admitted) == admitted
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-def test_compression_both_ways(compression: grpc.Compression) -> None:
-    with running(grpc=GrpcSettings(compression=compression.name.lower())) as server, connect(server) as channel:
+def test_compression_both_ways(compression: grpc.Compression, transport: str) -> None:
+    """Of answers on the reference only, which has it from its library; requests may be compressed on both."""
+    settings = GrpcSettings(compression=compression.name.lower())
+    with running(grpc=settings, transport=transport) as server, connect(server) as channel:
         request = infer_request(values=(1.0,) * 20_000)
         answer = call(channel, "ModelInfer", request, pb.ModelInferResponse.FromString, compression=compression)
     assert outputs(answer) == [3.0] * 20_000
@@ -427,8 +434,10 @@ def test_stream_marks_the_final_answer(channel: grpc.Channel) -> None:
     assert got == [("affine", True, 1), ("many", False, 1), ("many", True, 1), ("none", True, 0), ("full", False, 0)]
 
 
-def test_stream_bounds_what_is_in_flight() -> None:
-    with running(grpc=GrpcSettings(max_in_flight_per_stream=4)) as server, connect(server) as channel:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_stream_bounds_what_is_in_flight(transport: str) -> None:
+    settings = GrpcSettings(max_in_flight_per_stream=4)
+    with running(grpc=settings, transport=transport) as server, connect(server) as channel:
         stream = Stream(channel)
         for i in range(20):
             stream.send(infer_request("held", id=str(i)).SerializeToString())
@@ -571,9 +580,10 @@ def test_reflection_of_extensions(channel: grpc.Channel) -> None:
 # --- drain and sockets ---
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("factory", [None, asyncio.new_event_loop])
-def test_drain_answers_what_is_in_flight_and_ends_streams(factory: Any) -> None:
-    options = {"loop": factory} if factory else {}
+def test_drain_answers_what_is_in_flight_and_ends_streams(factory: Any, transport: str) -> None:
+    options = {"transport": transport, **({"loop": factory} if factory else {})}
     with running(**options) as server, connect(server) as channel:
         infer = channel.unary_unary(f"/{SERVICE.full_name}/ModelInfer")
         unary = infer.future(infer_request("held", id="u").SerializeToString(), timeout=20)
@@ -603,8 +613,9 @@ def test_drain_answers_what_is_in_flight_and_ends_streams(factory: Any) -> None:
         assert settled(server)
 
 
-def test_drain_cuts_what_does_not_end() -> None:
-    with running() as server, connect(server) as channel:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_drain_cuts_what_does_not_end(transport: str) -> None:
+    with running(transport=transport) as server, connect(server) as channel:
         infer = channel.unary_unary(f"/{SERVICE.full_name}/ModelInfer")
         waiting = infer.future(infer_request("held", id="u").SerializeToString(), timeout=20)
         assert server.port.wait(lambda: bool(server.port.held))

@@ -29,7 +29,10 @@ INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
 GOOD = json.dumps({"id": "7", "inputs": [INPUT]}).encode()
 
 
-@pytest.fixture(scope="module", params=["native", "reference"])
+TRANSPORTS = ["native", "reference"]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(limits=LIMITS, transport=request.param) as started:
         yield started
@@ -353,8 +356,9 @@ def test_shedding_says_when_to_retry(server: Running) -> None:
         server.call(lambda: setattr(server.port, "max_in_flight", 10_000))
 
 
-def test_shedding_is_429_where_the_operator_wants_it() -> None:
-    with running(statuses=StatusTable(shed_as_429=True)) as server:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_shedding_is_429_where_the_operator_wants_it(transport: str) -> None:
+    with running(statuses=StatusTable(shed_as_429=True), transport=transport) as server:
         assert infer(server, "full").status == 429
         assert infer(server, "nothing").status == 404
 
@@ -730,8 +734,8 @@ def test_early_close_and_reset(server: Running, cut: int) -> None:
 # --- time and connection limits ---
 
 
-@pytest.fixture(scope="module")
-def impatient() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def impatient(request: pytest.FixtureRequest) -> Iterator[Running]:
     times = HttpSettings(
         body_idle_s=0.2,
         body_total_s=0.6,
@@ -743,7 +747,7 @@ def impatient() -> Iterator[Running]:
         max_connections=3,
         drain_idle_s=0.1,
     )
-    with running(http=times) as started:
+    with running(http=times, transport=request.param) as started:
         yield started
 
 
@@ -863,9 +867,10 @@ def test_connections_over_the_limit_are_told_so(impatient: Running) -> None:
 # --- drain ---
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("factory", [None, asyncio.new_event_loop])
-def test_drain_answers_what_is_in_flight_and_closes(factory: Any) -> None:
-    options = {"loop": factory} if factory else {}
+def test_drain_answers_what_is_in_flight_and_closes(factory: Any, transport: str) -> None:
+    options = {"transport": transport, **({"loop": factory} if factory else {})}
     with running(http=HttpSettings(drain_idle_s=0.3), **options) as server:
         answers: list[Answer] = []
         caller = threading.Thread(target=lambda: answers.append(infer(server, "held")))
@@ -889,8 +894,9 @@ def test_drain_answers_what_is_in_flight_and_closes(factory: Any) -> None:
         assert answers[0].headers["connection"] == "close"
 
 
-def test_drain_cuts_what_does_not_end() -> None:
-    with running(http=HttpSettings(drain_idle_s=0.1)) as server:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_drain_cuts_what_does_not_end(transport: str) -> None:
+    with running(http=HttpSettings(drain_idle_s=0.1), transport=transport) as server:
         with connect(server) as sock:
             sock.sendall(post(path="/v2/models/held/infer"))
             assert server.port.wait(lambda: bool(server.port.held))

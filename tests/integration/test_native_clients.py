@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 from collections import Counter
@@ -267,37 +266,3 @@ def test_nghttp(server: Running, tmp_path: Path) -> None:
     url = f"http://{server.http[0]}:{server.http[1]}/v2/models/affine/infer"
     assert json.loads(told("nghttp", "-d", str(sent), url))["outputs"][0]["data"] == [3.0, 6.0]
     assert "200" in told("nghttp", "-nv", "-m", "5", url.replace("/infer", ""))
-
-
-GRPC_JS = os.environ.get("TIDEGATE_TEST_GRPC_JS", "")
-SCRIPT = """
-const grpc = require(process.argv[2]);
-const raw = b => b;
-const Client = grpc.makeGenericClientConstructor({
-  infer: {path: process.argv[4], requestStream: false, responseStream: false,
-          requestSerialize: raw, requestDeserialize: raw, responseSerialize: raw, responseDeserialize: raw},
-  none: {path: '/a/B', requestStream: false, responseStream: false,
-         requestSerialize: raw, requestDeserialize: raw, responseSerialize: raw, responseDeserialize: raw}}, 'x');
-const client = new Client(process.argv[3], grpc.credentials.createInsecure(),
-  {'grpc.max_send_message_length': -1, 'grpc.max_receive_message_length': -1});
-const message = require('fs').readFileSync(process.argv[5]);
-let left = 300, bytes = 0;
-for (let i = 0; i < 300; i++) client.infer(message, (error, answer) => {
-  if (error) { console.log(error.code); process.exit(1); }
-  bytes += answer.length;
-  if (--left === 0) client.none(message, error => { console.log(bytes, error.code); client.close(); });
-});
-"""
-
-
-@pytest.mark.skipif(
-    shutil.which("node") is None or not GRPC_JS, reason="TIDEGATE_TEST_GRPC_JS names no folder of @grpc/grpc-js"
-)
-@pytest.mark.parametrize("count", [2, 15_000], ids=["small", "60 kB"])
-def test_grpc_js(server: Running, tmp_path: Path, count: int) -> None:
-    script, body = tmp_path / "call.js", tmp_path / "body"
-    script.write_text(SCRIPT)
-    body.write_bytes(message("echo", count))
-    size, code = told("node", str(script), GRPC_JS, at(server), INFER, str(body)).split()
-    assert int(size) > 300 * 4 * count
-    assert code == "12"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
 from server.offline.chunks import read_chunks
+from server.types import DATATYPES
 from tests.support import models, v2
 from tests.support.cli import cli
 from tests.support.server import Server, serving
@@ -100,6 +103,85 @@ def test_batch_answers_are_the_servers_bit_for_bit(
     report = json.loads(done.stdout)
     assert set(table["__version"]) == {version or "1"} == {report["version"]}
     assert set(table["__digest"]) == {report["digest"]}
+
+
+#: A column of 5,000 rows in row groups of 2,048, for each datatype, as SQL of the row number ``i``.
+COLUMNS = {
+    "BOOL": "i % 3 = 0",
+    "INT8": "(i % 256 - 128)::TINYINT",
+    "INT64": "9223372036854775807 - i",
+    "UINT64": "18446744073709551615::UBIGINT - i::UBIGINT",
+    "FP16": "(i / 7)::FLOAT",
+    "FP32": "CASE WHEN i % 5 = 0 THEN NULL ELSE i / 7 END",
+    "FP64": "CASE i % 4 WHEN 0 THEN '-inf'::DOUBLE WHEN 1 THEN -0.0 ELSE i / 7 END",
+    "BYTES": "CASE WHEN i % 5 = 0 THEN '' ELSE 'é' || i END",
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
+    """A server of a model for each datatype, called after it, and the folder that it serves."""
+    root = tmp_path_factory.mktemp("odd")
+    for datatype in COLUMNS:
+        models.identity(root / datatype / "1" / "model.onnx", datatype, 1)
+    with serving("--model-repository", str(root), cwd=root.parent) as found:
+        yield root, found
+
+
+@pytest.mark.parametrize("datatype", sorted(COLUMNS))
+def test_every_datatype_is_answered_as_online(tmp_path: Path, odd: tuple[Path, Server], datatype: str) -> None:
+    """The server is asked in the binary form with the rows of the Parquet file; a missing float is NaN there."""
+    root, server = odd
+    source, out = tmp_path / "in.parquet", tmp_path / "out.npz"
+    query = f"SELECT i, {COLUMNS[datatype]} AS x FROM range(5000) t(i) ORDER BY i"  # noqa: S608 - the test's own words
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY ({query}) TO '{source}' (FORMAT parquet, ROW_GROUP_SIZE 2048)")
+        values = [row[1] for row in connection.execute(query).fetchall()]
+    arguments = ["--in", str(source), "--out", str(out), "--model", str(root / datatype / "1/model.onnx")]
+    cli("batch", *arguments, "--batch-rows", "64", "--chunk-rows", "640", "--keep", "i")
+    with np.load(out) as found:
+        assert found["i"].tolist() == list(range(5000))
+        answers = found["y"]
+    rows = [*values[:64], *values[-64:]]
+    online = [asked for start in (0, 64) for asked in ask(server, datatype, rows[start : start + 64])]
+    mine = [*answers[:64], *answers[-64:]]
+    assert bits(online, datatype) == bits(mine, datatype)
+
+
+def bits(values: list[Any], datatype: str) -> bytes:
+    """Their bytes; FP16 as the FP32 that batch writes it as."""
+    if datatype == "BYTES":
+        return repr([value.decode() if isinstance(value, bytes) else str(value) for value in values]).encode()
+    return np.array(values).astype("f4" if datatype == "FP16" else DATATYPES[datatype][0]).tobytes()
+
+
+def ask(server: Server, datatype: str, values: list[Any]) -> list[Any]:
+    """The answers to rows, over the binary form."""
+    if datatype == "BYTES":
+        data = lengthened([value.encode() for value in values])
+    else:
+        data = np.array([math.nan if value is None else value for value in values], DATATYPES[datatype][0]).tobytes()
+    size = {"binary_data_size": len(data)}
+    asked = {"name": "x", "datatype": datatype, "shape": [len(values), 1], "parameters": size}
+    head = json.dumps({"inputs": [asked], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    status, body, found = v2.call(server.http, "POST", f"/v2/models/{datatype}/infer", head + data, headers)
+    assert status == 200, body
+    answer = body[int(found["inference-header-content-length"]) :]
+    return elements(answer) if datatype == "BYTES" else list(np.frombuffer(answer, DATATYPES[datatype][0]))
+
+
+def lengthened(values: list[bytes]) -> bytes:
+    return b"".join([len(value).to_bytes(4, "little") + value for value in values])
+
+
+def elements(data: bytes) -> list[bytes]:
+    found = []
+    while data:
+        size = int.from_bytes(data[:4], "little")
+        found.append(data[4 : 4 + size])
+        data = data[4 + size :]
+    return found
 
 
 def test_a_bundle_is_served_without_its_registry(

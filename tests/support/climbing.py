@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.support.routed import Place, X
 from tests.support.server import Server
+from tests.support.upstream import Upstream
 from tests.support.v2 import call
 
 #: Climbs as soon as a few hundred requests were answered: certified is a rate of errors, as there are none to compare.
@@ -30,6 +31,23 @@ def section(steps: str = STEPS, gates: str = GATES, more: str = "", candidate: s
 
 def defaults(alpha: float = 0.05) -> str:
     return f"defaults: {{gates: {{alpha: {alpha}, evaluate_every: 100ms}}}}\n"
+
+
+def write(place: Place, more: str, **fields: str) -> str:
+    """Put the file of a place with one rollout there; its text."""
+    text = place.text(more, **fields).replace("models:", defaults() + "models:", 1)
+    place.path.write_text(text)
+    return text
+
+
+def write_with_upstream(place: Place, other: Upstream, more: str) -> str:
+    """The same, where version 2 is another server's."""
+    text = write(place, more, versions="13")
+    mine = f'"3": {{source: {place.root}/v3.onnx}}'
+    assert mine in text
+    text = text.replace(mine, f'"2": {{upstream: {{url: "http://{other.address}", model: m}}}}')
+    place.path.write_text(text)
+    return text
 
 
 class Callers:

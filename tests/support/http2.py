@@ -42,12 +42,13 @@ def window(stream_id: int, size: int) -> bytes:
 def block(fields: Fields) -> bytes:
     """Header fields as literals that no table keeps."""
     return b"".join(
-        b"\x00" + b"".join(_length(len(text)) + text for text in (name.encode("latin-1"), value.encode("latin-1")))
+        b"\x00" + b"".join(length(len(text)) + text for text in (name.encode("latin-1"), value.encode("latin-1")))
         for name, value in fields
     )
 
 
-def _length(size: int) -> bytes:
+def length(size: int) -> bytes:
+    """A string's length in front of it, not Huffman-coded."""
     if size < 127:
         return bytes([size])
     coded, size = b"\x7f", size - 127

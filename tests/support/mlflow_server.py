@@ -67,6 +67,10 @@ class Mlflow:
         self.asked: list[Asked] = []
         self.trouble: Callable[[Asked], Reply | None] = lambda _: None
         self.tags: dict[str, str] = {}
+        #: Where the artifacts of versions lie, instead of behind the proxy.
+        self.places: dict[tuple[str, int], str] = {}
+        #: Tags of single versions, on top of those of all.
+        self.own_tags: dict[tuple[str, int], dict[str, str]] = {}
 
     def add(self, model: str, files: Mapping[str, bytes], *, mlmodel: bytes = MLMODEL) -> int:
         """Register a version; its number."""
@@ -141,7 +145,9 @@ class Mlflow:
         if int(query["version"]) not in named.versions:
             return NOT_THERE
         if path == "/model-versions/get-download-uri":
-            return 200, {"artifact_uri": f"mlflow-artifacts:/{named.versions[int(query['version'])]}"}
+            number = int(query["version"])
+            place = self.places.get((query["name"], number), f"mlflow-artifacts:/{named.versions[number]}")
+            return 200, {"artifact_uri": place}
         return 200, {"model_version": self._version(query["name"], int(query["version"]))}
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -164,7 +170,10 @@ class Mlflow:
             "source": f"models:/m-{name}-{number}",
             "run_id": "",
             "model_id": f"m-{name}-{number}",
-            "tags": [{"key": key, "value": value} for key, value in self.tags.items()],
+            "tags": [
+                {"key": key, "value": value}
+                for key, value in (self.tags | self.own_tags.get((name, number), {})).items()
+            ],
         }
 
     def _alias(self, asked: Asked) -> Reply:

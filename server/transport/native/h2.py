@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _IDLE_FRAMES: Final = (2000, 200.0)
 _EARNED_BY_ANSWER: Final = 4
 _EARNED_PER_BYTE: Final = 1 / 1024
+#: Answers earn up to here, time up to the burst: a large answer is given back in many pieces, and at once.
+_EARNED_MOST: Final = 32_768
 #: Bytes in a row that bring no event at all: PRIORITY, unknown frames; and what was on its way to streams that were
 #: refused, which is the longest honest run.
 _SILENT_BYTES: Final = 32 * 1024 * 1024
@@ -278,7 +280,8 @@ class Http2Connection(asyncio.Protocol):
         """Frames that move nothing are cheap, not free."""
         now = self.server.now
         burst, rate = _IDLE_FRAMES
-        self._idle_frames = min(burst, self._idle_frames + (now - self._idle_counted) * rate) - 1
+        left = min(self._idle_frames, _EARNED_MOST)
+        self._idle_frames = max(left, min(burst, left + (now - self._idle_counted) * rate)) - 1
         self._idle_counted = now
         if self._idle_frames < 0:
             self.end(ENHANCE_YOUR_CALM)

@@ -35,6 +35,11 @@ ENHANCE_YOUR_CALM: Final = 11
 
 #: Header lists over this many times the limit end the connection; up to it, one request is refused by its own status.
 _HEADER_SLACK: Final = 4
+#: What a field counts at least (RFC 9113 section 10.5.1), and what clients put into one frame: so the bound on bytes
+#: is the first that a head meets, and heads within the advertised limit meet none. Frames may be smaller than that.
+_FIELD_BYTES: Final = 32
+_FRAME_BYTES: Final = 16 * 1024
+_MORE_FRAMES: Final = 8
 #: What may come in before it is used: of one stream, and of the connection. Streams whose reader is slow hold their
 #: part of the second too: it has room for many of them before their neighbours wait.
 _STREAM_WINDOW: Final = 1024 * 1024
@@ -67,7 +72,9 @@ class Session:
             stream_reset_rate_limit=_RESETS,
             glitch_rate_limit=_GLITCHES,
             max_outbound_ack=256,
+            max_continuations=_HEADER_SLACK * limits.max_header_bytes // _FRAME_BYTES + _MORE_FRAMES,
             max_inbound_header_list_size=_HEADER_SLACK * limits.max_header_bytes,
+            max_inbound_header_count=_HEADER_SLACK * limits.max_header_bytes // _FIELD_BYTES,
         )
         self._connection = ngh2.Connection(ngh2.Role.SERVER, config)
         self._over = False
@@ -93,9 +100,9 @@ class Session:
     def out(self, size: int) -> bytes:
         """What is to be written now, up to ``size`` bytes; b"" when there is nothing, or flow control says wait."""
         connection = self._connection
-        if not connection.want_write:
-            return b""  # every read and every write ends with this question: asking costs a fifth of building nothing
         try:
+            if not connection.want_write:
+                return b""  # every read and write ends with this question: asking costs a fifth of building nothing
             return connection.data_to_send(size)
         except ngh2.NGH2Error:  # over some bounds the session fails at once and has no last word
             self._over = True

@@ -438,6 +438,8 @@ class HttpServer:
             host,
             port,
             ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else self.settings.head_s,
+            ssl_shutdown_timeout=None if self._tls is None else self.settings.discard_s,
             backlog=self.settings.backlog,
         )
         bound = self._server.sockets[0].getsockname()

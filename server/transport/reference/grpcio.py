@@ -48,6 +48,8 @@ class GrpcSettings:
     max_send_bytes: int = 2**31 - 1
     max_streams_per_connection: int = 100
     max_connections: int = 10_000
+    #: From accept to the end of the client's handshake, TLS and HTTP/2.
+    handshake_s: float = 10.0
     max_in_flight_per_stream: int = 64
     #: When a connection was silent this long it is pinged, and closed when the ping is not answered in time.
     keepalive_s: float = 60.0
@@ -199,6 +201,7 @@ class GrpcServer:
             # Its guard counts streams that have ended but are not freed yet, and then resets honest callers' streams.
             ("grpc.http.overload_protection", 0),
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
+            ("grpc.server_handshake_timeout_ms", round(settings.handshake_s * 1000)),
             ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -1,0 +1,170 @@
+"""gRPC's own clients in Go, Java and JavaScript on both transports: what they check is in ``tests/clients/grpc_*``."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from server._pb import inference_pb2 as pb
+from server.types import RequestLimits
+from tests.support import models, pki, programs
+from tests.support.echo import Running, running
+from tests.support.http2 import INFER, STREAM_INFER
+from tests.support.server import Server, serving
+
+#: The first build of the Go client compiles its library, and the first run of the JavaScript one installs it.
+pytestmark = pytest.mark.timeout(300)
+
+CHECKS = ("unary", "metadata", "stream", "given_up", "gzip", "large", "deadline", "errors", "health", "storm")
+#: Calls of each of eight callers in ``storm``; grpc-js and the reference take longer for them.
+STORM = {("go", "native"): 1000, ("java", "native"): 1000}
+STORM_OTHERWISE = 200
+LANGUAGES = {"go": programs.grpc_go, "java": programs.grpc_java, "js": programs.grpc_js}
+TRANSPORTS = ("native", "reference")
+RUN_S = 100
+
+
+@pytest.fixture(scope="module", params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def program(language: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of one language's client."""
+    return LANGUAGES[language](tmp_path_factory.mktemp(language))
+
+
+def message(model: str, *numbers: float, id: str = "") -> bytes:
+    request = pb.ModelInferRequest(model_name=model, id=id)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, len(numbers)])
+    request.raw_input_contents.append(np.array(numbers, "<f4").tobytes())
+    return request.SerializeToString()
+
+
+def answered(channel: grpc.Channel, request: bytes, wanted: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
+    """The right answers to ``request``, of a unary call and in a stream: got by grpcio, read by protobuf."""
+    unary = channel.unary_unary(INFER)(request, timeout=20)
+    (streamed,) = channel.stream_stream(STREAM_INFER)(iter([request]), timeout=20)
+    for answer in (pb.ModelInferResponse.FromString(unary), pb.ModelStreamInferResponse.FromString(streamed)):
+        response = answer.infer_response if isinstance(answer, pb.ModelStreamInferResponse) else answer
+        assert np.array_equal(np.frombuffer(response.raw_output_contents[0], "<f4"), wanted)
+    return unary, streamed
+
+
+def write_pair(folder: Path, channel: grpc.Channel, name: str, request: bytes, wanted: np.ndarray[Any, Any]) -> None:
+    unary, streamed = answered(channel, request, wanted)
+    (folder / f"{name}.request").write_bytes(request)
+    (folder / f"{name}.answer").write_bytes(unary)
+    (folder / f"{name}.streamed").write_bytes(streamed)
+
+
+#: path, request, status, trailer retry-after, text ("*": of the library)
+ERRORS = f"""\
+{INFER}\tunknown.request\t5\t-\tRequest for unknown model: 'é%' is not found
+{INFER}\tfull.request\t14\t1\tExceeds maximum queue size
+{INFER}\tnoise.request\t3\t-\t*
+/a/B\tsmall.request\t12\t-\t*
+"""
+
+
+def prepare(folder: Path, server: Running, storm: int) -> None:
+    """What the programs read."""
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel("{}:{}".format(*server.grpc), options) as channel:
+        large = np.arange(150_000, dtype="<f4")
+        write_pair(folder, channel, "small", message("affine", 1, 2), np.float32([3, 5]))
+        write_pair(folder, channel, "other", message("later", 3, 4, 5, id="é"), np.float32([7, 9, 11]))
+        write_pair(folder, channel, "large", message("echo", *large), large)
+    for name, request in (
+        ("held", message("held", 1)),
+        ("unknown", message("é%", 1)),
+        ("full", message("full", 1)),
+        ("noise", b"\xff" * 9),
+    ):
+        (folder / f"{name}.request").write_bytes(request)
+    (folder / "errors.txt").write_text(ERRORS)
+    (folder / "storm.txt").write_text(str(storm))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_calls(program: list[str], language: str, transport: str, tmp_path: Path) -> None:
+    with running(transport=transport, limits=RequestLimits(max_body_bytes=4 << 20)) as server:
+        prepare(tmp_path, server, STORM.get((language, transport), STORM_OTHERWISE))
+        port, before = server.port, len(server.port.admitted)
+        command = [*program, "{}:{}".format(*server.grpc), str(tmp_path), "all"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S, check=True)
+        told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+        assert told == dict.fromkeys(CHECKS, "ok"), done.stderr[-2000:]
+
+        heads = port.admitted[before:]
+        (keyed,) = [head for head in heads if "x-key" in head.metadata]
+        assert keyed.metadata["x-key"].startswith("grpc-")
+        assert "x-key-bin" not in keyed.metadata
+        assert len(port.held) == 10
+        assert port.wait(lambda: all(ticket.ended for ticket in port.held)), "deadlines did not reach the work"
+        assert port.wait(lambda: len(port.admitted) == len(port.released))
+        assert len(set(port.released)) == len(port.released)
+        peers = {head.peer for head in heads}
+        # grpc-js keeps one connection for its second client, which compresses, and one for the first.
+        assert len(peers) == (2 if language == "js" else 1), "a connection was cut in between"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pki.usual(tmp_path_factory.mktemp("pki"))
+
+
+@contextmanager
+def own_process(root: Path, transport: str, certificates: Path | None) -> Iterator[Server]:
+    """A server that can be ended by signal; with ``certificates``, it wants them of its clients too."""
+    models.affine(root / "m.onnx")
+    tls = "  tls: {certificate: D/server.pem, private_key: D/server.key, client_ca: D/ca.pem}\n"
+    section = "" if certificates is None else f"server:\n{tls.replace('D', str(certificates))}"
+    (root / "config.yaml").write_text(f"apiVersion: tidegate/v1\n{section}models:\n  m: {{source: {root}/m.onnx}}\n")
+    options = ("--state-dir", str(root / "state"), "--transport", transport)
+    with serving(str(root / "config.yaml"), *options) as server:
+        yield server
+
+
+def dialled(address: str, certificates: Path | None) -> grpc.Channel:
+    if certificates is None:
+        return grpc.insecure_channel(address)
+    ca, key, certificate = ((certificates / name).read_bytes() for name in ("ca.pem", "client.key", "client.pem"))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_sigterm_loses_no_call(
+    program: list[str], language: str, transport: str, certificates: Path, tmp_path: Path
+) -> None:
+    """What was taken is answered; what was not, the client tries elsewhere by itself, and then finds nobody.
+
+    Over mutual TLS, but for grpc-java: see ``programs``.
+    """
+    secret = None if language == "java" else certificates
+    files = [] if secret is None else [str(secret / name) for name in ("ca.pem", "client.pem", "client.key")]
+    with own_process(tmp_path, transport, secret) as server:
+        with dialled(server.grpc, secret) as channel:
+            write_pair(tmp_path, channel, "small", message("m", 1, 2, 3, 4), np.array([3, 5, 7, 9], "<f4"))
+        command = [*program, server.grpc, str(tmp_path), "drain", *files]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+            try:
+                assert client.stdout is not None
+                assert client.stdout.readline() == "warm\n"
+                server.terminate()
+                assert server.wait() == 0
+                out, _ = client.communicate(timeout=RUN_S)
+            finally:
+                client.kill()
+    tally = {what: int(count) for count, _, what in (line.partition(" ") for line in out.splitlines())}
+    assert set(tally) == {"ok", "refused"}, tally
+    assert tally["refused"] == 8
+    assert tally["ok"] >= 200
