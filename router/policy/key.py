@@ -36,7 +36,7 @@ def problems(spec: KeySpec) -> Iterator[Problem]:
         kind, _, name = source.partition(":")
         if source != _REQUEST_ID_SOURCE and (kind not in _KINDS or not name):
             wanted = "header:NAME, parameter:NAME or request:id"
-            yield Problem(("key", "from", index), f"wanted {wanted}, got {source!r}")
+            yield Problem(("key", "from", index), f"wanted {wanted}, got {source[:64]!r}")
     if spec.missing not in ("random", "stable", "reject"):
         yield Problem(("key", "missing"), f"wanted random, stable or reject, got {spec.missing!r}")
     elif spec.missing == "reject" and not spec.sources:

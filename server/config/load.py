@@ -41,6 +41,7 @@ _WANTED: Final = {
     "finite_number": "a finite number",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": "text that matches {pattern}",
     "too_short": "a length of at least {min_length}",

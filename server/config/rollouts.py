@@ -18,6 +18,7 @@ from router.errors import BadRollout
 from router.errors import Problem as Mistake
 from router.rollout.plan import check
 from router.rollout.spec import (
+    EVENTS,
     GateSpec,
     LevelGate,
     MeanGate,
@@ -316,6 +317,8 @@ def _gate_mistakes(section: Rollout, path: KeyPath) -> Iterator[Contradiction]:
         wanted = _WANTS[kind]
         if wanted and len(given & set(wanted)) != 1:
             yield Contradiction(where, f"a gate on {kind} wants exactly one of {', '.join(wanted)}")
+        if gate.feedback in EVENTS:
+            yield Contradiction((*where, "feedback"), f"{gate.feedback} names an event: give the outcome another name")
         if gate.better is not None and gate.worse_by is None:
             yield Contradiction((*where, "better"), "better needs worse_by, which is not given")
 

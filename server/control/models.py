@@ -129,9 +129,11 @@ class ModelControl:
         rows: list[IndexEntry] = []
         for name in sorted(self._plans):
             versions = self._versions.get(name, {})
-            rows += [IndexEntry(name, number, v.state, v.reason) for number, v in by_number(versions)]
+            # What serves although the source makes no sense any more says so.
+            error = self._plans[name].error
+            rows += [IndexEntry(name, number, v.state, v.reason or error) for number, v in by_number(versions)]
             if not versions:
-                rows.append(IndexEntry(name, "", UNAVAILABLE, self._plans[name].error or "not loaded"))
+                rows.append(IndexEntry(name, "", UNAVAILABLE, error or "not loaded"))
         return rows
 
     def _warm_rows(self) -> list[IndexEntry]:
@@ -384,8 +386,10 @@ class ModelControl:
     async def close(self) -> None:
         """Retire everything and wait until the engines are closed; not for runs that hang."""
         gone = [version for name in self._versions for version in self._forget(name, "shut down")]
-        for name in self._versions:
-            self._publish(name)
+        # All at once and with no routes left: one by one, each would leave routes of others that lead nowhere.
+        self._publisher.replace({}, {}, self._gateway.table.generation)
+        for name in self._plans:
+            self._explain_absence(name)
         self._retire(gone)
         await self._retirement.close()
         self._loader.close()

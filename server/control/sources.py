@@ -134,7 +134,7 @@ class NamedSource:
         try:
             found = _scan(model.path)
         except OSError as error:
-            return ModelPlan(model.name, error=f"its source cannot be read: {error.strerror or error}")
+            return ModelPlan(model.name, error=f"its source {model.path} cannot be read: {error.strerror or error}")
         if len(found.models) != 1:
             reasons = "; ".join(problem.message for problem in found.problems)
             return ModelPlan(model.name, error=reasons or f"its source holds {len(found.models)} models, wanted one")

@@ -106,7 +106,7 @@ class RegistryContract:
         subject.add("a", model_files())
         subject.backend.generation()
         backend = subject.backend
-        for ask in (backend.versions, backend.aliases, lambda name: backend.version(name, 1)):
+        for ask in (backend.versions, backend.aliases, backend.triggered, lambda name: backend.version(name, 1)):
             with pytest.raises(NotInRegistry, match="nobody"):
                 ask("nobody")
         for get in (backend.version, backend.fetch):
@@ -122,6 +122,11 @@ class RegistryContract:
         subject.add("a", model_files())
         subject.backend.generation()
         assert dict(subject.backend.aliases("a")) == {}
+
+    def test_no_trigger_without_being_named(self, subject: Case) -> None:
+        subject.add("a", model_files())
+        subject.backend.generation()
+        assert dict(subject.backend.triggered("a")) == {}
 
     def test_closing_twice_is_fine(self, subject: Case) -> None:
         subject.backend.close()

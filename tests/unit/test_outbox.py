@@ -279,6 +279,20 @@ def test_success_counts_whoever_holds_the_lease(outbox: Outbox, clock: Clock) ->
     assert claim(outbox) is None
 
 
+def test_the_leases_of_one_that_died_are_due_at_once_and_counted(outbox: Outbox, clock: Clock) -> None:
+    for key in ("a", "b", "c"):
+        outbox.publish(event(key))
+    lost, kept = claimed(outbox, owner="one that died"), claimed(outbox, owner="one that lives")
+    assert sorted(outbox.lease_owners()) == ["one that died", "one that lives"]
+    outbox.end_leases("one that died")
+    assert outbox.lease_owners() == ["one that lives"]
+    outbox.failed(lost, "too late to say", 60.0)
+    again = [claimed(outbox), claimed(outbox)]
+    assert {lease.message.key: lease.attempts for lease in again} == {lost.message.key: 2, "c": 1}
+    assert claim(outbox) is None
+    outbox.delivered(kept)
+
+
 def test_an_event_that_kills_its_senders_comes_to_its_end(store: SqliteStore, outbox: Outbox, clock: Clock) -> None:
     outbox.publish(event("poison"))
     outbox.publish(event("good"))
@@ -303,6 +317,20 @@ def test_a_clock_set_back_holds_nothing_up(outbox: Outbox, clock: Clock) -> None
     assert claimed(outbox).attempts == 2
     clock.pass_s(-30 * DAY)
     assert claimed(outbox, owner="other").attempts == 3
+
+
+def test_a_clock_set_back_a_few_hours_holds_nothing_up_either(outbox: Outbox, clock: Clock) -> None:
+    outbox.publish(event())
+    outbox.failed(claimed(outbox), "no", 60.0)
+    clock.pass_s(-5 * 3600)
+    assert outbox.next_due_s("ops") == 60.0 + 5 * 3600
+    assert outbox.next_due_s("ops", horizon_s=600.0) == 0.0
+    lease = outbox.claim("ops", "me", 30.0, max_attempts=9, horizon_s=600.0)
+    assert lease is not None
+    clock.pass_s(-500)  # less than the horizon: the lease is still a lease
+    assert outbox.claim("ops", "other", 30.0, max_attempts=9, horizon_s=600.0) is None
+    clock.pass_s(531)
+    assert outbox.claim("ops", "other", 30.0, max_attempts=9, horizon_s=600.0) is not None
 
 
 def test_no_delay_is_over_the_horizon(outbox: Outbox) -> None:

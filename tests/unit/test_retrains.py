@@ -33,19 +33,32 @@ SPEC = RetrainSpec(RetrainRules("m", labels=SignalRule(), coalesce_ns=0), ("trai
 
 
 @dataclass
+class Counting:
+    """As much of a batcher: what its rows are counted as."""
+
+    arm: str = "stable"
+
+
+@dataclass
 class Answering:
     """As much of a served version as is looked at."""
 
     spec: ModelSpec
+    batcher: Counting = field(default_factory=Counting)
 
 
 @dataclass
 class House:
-    """A state folder with ``m``, whose version 1 is champion and answers; ``standing``: the rollouts there are."""
+    """A state folder with ``m``, whose version 1 is champion and answers; ``standing``: the rollouts there are.
+
+    ``shop`` is another name over its versions: ``shown`` answers there, and its rows are counted as ``arm``.
+    """
 
     root: Path
     state: State
     answers: str = "1"
+    shown: str = "1"
+    arm: str = "stable"
     standing: list[Standing] = field(default_factory=list)
     monitors: MonitorService = field(default_factory=lambda: MonitorService(None))
     #: So many looks fail; ``well`` is set by the second one after them, when one was right all through.
@@ -75,10 +88,11 @@ class House:
         return RegistryPlans(self.state.registry, self.root, lambda *_: None).by_alias("m", "m", ModelOptions())
 
     def served(self, model: str, _version: str) -> Served:
-        if model != "m" or not self.answers:
+        if model not in ("m", "shop") or not self.answers:
             raise ModelNotFound(model)
-        digest = self.state.registry.version("m", int(self.answers)).digest
-        return Answering(ModelSpec("m", self.answers, (), (), digest=digest))  # type: ignore[return-value]
+        number, arm = (self.answers, "stable") if model == "m" else (self.shown, self.arm)
+        digest = self.state.registry.version("m", int(number)).digest
+        return Answering(ModelSpec("m", number, (), (), digest=digest), Counting(arm))  # type: ignore[return-value]
 
     def publish(self, shift: float, alias: str | None, trigger_id: str = "") -> str:
         path = models.affine(self.root / f"{shift}.onnx", 1.0, shift)
@@ -197,6 +211,62 @@ def test_alarms_are_taken_and_what_was_missed_is_made_good(house: House) -> None
     again = house.control()  # its first look asks the monitors, which have no such alarm
     asyncio.run(again.look())
     assert [alarm["cleared"] is None for alarm in again.retraining.status("m")["alarms"]] == [False]
+
+
+def alarm(event: str, version: str, arm: str) -> dict[str, Any]:
+    column = {"feature": "x", "segment": ""} if event.startswith("drift") else {"name": "auc", "slice": ""}
+    return {"event": event, "key": "k", "model": "m", "version": version, "arm": arm, "value": 0.7, **column}
+
+
+BOTH = RetrainSpec(RetrainRules("shop", drift=SignalRule(), labels=SignalRule(), coalesce_ns=0), ("train",))
+
+
+@pytest.mark.parametrize(
+    ("event", "version", "arm", "fires"),
+    [
+        ("performance.raised", "2", "stable", True),
+        ("performance.raised", "1", "stable", False),
+        ("performance.raised", "2", "pinned", False),
+        ("drift.raised", "2", "pinned", True),
+        ("drift.raised", "2", "stable", False),
+        ("drift.raised", "1", "stable", False),
+    ],
+)
+def test_a_name_over_the_versions_of_another_is_trained_for_what_answers_there(
+    house: House, event: str, version: str, arm: str, fires: bool
+) -> None:
+    house.shown, house.arm = house.publish(1.0, "challenger"), "pinned"
+    control = house.control(shop=BOTH)
+    asyncio.run(control.look())
+    assert control.retraining.status("shop")["champion"] == "2"
+    control.on_alarm(alarm(event, version, arm))
+    asyncio.run(control.look())
+    assert [job["state"] for job in control.retraining.list("shop")] == (["requested"] if fires else [])
+
+
+def test_a_job_of_such_a_name_follows_its_version(house: House) -> None:
+    control = house.control(shop=replace(SPEC, rules=replace(SPEC.rules, model="shop")))
+    trigger_id = asyncio.run(control.fire("shop", "to see", "ada"))["trigger_id"]
+    number = house.publish(1.0, "challenger", trigger_id)
+
+    def look() -> tuple[str, str]:
+        asyncio.run(control.look())
+        job = control.retraining.list("shop")[0]
+        return job["state"], job["version"]
+
+    assert look() == ("registered", number)
+    house.rolls(number, Phase.STEP)  # under the model's own name, whose champion answers here too
+    assert look() == ("gated", number)
+    house.shown = number
+    assert look() == ("promoted", number)
+
+
+def test_an_alarm_reaches_the_model_and_every_name_that_it_answers_under(house: House) -> None:
+    control = house.control(m=SPEC, shop=replace(SPEC, rules=replace(SPEC.rules, model="shop")))
+    asyncio.run(control.look())
+    control.on_alarm(alarm("performance.raised", "1", "stable"))
+    asyncio.run(control.look())
+    assert {job["model"] for job in control.retraining.list()} == {"m", "shop"}
 
 
 def test_nothing_is_done_without_specs_and_after_the_end(house: House) -> None:

@@ -124,6 +124,7 @@ class Rig:
         self.loop, self.target, self.load = Loop(), Waiting(), 0.0
         self.telemetry = Telemetry.create("test")
         self.traced: list[ShadowTrace] = []
+        self.told: list[tuple[Any, ...]] = []
         self.lane = ShadowLane(
             self.target,
             budget=ShadowBudget(**({"rps": 1e6} | budget)),
@@ -137,6 +138,7 @@ class Rig:
             offload=offload or self.compare_now,
             breaker=breaker,
             traced=self.traced.append,
+            captured=lambda *what: self.told.append(what),
         )
 
     @staticmethod
@@ -434,6 +436,26 @@ def test_the_worker_refuses_over_its_room_and_ends() -> None:
     go.set()
     worker.close()
     assert done == [1]
+
+
+def test_what_the_shadow_answered_is_told_once_with_the_clients_id() -> None:
+    rig = Rig(in_flight=8)
+    told = rig.told
+    for number, client_id in enumerate(("", "mine", "late")):
+        rig.lane.offer(f"t{number}", answered(), client_id=client_id)
+    rig.loop.turn()
+    rig.loop.now += 500
+    rig.target.answer(1.0)
+    rig.target.fail()
+    rig.loop.advance(3600)
+    outputs = told[0][4]
+    assert [what[:4] + what[5:6] for what in told] == [
+        ("", "t0", SPEC, 1, "ok"),
+        ("mine", "t1", SPEC, 1, "runtime_failure"),
+        ("late", "t2", SPEC, 1, "version_timeout"),
+    ]
+    assert np.array_equal(outputs[0].array(), np.full((1, 4), 2.0))
+    assert [what[4] for what in told[1:]] == [None, None]
 
 
 def test_a_copy_of_a_traced_request_is_traced_too() -> None:

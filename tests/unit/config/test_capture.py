@@ -33,6 +33,7 @@ def test_a_model_goes_on_top_of_what_holds_for_all() -> None:
             secret="${KEY}",
             folder="captured",
             segment={"rows": 100, "size": "1MiB", "age": "10s"},
+            shadows=True,
         )
     )
     assert settings is not None
@@ -41,6 +42,7 @@ def test_a_model_goes_on_top_of_what_holds_for_all() -> None:
     assert settings.of("fraud") == CaptureSpec(10_000, {"ssn": ColumnRule("hmac"), "age": age}, 8)
     assert settings.of("other") == settings.of("unnamed") == settings.default
     assert (settings.secret, settings.folder) == (SECRET["KEY"], Path("/etc/tidegate/captured"))
+    assert settings.shadows
     assert (settings.segment_rows, settings.segment_bytes, settings.segment_age_s) == (100, 2**20, 10.0)
 
 

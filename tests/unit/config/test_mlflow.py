@@ -44,6 +44,7 @@ def test_all_keys() -> None:
         max_version="2GiB",
         webhook_secrets=["${NEW}", "${OLD}"],
         promotes=True,
+        artifact_folders=["/srv/mlartifacts", "../var/shared"],
     )
     assert list(mlflow_contradictions(section, ("registry", "mlflow"))) == []
     options = compile_mlflow(section)
@@ -60,6 +61,7 @@ def test_all_keys() -> None:
         limits=Limits(2**30, 2**31),
         hint_secrets=("whsec-new", "whsec-old"),
         promotes=True,
+        artifact_folders=(Path("/srv/mlartifacts"), Path("/var/shared")),
     )
     for shown in (repr(section), repr(options)):
         assert not any(secret in shown for secret in ("tok-1", "whsec"))

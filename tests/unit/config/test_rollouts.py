@@ -97,6 +97,8 @@ def test_a_weight_without_steps_is_no_rollout_of_ours() -> None:
          "exactly one of worse_than, max_rate"),
         ("{id: r, candidate: 8, steps: [{weight: 5%, approve: true}], gates: {e: {monitor: psi, max_rate: 1%}}}",
          ".gates.e.max_rate", "means nothing"),
+        ("{id: r, candidate: 8, steps: [{weight: 5%, approve: true}], gates: {e: {feedback: error, max_rate: 1%}}}",
+         ".gates.e.feedback", "names an event"),
         ("{id: r, candidate: 8, steps: [{weight: 5%, approve: true}]}", ".gates", "at least one gate that rolls back"),
         ("{id: r, candidate: 'm@champion', steps: [{weight: 5%, approve: true}], gates: {e: {alpha: 0.1}}}",
          ".candidate", "aliases need a model of the registry"),

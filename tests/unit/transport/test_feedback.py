@@ -20,6 +20,19 @@ def test_one_and_many() -> None:
 
 
 @pytest.mark.parametrize(
+    ("time", "wanted"),
+    [
+        ("1970-01-01T00:00:00Z", 0),
+        ("2026-01-02T03:04:05.678901+02:00", 1_767_315_845_678_901_000),
+        ("1969-12-31T23:59:59.999999-00:00", -1000),
+        ("9999-12-31T23:59:59Z", 253_402_300_799 * 10**9),
+    ],
+)
+def test_when_an_outcome_was(time: str, wanted: int) -> None:
+    assert parse({"id": "a", "outcome": 1, "time": time})[0].time_ns == wanted
+
+
+@pytest.mark.parametrize(
     ("document", "words"),
     [
         (3, "must be an object, got int"),
@@ -31,7 +44,10 @@ def test_one_and_many() -> None:
         ({"id": 1, "outcome": 1}, "'id' must be text"),
         ({"id": "a", "outcome": 1, "row": -1}, "'row'"),
         ({"id": "a", "outcome": 1, "row": True}, "'row'"),
-        ({"id": "a", "outcome": 1, "time": "soon"}, "RFC 3339, got 'soon'"),
+        ({"id": "a", "outcome": 1, "time": "soon"}, "RFC 3339 with its offset, .*got 'soon'"),
+        ({"id": "a", "outcome": 1, "time": "2026-01-02T03:04:05"}, "with its offset"),
+        ({"id": "a", "outcome": 1, "time": 5}, "RFC 3339 with its offset, .*got '5'"),
+        ({"id": "a", "outcome": 1, "time": None}, "with its offset"),
         ({"id": "a", "outcome": 1, "more": 1}, "unknown key 'more'"),
         ([{"id": "a", "outcome": 1}, {"id": "a"}], "item 1: 'outcome'"),
         ({"id": "a", "outcome": 10**400}, "out of range"),
