@@ -95,10 +95,11 @@ imports: $(DEV)
 proto-fresh: $(DEV)
 	@echo "== generated code is fresh"
 	@$(PY) scripts/proto.py --check
+	@$(PY) -m scripts.config_reference --check
 
 # --- tools ---
 
-.PHONY: fmt proto bench bench-quick bench-peers bench-drift constraints clean
+.PHONY: fmt proto bench bench-quick bench-peers bench-drift reference constraints clean
 fmt: $(DEV) ## format and mend what can be mended by itself
 	@echo "== formatting"
 	@$(PY) -m ruff format $(SOURCES)
@@ -107,6 +108,9 @@ fmt: $(DEV) ## format and mend what can be mended by itself
 proto: $(DEV) ## generate the protobuf code again
 	@echo "== generating protobuf code"
 	@$(PY) scripts/proto.py
+
+reference: $(DEV) ## write docs/configuration.md anew
+	@$(PY) -m scripts.config_reference
 
 bench: $(DEV) ## cost per request beside the usual stacks and floors (under 10 minutes)
 	@echo "== bench"

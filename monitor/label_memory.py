@@ -114,11 +114,11 @@ class Memory:
     facts of a request stand at that row's place.
     """
 
-    __slots__ = ("_capacity", "_first", "_ids", "_rows", "_width", "group", "head", "label", "predictions", "tail",
-                 "time", "unit")  # fmt: skip
+    __slots__ = ("_capacity", "_first", "_ids", "_rows", "group", "head", "label", "predictions", "tail",
+                 "time", "unit", "width")  # fmt: skip
 
     def __init__(self, capacity: int, width: int) -> None:
-        self._capacity, self._width = capacity, width
+        self._capacity, self.width = capacity, width
         self.predictions = array("d", bytes(8 * capacity * width))
         self.label = array("d", bytes(8 * capacity))
         self.time = array("q", bytes(8 * capacity))
@@ -149,8 +149,8 @@ class Memory:
         return self._rows[number % self._capacity]
 
     def prediction(self, number: int) -> tuple[float, ...]:
-        start = (number % self._capacity) * self._width
-        return tuple(self.predictions[start : start + self._width])
+        start = (number % self._capacity) * self.width
+        return tuple(self.predictions[start : start + self.width])
 
     def room(self, rows: int) -> bool:
         """Whether that many rows fit without forgetting any."""
@@ -163,7 +163,7 @@ class Memory:
         number, at = self.head, self.head % self._capacity
         self.head += rows
         self.time[at], self.unit[at], self.group[at] = now_ns, unit & _WORD, group
-        width = self._width
+        width = self.width
         for row in range(rows):
             place = (number + row) % self._capacity
             self.label[place], self._rows[place] = nan, 0
@@ -218,12 +218,12 @@ class Memory:
             requests,
             _view(self._ids, "i8").reshape(-1, IDS)[starts],
             _view(self.label, "f8")[order],
-            _view(self.predictions, "f8").reshape(-1, self._width)[order],
+            _view(self.predictions, "f8").reshape(-1, self.width)[order],
         )
 
     def fits(self, saved: SavedRows) -> bool:
         """Whether there is room, and rows are as wide as these."""
-        return len(saved.labels) <= self._capacity and saved.predictions.shape[1:] == (self._width,)
+        return len(saved.labels) <= self._capacity and saved.predictions.shape[1:] == (self.width,)
 
     def restore(self, saved: SavedRows, groups: Sequence[GroupCounts]) -> None:
         """Remember what was saved and fits, instead of nothing."""
@@ -231,7 +231,7 @@ class Memory:
         rows, time, unit, group = saved.requests.T
         starts = np.cumsum(rows) - rows
         _view(self.label, "f8")[:count] = saved.labels
-        _view(self.predictions, "f8").reshape(-1, self._width)[:count] = saved.predictions
+        _view(self.predictions, "f8").reshape(-1, self.width)[:count] = saved.predictions
         for stored, values in ((self._rows, rows), (self.time, time), (self.unit, unit)):
             _view(stored, "i8")[starts] = values
         _view(self._ids, "i8").reshape(-1, IDS)[starts] = saved.ids

@@ -24,7 +24,7 @@ from monitor.errors import CalibrationError, SettingsError, StateError
 from monitor.estimate import Calibrator, Estimate, estimate_accuracy, estimate_binary
 from monitor.kernels._jit import compile_all
 from monitor.label_state import GroupKey, SavedGroup, SavedLabels, from_profile, reference_rows
-from monitor.label_windows import LabelWindows, WindowRows, WindowsState, merge_windows, windows_of
+from monitor.label_windows import LabelWindows, SeriesState, WindowRows, WindowsState, merge_windows, windows_of
 from monitor.labels import LabelJoin
 from monitor.outcomes import ALL, Joined, LabelReference, LabelSettings
 from monitor.performance import scorer_of
@@ -77,8 +77,8 @@ class _Group:
         self._missing = 0 if reference is not None else settings.rules.learn_rows
         #: What the last look of each window found.
         self.signals: dict[str, list[Signal]] = {}
-        #: Panes closed when the samples of the windows were last made, and those: an AUC takes a while.
-        self.samples: tuple[list[int], list[Sample]] = ([], [])
+        #: What the windows held when their samples were last made, and those: an AUC takes a while.
+        self.samples: tuple[list[tuple[int, ...]], list[Sample]] = ([], [])
 
     @property
     def learning(self) -> int:
@@ -422,9 +422,9 @@ class LabelMonitor:
         for key, group in sorted(self._groups.items()):
             if key[2] == ALL:
                 state = group.windows.state()
-                closed = [series.closed for series in state]
-                if group.samples[0] != closed:
-                    group.samples = closed, list(self._metric_samples({key: state}))
+                held = [_held(series) for series in state]
+                if group.samples[0] != held:
+                    group.samples = held, list(self._metric_samples({key: state}))
                 yield from group.samples[1]
         for key, group in sorted(self._groups.items()):
             for name, active in zip(self.settings.signals, group.book.active, strict=True):
@@ -437,6 +437,11 @@ class LabelMonitor:
             for name, value in entry["metrics"].items():
                 if isinstance(value, int | float) and not isnan(value):
                     yield Sample("performance", {**labels, "metric": name}, float(value))
+
+
+def _held(series: SeriesState) -> tuple[int, ...]:
+    """Changes whenever rows come into closed panes: a pane closes, or rows are told of late."""
+    return series.closed, sum([pane.rows for pane in series.panes]), *series.outdated.values()
 
 
 def _named(key: GroupKey) -> dict[str, str]:

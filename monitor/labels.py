@@ -34,8 +34,9 @@ from monitor.types import BYTES, DATATYPES, Array, Buffer
 TURN: Final = 65_536
 #: Predictions and labels beyond this are no numbers that a mean could be taken of.
 _LARGEST: Final = 1e60
-#: Rows of predictions that are saved at most, the newest: some 60 MB.
-SAVED_ROWS: Final = 1_000_000
+#: What predictions that are saved may take, the newest of them: bytes, by row (``label_memory.SavedRows``) and number.
+_SAVED_BYTES: Final = 64_000_000
+_SAVED_ROW_BYTES: Final = 56
 
 OnJoined: TypeAlias = Callable[[Sequence[Joined]], object]
 #: (version, arm, predictions end to end).
@@ -388,12 +389,12 @@ class LabelJoin:
     def saved(self) -> SavedJoin:
         """All but the queue. For the draining thread, or under its lock.
 
-        Of the predictions the newest ``SAVED_ROWS``: for the next process, older ones have expired.
+        Of the predictions the newest, as many as may be: for the next process, older ones have expired.
         """
         counted = list(self._groups.values())
         known = {id(group) for group in counted}
         groups = [group for group in self._memory.groups() if id(group) not in known] + counted
-        rows = self._memory.saved(groups, SAVED_ROWS)
+        rows = self._memory.saved(groups, _SAVED_BYTES // (_SAVED_ROW_BYTES + 8 * self._memory.width))
         kept = [
             replace(group, forgotten=group.predicted - held, expired=group.predicted - group.joined - waiting)
             for group, held, waiting in zip(groups, *remembered(rows, len(groups)), strict=True)

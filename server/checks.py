@@ -30,6 +30,11 @@ def fit_inputs(spec: ModelSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor |
         if tensor_or_none is not None:
             rows = _check_rows_agree(spec, wanted, tensor_or_none, rows, first)
             first = first or wanted.name
+    if specs and spec.max_batch_size and not first:
+        raise InvalidArgument(
+            f"model '{spec.name}' takes its batch size from its inputs, of which none is given; wanted at least one "
+            f"of {_quoted(wanted.name for wanted in specs)}"
+        )
     return ordered, rows
 
 

@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine(state_dir: Path, describe_runtime: Callable[[], Mapping[str, object]]) -> list[Finding]:
-    """Every check, in the order in which they are shown. Nothing is changed but a probe file in ``state_dir``."""
+    """Every check, in the order in which they are shown. Nothing is changed; a probe file is written and goes."""
     return [
         Finding("tidegate", "ok", f"{__version__} on Python {platform.python_version()}, {platform.platform()}"),
         Finding("processors", "ok", f"{len(os.sched_getaffinity(0))} usable"),
@@ -74,13 +74,16 @@ def _open_files() -> Finding:
 
 
 def _state(state_dir: Path) -> Finding:
+    # One that is not there yet is made where its nearest folder is.
+    place = next(folder for folder in (state_dir, *state_dir.absolute().parents) if os.path.lexists(folder))
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=state_dir) as probe:
+        with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"\0" * 4096)
             os.fsync(probe.fileno())
     except OSError as error:
-        return Finding("state directory", "error", f"{state_dir}: {error.strerror}")
+        return Finding("state directory", "error", f"{place}: {error.strerror}")
+    if place is not state_dir:
+        return Finding("state directory", "ok", f"{state_dir} is not there yet; it can be made, written and synced")
     return Finding("state directory", "ok", f"{state_dir} can be written and synced")
 
 

@@ -132,9 +132,17 @@ class ConfigError(TidegateError):
 
 
 class ModelLoadError(TidegateError):
-    """A version could not be made ready. The message is one sentence saying why."""
+    """A version could not be made ready. The message is one sentence saying why.
+
+    ``model`` and ``version``: whose load it was, where whoever asked for several has to know ("" otherwise).
+    """
 
     code = "model_load_error"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, model: str = "", version: str = "") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.model = model
+        self.version = version
 
 
 class OutOfMemory(TidegateError):

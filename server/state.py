@@ -9,6 +9,7 @@ from pathlib import Path
 
 from router.registry.embedded import EmbeddedRegistry
 from server.audit import AuditLog, DeferredAudit
+from server.errors import NotFound
 from server.store.sqlite import SqliteStore
 
 DATABASE = "tidegate.db"
@@ -30,6 +31,13 @@ class State:
         """Let go of the store."""
         self.registry.close()
         self.store.close()
+
+
+def open_existing(folder: Path) -> State:
+    """Open the state of ``folder``. Raises NotFound where there is none, and makes none; or StoreError."""
+    if not (folder / DATABASE).is_file():
+        raise NotFound(f"there is no gateway's state in {folder}; name its folder with --state-dir")
+    return open_state(folder)
 
 
 def open_state(folder: Path) -> State:

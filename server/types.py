@@ -210,6 +210,23 @@ class Ticket(Protocol):
     def cancel(self) -> None: ...
 
 
+@dataclass(slots=True, eq=False)
+class Unsent:
+    """Bytes of answers that wait for readers, over all connections of the process. Over ``limit`` nothing is admitted.
+
+    Requests are over when their answers are handed to a connection: what lies there is held by no permit. Connections
+    count themselves, from the moment when their socket takes no more.
+    """
+
+    limit: int = 256 * 1024 * 1024
+    total: int = 0
+
+    def moved(self, before: int, now: int) -> int:
+        """One connection held ``before`` and holds ``now``, which is returned."""
+        self.total += now - before
+        return now
+
+
 class Port(Protocol):
     """What a transport sees of the gateway. Synchronous: no coroutine, task or future behind it."""
 

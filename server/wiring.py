@@ -97,6 +97,7 @@ from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.settings import MemorySettings
 from server.transport.status import INTERNAL, TABLE, StatusTable
 from server.transport.tls import grpc_credentials, tls_context
+from server.types import Unsent
 
 log = structlog.get_logger("tidegate")
 
@@ -148,9 +149,10 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         call_later=loop.call_later,
         decisions=settings.telemetry.decisions,
         capture=None if recording is None else recording.capture,
+        unsent=Unsent(settings.max_unsent_bytes),
     )
     gateway.starting = True
-    telemetry.metrics.collect(lambda: [_in_flight(gateway)])
+    telemetry.metrics.collect(lambda: [_in_flight(gateway), _unsent(gateway)])
     codec = CodecProcess() if settings.codec_process and SUPPORTED else None
     if codec is not None:
         telemetry.metrics.collect(codec.families)
@@ -262,6 +264,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
             await asyncio.to_thread(deferred.close)
         if state is not None:
             state.close()
+        # What is frozen is not taken apart when the interpreter ends; libraries take that for leaks, and say so.
+        gc.unfreeze()
 
     if export is not None:
         export.start()
@@ -569,7 +573,9 @@ def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
         if recording is None or not feedback.id or feedback.value is None:
             return heard
         entry = gateway.entry(model)
-        return recording.capture.offer_label(entry, feedback.id, feedback.name, feedback.value, feedback.row) or heard
+        capture = recording.capture
+        kept = capture.offer_label(entry, feedback.id, feedback.name, feedback.value, feedback.row, feedback.time_ns)
+        return kept or heard
 
     def hear(model: str, items: Sequence[Feedback]) -> int:
         for item in items:  # before any is taken
@@ -584,6 +590,12 @@ def _in_flight(gateway: Gateway) -> FamilySnapshot:
     """The permits that are out: what the limit of admission counts."""
     held: dict[tuple[str, ...], Value] = {(): gateway.requests_in_flight}
     return FamilySnapshot("tidegate_requests_in_flight", "Requests admitted and not over yet.", "gauge", (), held)
+
+
+def _unsent(gateway: Gateway) -> FamilySnapshot:
+    """What the limit on answers counts."""
+    held: dict[tuple[str, ...], Value] = {(): gateway.unsent.total}
+    return FamilySnapshot("tidegate_unsent_bytes", "Bytes of answers that wait for their readers.", "gauge", (), held)
 
 
 #: More streams of one connection make gRPC's core neglect other connections while one is flooded with resets.
@@ -610,7 +622,7 @@ def _listeners(
     context = None if tls is None else tls_context(tls)
 
     def listen(app: ASGIApp, tls: SSLContext | None = None) -> HttpServer:
-        return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls)
+        return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls, unsent=gateway.unsent)
 
     inference = build_app(gateway, services, statuses=statuses, settings=http, codec=codec)
     if settings.transport == "native":
@@ -622,7 +634,15 @@ def _listeners(
             max_age_s=settings.max_connection_age_s,
         )
         native = [
-            NativeServer(served, limits=settings.limits, settings=http, http2=http2, statuses=statuses, tls=context)
+            NativeServer(
+                served,
+                limits=settings.limits,
+                settings=http,
+                http2=http2,
+                statuses=statuses,
+                tls=context,
+                unsent=gateway.unsent,
+            )
             for _ in range(2)
         ]
         inference_listeners = [Bound("http", native[0], settings.http), Bound("grpc", native[1], settings.grpc)]

@@ -121,7 +121,7 @@ class _Scanner:
     def _scan_single_file(self) -> None:
         """The root is one model file: named after itself, or after the folders it stands in."""
         if not self.real_root.is_file():
-            raise OSError(f"{self.root} is neither a folder nor a regular file")
+            raise OSError(f"{self.root.name} is neither a folder nor a regular file")
         parent, stem, version = self.root.parent, self.root.stem, "1"
         if self.root.name == DEFAULT_FILENAME:
             if is_version(parent.name):

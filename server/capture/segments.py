@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 import structlog
 
 from router.registry.blobs import sync_folder
-from server.capture.formats import Array, StorageError, duckdb_error, has_duckdb, type_of, write_table
+from server.capture.formats import PARQUET, Array, StorageError, duckdb_error, has_duckdb, type_of, write_table
 from server.errors import ConfigError
 
 log: Any = structlog.get_logger("capture")
@@ -113,8 +113,8 @@ class SegmentStore:
 
     def __init__(self, folder: Path, form: str, *, max_bytes: int, max_segments: int) -> None:
         self.folder = folder
+        self.form = form
         self.removed = 0
-        self._form = form
         self._max_bytes = max_bytes
         self._max_segments = max_segments
         try:
@@ -136,7 +136,7 @@ class SegmentStore:
         """One segment, durable when this returns. Raises StorageError or OSError; then there is no trace of it."""
         place = self.folder / facts.model
         place.mkdir(parents=True, exist_ok=True)
-        name = f"{facts.kind}-{facts.first_ns:0{_DIGITS}}-{self._number:08}.{self._form}"
+        name = f"{facts.kind}-{facts.first_ns:0{_DIGITS}}-{self._number:08}.{self.form}"
         self._number += 1
         data, listed = place / f".{name}{_TEMP}", place / f".{name}{ENTRY_SUFFIX}{_TEMP}"
         try:
@@ -157,7 +157,7 @@ class SegmentStore:
 
     def _write(self, facts: Facts, table: Mapping[str, Array], data: Path, target: Path) -> Entry:
         metadata = {"tidegate": json.dumps({"format": FORMAT, **asdict(facts)})}
-        write_table(data, table, self._form, metadata)
+        write_table(data, table, self.form, metadata)
         with data.open("rb") as file:
             os.fsync(file.fileno())
         size = data.stat().st_size
@@ -214,9 +214,9 @@ def default_format(wanted: str) -> str:
     return ("parquet" if has_duckdb() else "jsonl") if wanted == "auto" else wanted
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What writing a segment fails with when a disk is full, read-only or gone."""
-    return (OSError, StorageError, duckdb_error()) if has_duckdb() else (OSError, StorageError)
+def storage_errors(form: str) -> tuple[type[Exception], ...]:
+    """What writing a segment of a format fails with when a disk is full, read-only or gone."""
+    return (OSError, StorageError, duckdb_error()) if form == PARQUET else (OSError, StorageError)
 
 
 def _entry_path(data: Path) -> Path:

@@ -208,11 +208,16 @@ class Capture:
         if not drawn(request_id, edge) and (model, request_id) not in self._by_own_id:
             return False
         shown = request_id if _OWN_ID.fullmatch(request_id) else self._masked_id(model, request_id)
-        if not shown or not self._ring.offer(Label(model, shown, row, name, value, time_ns or self._clock())):
+        if not shown or not self._ring.offer(Label(model, shown, row, name, value, self._when(time_ns))):
             self._dropped["full" if shown else "no_id"] += 1
             return False
         self._labels += 1
         return True
+
+    def _when(self, time_ns: int | None) -> int:
+        """A time that was told, where it can have been; else now."""
+        now_ns = self._clock()
+        return now_ns if time_ns is None else max(0, min(time_ns, now_ns))
 
     def _masked_id(self, model: str, request_id: str) -> str:
         rule = self._settings.of(model).rules.get("__client_id")

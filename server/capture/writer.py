@@ -61,7 +61,7 @@ class Writer:
         self._tell = tell
         self._secret = settings.secret.encode()
         self._open: dict[tuple[object, ...], _Open] = {}
-        self._errors = storage_errors()
+        self._errors = storage_errors(store.form)
         self._wake = threading.Event()
         self._flushed = threading.Condition()
         self._flushes = self._flushes_done = 0

@@ -9,7 +9,7 @@ import click
 from server.audit import AuditHead, AuditRow, Broken
 from server.cli import show
 from server.cli.registry import AS_JSON, STATE_DIR
-from server.state import open_state
+from server.state import open_existing
 
 
 @click.group()
@@ -24,7 +24,7 @@ def audit() -> None:
 @AS_JSON
 def tail(limit: int, after: int | None, state_dir: Path, as_json: bool) -> None:
     """Show the last rows of the trail, oldest first."""
-    state = open_state(state_dir)
+    state = open_existing(state_dir)
     try:
         rows = state.audit.tail(limit, after=after)
     finally:
@@ -49,7 +49,7 @@ def brief(row: AuditRow) -> str:
 def verify(head: str | None, state_dir: Path, as_json: bool) -> None:
     """Check the whole chain. Exit code 1 names the first broken row; the last line gives the head to be kept."""
     known = parse_head(head)
-    state = open_state(state_dir)
+    state = open_existing(state_dir)
     try:
         outcome = state.audit.verify(known)
     finally:

@@ -13,7 +13,7 @@ from server.cli import show
 from server.cli.registry import ACTOR, AS_JSON, STATE_DIR
 from server.errors import NotFound
 from server.outbox import STATES, Delivery, Outbox, State, rfc3339
-from server.state import DATABASE, open_state, operator
+from server.state import open_existing, operator
 
 
 @click.group()
@@ -24,9 +24,7 @@ def hook() -> None:
 @contextmanager
 def opened(state_dir: Path) -> Iterator[Outbox]:
     """The outbox of a state folder. Raises NotFound rather than make one where a gateway has none."""
-    if not (state_dir / DATABASE).is_file():
-        raise NotFound(f"there is no gateway's state in {state_dir}; name its folder with --state-dir")
-    state = open_state(state_dir)
+    state = open_existing(state_dir)
     try:
         yield Outbox(state.store, state.audit)
     finally:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 import numpy as np
 
+from monitor.errors import SettingsError
 from monitor.outcomes import Form, LabelReference, LabelSettings, Task
 from monitor.types import BYTES
 from server.errors import InvalidArgument
@@ -64,16 +65,19 @@ def set_aside(table: dict[str, Array], column: str) -> Array:
 def reference_of(found: Tabular, values: Array, wanted: Labelled) -> LabelReference:
     """A profile's reference of labels. Rows without a label are left out.
 
-    Raises InvalidArgument for outputs that are not there and values that do not fit, SettingsError for what the task
-    cannot have.
+    Raises InvalidArgument for outputs that are not there, values that do not fit, and what the task cannot have.
     """
     from monitor.label_state import reference_rows, to_profile
 
     tensor, index = _output(found, wanted.predict)
     names = tuple([name for name in wanted.classes.split(",") if name])
-    settings = LabelSettings(
-        wanted.task, tensor, index=index, form=wanted.form, threshold=wanted.threshold, classes=names
-    )
+    try:
+        settings = LabelSettings(
+            wanted.task, tensor, index=index, form=wanted.form, threshold=wanted.threshold, classes=names
+        )
+    except SettingsError as error:
+        classes = f"with --classes {wanted.classes}" if wanted.classes else "without --classes"
+        raise InvalidArgument(f"--task {wanted.task} {classes}: {error}") from None
     told = np.array([not _absent(value) for value in values.tolist()], bool)
     if not told.any():
         raise InvalidArgument(f"--label: no row has a value in '{wanted.label}'")

@@ -412,7 +412,7 @@ def _show(document: Mapping[str, Any], html: Path | None, as_json: bool) -> None
 def _show_window(window: Mapping[str, Any]) -> None:
     partial = "" if window.get("full") else ", not full yet"
     sampled = ", sampled" if window.get("sampled") else ""
-    click.echo(f"\n{window['arm']}, last {window['window']}: {window['rows']} rows{partial}{sampled}")
+    click.echo(f"\n{window['arm']}, last {_length(window)}: {window['rows']} rows{partial}{sampled}")
     verdicts = {verdict["column"]: verdict for verdict in window["verdicts"]}
     alarms = frozenset(window.get("in_alarm") or ())
     cells = [_score_cells(score, verdicts[score["column"]], score["column"] in alarms) for score in window["scores"]]
@@ -420,11 +420,17 @@ def _show_window(window: Mapping[str, Any]) -> None:
     show.table(headings, cells)
 
 
+def _length(window: Mapping[str, Any]) -> str:
+    """A window's length from its name, which has no space between number and unit."""
+    name = str(window["window"])
+    return f"{name.removesuffix('rows')} rows" if name.endswith("rows") else name
+
+
 def _show_labels(window: Mapping[str, Any]) -> None:
     """The signals of one window of labels."""
     partial = "" if window.get("full") else ", not full yet"
     part = f" ({_printable(window['slice'])})" if window.get("slice") else ""
-    click.echo(f"\n{window['arm']}{part}, last {window['window']} of labels: {window['rows']} rows{partial}")
+    click.echo(f"\n{window['arm']}{part}, last {_length(window)} of labels: {window['rows']} rows{partial}")
     alarms = frozenset(window.get("in_alarm") or ())
     cells = [
         [

@@ -48,16 +48,19 @@ def opened(state_dir: Path, config: Path | None) -> Iterator[Opened]:
     """The registry that is meant, to be read; what it refuses ends the command with one line."""
     from server.offline.registries import opened
 
-    with opened(folder_given(state_dir), config, make=True) as found:
+    with opened(folder_given(state_dir), config) as found:
         yield found
 
 
 @contextmanager
-def writing(state_dir: Path, config: Path | None) -> Iterator[EmbeddedRegistry]:
-    """The registry that is meant, to be changed: one that is MLflow's ends the command with one line."""
+def writing(state_dir: Path, config: Path | None, *, make: bool = False) -> Iterator[EmbeddedRegistry]:
+    """The registry that is meant, to be changed: one that is MLflow's ends the command with one line.
+
+    ``make``: where there is none, one is made.
+    """
     from server.offline.registries import opened
 
-    with opened(folder_given(state_dir), config, make=True, reads=False) as found:
+    with opened(folder_given(state_dir), config, make=make, reads=False) as found:
         yield found.writable()
 
 
@@ -86,7 +89,7 @@ def publish(
     config: Path | None, actor: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Publish a version of MODEL from SOURCE, a model file or a folder. The same files are the same version."""
-    with writing(state_dir, config) as found:
+    with writing(state_dir, config, make=True) as found:
         description = read_description(about)
         files, roles = files_to_publish(source, profile)
         check_profile(files, roles, description)

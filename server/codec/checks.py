@@ -18,6 +18,21 @@ def shown(value: object) -> str:
     return _shortened(repr(value))
 
 
+def kind_of(value: object) -> str:
+    """What a value out of JSON is, in words of JSON's."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case list():
+            return "a list" if value else "an empty list"
+        case dict():
+            return "an object"
+        case _:
+            return shown(value)
+
+
 def dims(shape: Sequence[int]) -> str:
     """A shape as error messages write it: ``[2,3]``."""
     return _shortened(f"[{','.join(map(str, shape))}]")

@@ -81,7 +81,7 @@ class Forms:
     ) -> InferenceRequest | None:
         """The request, when its form is known and all else is as it should be. ``text`` is its JSON."""
         known = self._known.get(form)
-        if known is None or known.limits is not limits:
+        if known is None or (known.limits is not limits and known.limits != limits):
             return None
         if binary:
             inputs = _from_binary(known, binary)
@@ -108,12 +108,12 @@ class Forms:
 
 
 def form_of(text: bytes, *, has_binary: bool) -> Form | None:
-    """Of a request's JSON; None when it cannot have one. Whether the numbers are what they seem is not known yet."""
+    """Of a request's JSON; None when it has no list of numbers. Whether that list is the data is not known yet."""
     if has_binary:
         return text, b""
     first = text.find(b"[", text.find(_DATA) + 1)
     stop = text.find(b"]", first) + 1
-    if not 0 < first < stop:
+    if not 0 < first < stop < len(text):  # something closes the request: a form without an end is one with binary
         return None
     start = text.rfind(b"[", first, stop)  # one row of data may be a list in a list
     return text[:start], text[stop:]
@@ -146,8 +146,10 @@ def _from_binary(known: _Known, binary: memoryview) -> list[Tensor] | None:
 
 def _one_list(form: Form, inputs: list[Tensor]) -> tuple[_Input, ...] | None:
     """What the form says of the only input, when the list that it leaves out is that input's data."""
-    (tensor, *others) = inputs
-    if others or tensor.datatype == BYTES or not all(_arrives(form, *probe) for probe in _PROBES):
+    if len(inputs) != 1:
+        return None
+    (tensor,) = inputs
+    if tensor.datatype == BYTES or not all(_arrives(form, *probe) for probe in _PROBES):
         return None
     return (_Input(tensor.name, tensor.datatype, tensor.shape, element_count(tensor.shape), 0, 0),)
 

@@ -26,6 +26,7 @@ from server.codec.checks import (
     check_shape,
     check_unique,
     dims,
+    kind_of,
     refuse_shared_memory,
     requested_output,
     shown,
@@ -165,7 +166,7 @@ class _Decoder:
 
     def request(self, document: Any, model: str, version: str) -> InferenceRequest:
         if type(document) is not dict:
-            raise InvalidArgument(f"the request must be a JSON object, got {_kind(document)}")
+            raise InvalidArgument(f"the request must be a JSON object, got {kind_of(document)}")
         parameters = document.get("parameters")
         if parameters is not None:
             parameters = self._parameters("request", parameters)
@@ -190,7 +191,7 @@ class _Decoder:
         if value is None:
             return ""
         if type(value) is not str:
-            raise InvalidArgument(f"'id' must be a string, got {_kind(value)}")
+            raise InvalidArgument(f"'id' must be a string, got {kind_of(value)}")
         check_id(value, self._limits.max_id_bytes)
         return value
 
@@ -198,18 +199,18 @@ class _Decoder:
         if value is None:
             return {}
         if type(value) is not dict:
-            raise InvalidArgument(f"{owner}: 'parameters' must be a JSON object, got {_kind(value)}")
+            raise InvalidArgument(f"{owner}: 'parameters' must be a JSON object, got {kind_of(value)}")
         check_limit(f"parameters of {owner}", len(value), self._limits.max_parameters)
         for key, item in value.items():
             if type(item) not in _PARAMETER_TYPES:
                 raise InvalidArgument(
-                    f"{owner}: parameter {shown(key)} must be a boolean, a number or a string, got {_kind(item)}"
+                    f"{owner}: parameter {shown(key)} must be a boolean, a number or a string, got {kind_of(item)}"
                 )
         return value
 
     def _inputs(self, items: Any) -> list[Tensor]:
-        if type(items) is not list or not items:
-            raise InvalidArgument(f"'inputs' must be a list of at least one tensor, got {_kind(items)}")
+        if type(items) is not list:
+            raise InvalidArgument(f"'inputs' must be a list of tensors, got {kind_of(items)}")
         check_limit("inputs", len(items), self._limits.max_inputs)
         tensors = [self._input(item) for item in items]
         if len(tensors) > 1:
@@ -220,7 +221,7 @@ class _Decoder:
         name = _name("inputs", item)
         datatype = item.get("datatype")
         if type(datatype) is not str:
-            raise InvalidArgument(f"input {shown(name)}: 'datatype' must be a string, got {_kind(datatype)}")
+            raise InvalidArgument(f"input {shown(name)}: 'datatype' must be a string, got {kind_of(datatype)}")
         check_datatype(name, datatype)
         shape = _shape(name, item.get("shape"))
         count = check_shape(name, shape, self._limits.max_dims)
@@ -255,7 +256,7 @@ class _Decoder:
         if items is None:
             return []
         if type(items) is not list:
-            raise InvalidArgument(f"'outputs' must be a list, got {_kind(items)}")
+            raise InvalidArgument(f"'outputs' must be a list, got {kind_of(items)}")
         check_limit("outputs", len(items), self._limits.max_outputs)
         outputs = [self._output(item) for item in items]
         check_unique("output", [output.name for output in outputs])
@@ -269,42 +270,33 @@ class _Decoder:
         return requested_output(name, self._parameters(f"output {shown(name)}", parameters))
 
 
-def _kind(value: Any) -> str:
-    """What a JSON value is, for error messages."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "an object" if isinstance(value, dict) else shown(value)
-
-
 def _flag(value: ParameterValue) -> bool:
     if not isinstance(value, bool):
-        raise InvalidArgument(f"parameter 'binary_data_output' must be true or false, got {_kind(value)}")
+        raise InvalidArgument(f"parameter 'binary_data_output' must be true or false, got {kind_of(value)}")
     return value
 
 
 def _name(where: str, item: Any) -> str:
     if type(item) is not dict:
-        raise InvalidArgument(f"every entry of {where!r} must be a JSON object, got {_kind(item)}")
+        raise InvalidArgument(f"every entry of {where!r} must be a JSON object, got {kind_of(item)}")
     name = item.get("name")
     if type(name) is not str or not name:
-        raise InvalidArgument(f"every entry of {where!r} needs a 'name' that is a non-empty string, got {_kind(name)}")
+        raise InvalidArgument(
+            f"every entry of {where!r} needs a 'name' that is a non-empty string, got {kind_of(name)}"
+        )
     return name
 
 
 def _shape(name: str, items: Any) -> tuple[int, ...]:
     if type(items) is not list:
-        raise InvalidArgument(f"input {shown(name)}: 'shape' must be a list of integers, got {_kind(items)}")
+        raise InvalidArgument(f"input {shown(name)}: 'shape' must be a list of integers, got {kind_of(items)}")
     if _INT.issuperset(map(type, items)):
         return tuple(items)
     shape = []
     for item in items:
         dim = item if type(item) is int else whole_number(item)
         if dim is None:
-            raise InvalidArgument(f"input {shown(name)}: a dimension must be an integer, got {_kind(item)}")
+            raise InvalidArgument(f"input {shown(name)}: a dimension must be an integer, got {kind_of(item)}")
         shape.append(dim)
     return tuple(shape)
 
@@ -313,7 +305,7 @@ def flat_values(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
     """The flat list of elements of ``data``, which is flat or nested as ``shape`` says."""
     if type(data) is not list:
         raise InvalidArgument(
-            f"input {shown(name)}: 'data' must be a list, or binary data must follow the JSON part; got {_kind(data)}"
+            f"input {shown(name)}: 'data' must be a list, or binary data must follow the JSON part; got {kind_of(data)}"
         )
     values: list[Any] = _flattened(name, shape, data) if data and type(data[0]) is list else data
     check_element_count(name, shape, len(values))

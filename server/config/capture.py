@@ -102,15 +102,20 @@ EventsUrl = Annotated[
 class Segment(Section):
     """When a segment is written: at so many rows, so many bytes in memory, or so old; whichever is first."""
 
+    #: Rows of a segment.
     rows: Annotated[int, Field(ge=1, le=10_000_000)] = 50_000
+    #: Bytes in memory.
     size: SegmentSize = default("16MiB", units.parse_size)
+    #: Since its first row.
     age: SegmentAge = default("1m", units.parse_duration)
 
 
 class Buffer(Section):
     """What may be held in memory until it is written; over it requests are not captured, and that is counted."""
 
+    #: Requests that wait to be written.
     requests: PositiveInt = 65_536
+    #: Their bytes.
     size: SegmentSize = default("64MiB", units.parse_size)
 
 
@@ -120,8 +125,11 @@ class Events(Section):
     ``ca_file``: PEM file of the authorities that are trusted for https.
     """
 
+    #: Where they are posted.
     url: EventsUrl = Field(repr=False)
+    #: The namespace that they bear.
     namespace: Annotated[Text, Field(min_length=1, max_length=253)] = "default"
+    #: Of one post.
     timeout: SendTime = default("5s", units.parse_duration)
     ca_file: FilePath | None = None
 
@@ -129,9 +137,13 @@ class Events(Section):
 class ModelCapture(Section):
     """What is captured of one model; what is left out is as in the ``capture`` section itself."""
 
+    #: The share of its requests that is recorded.
     sample: Share | None = None
+    #: What becomes of its columns.
     columns: dict[Text, ColumnChoice] = Field(default_factory=dict)
+    #: As in the section itself.
     max_columns: Annotated[int, Field(ge=1, le=4096)] | None = None
+    #: As in the section itself.
     max_elements: PositiveInt | None = None
 
 
@@ -145,14 +157,21 @@ class Capture(Section):
     answered to the sampled requests is recorded too.
     """
 
+    #: The share of requests that is recorded.
     sample: Share = default("0%", parse_share)
+    #: What becomes of columns, by name.
     columns: dict[Text, ColumnChoice] = Field(default_factory=dict)
+    #: Elements of a row up to which each is a column of its own.
     max_columns: Annotated[int, Field(ge=1, le=4096)] = 64
+    #: Elements of a row up to which a tensor is one column of lists; a larger one is left out.
     max_elements: PositiveInt = 4096
+    #: What is different for single models, by name.
     models: dict[ModelName, ModelCapture] = Field(
         default_factory=dict, json_schema_extra={"additionalProperties": False}
     )
+    #: Keys the hashes of ``hmac``; at least 16 characters.
     secret: HashSecret | None = Field(default=None, repr=False)
+    #: Where segments lie; left out, ``capture`` in the state folder.
     folder: FilePath | None = None
     format: Literal["auto", "parquet", "jsonl"] = "auto"
     segment: Segment = Field(default_factory=Segment)

@@ -20,12 +20,10 @@ from server.config.model import (
     Defaults,
     Limits,
     Model,
-    ModelVersion,
     Priority,
     QueueRules,
     RuntimeChoice,
     Traces,
-    Upstream,
     VersionPolicy,
     Warmup,
     WarmupTensor,
@@ -33,6 +31,7 @@ from server.config.model import (
 from server.config.problems import InvalidConfig, Problem
 from server.config.retrain import compile_retrain
 from server.config.routing import real_model, serves_registry
+from server.config.routing_sections import ModelVersion, Upstream
 from server.config.settings import ReloadSettings, ServerSettings, TelemetrySettings, TlsSettings, TraceSettings
 from server.config.sinks import compile_alerts
 from server.errors import ConfigError
@@ -309,6 +308,7 @@ def compile_settings(config: Config | None) -> ServerSettings:
         in_process=server.in_process,
         limits=_limits(server.limits),
         max_pending=server.limits.max_pending,
+        max_unsent_bytes=server.limits.max_unsent,
         max_connections=server.limits.max_connections,
         max_concurrent_streams=server.limits.max_concurrent_streams,
         idle_s=server.connections.idle / units.NS_PER_S,

@@ -15,7 +15,6 @@ from server.config.model import (
     Defaults,
     Listeners,
     Model,
-    ModelVersion,
     QueueRules,
     RuntimeChoice,
     Warmup,
@@ -25,6 +24,7 @@ from server.config.problems import Contradiction
 from server.config.retrain import retrain_contradictions
 from server.config.rollouts import rollout_contradictions
 from server.config.routing_rules import routing_contradictions
+from server.config.routing_sections import ModelVersion
 from server.config.settings import Address
 from server.config.sinks import alert_contradictions
 from server.config.tree import KeyPath

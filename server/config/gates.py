@@ -76,11 +76,13 @@ class Holdout(Section):
 
     ``columns``: the inputs of the model in order; left out: all but the label and what other sections alone name.
     ``map``: ``COLUMN=TENSOR[INDEX]`` each, where order does not say it. ``sha256``: of the file, or of all files one
-    after the other; other bytes are not looked at. Of more than ``max_rows`` rows a seeded sample is taken.
+    after the other; other bytes are not looked at. ``max_rows``: of more a seeded sample is taken.
     """
 
+    #: One file, or a list of them.
     path: _Paths
     sha256: _SHA256 | None = None
+    #: The column of true answers.
     label: Text | None = None
     columns: Many[Text] = ()
     map: Many[Text] = ()
@@ -93,6 +95,7 @@ class Quality(Section):
     ``confidence``: with which each end of the interval holds.
     """
 
+    #: Whether the candidate must be no worse than the champion by ``margin``, or better.
     compare: Literal["non_inferior", "superior"] = "non_inferior"
     margin: _Percent = _percent("0.1%")
     confidence: Annotated[_Percent, Field(ge=0.5, le=0.9999)] = _percent("95%")
@@ -101,16 +104,22 @@ class Quality(Section):
 class Slices(Section):
     """Groups of rows by a column's values, or by ``bins`` of it, and what must be true of each of them.
 
-    ``min`` and ``max_gap`` are of ``metric``. ``max_worse``: by how much of the champion's loss there the candidate's
+    ``max_worse``: by how much of the champion's loss there the candidate's
     may be over it. Groups of fewer than ``min_rows`` rows make the gate ask, or are left alone.
     """
 
+    #: The column whose values make the groups.
     column: Text
+    #: Edges, ascending, for a column of numbers.
     bins: Many[float] = ()
     min_rows: Annotated[int, Field(ge=1, le=_MOST_ROWS)] = 200
+    #: What small groups do: make the gate ask, or nothing.
     small: Literal["ask", "skip"] = "ask"
+    #: What is looked at in each group.
     metric: Metric = "accuracy"
+    #: The least value of the metric.
     min: float | None = None
+    #: The greatest difference of the metric between two groups.
     max_gap: Annotated[float, Field(ge=0)] | None = None
     max_worse: _Percent | None = None
 
@@ -126,16 +135,22 @@ class Slices(Section):
 class Fairness(Section):
     """Groups of people by a column's values, or by ``bins`` of it. Gaps are the greatest difference between groups.
 
-    ``demographic_parity``: of the rate of positive decisions; ``equal_opportunity``: of the true positive rate;
-    ``equalized_odds``: of the true and of the false positive rate.
+    At least one of ``demographic_parity``, ``equal_opportunity`` and ``equalized_odds`` is wanted.
     """
 
+    #: The column whose values make the groups.
     column: Text
+    #: Edges, ascending, for a column of numbers.
     bins: Many[float] = ()
+    #: Groups of fewer rows are small.
     min_rows: Annotated[int, Field(ge=1, le=_MOST_ROWS)] = 200
+    #: What small groups do: make the gate ask, or nothing.
     small: Literal["ask", "skip"] = "ask"
+    #: Greatest gap of the rate of positive decisions.
     demographic_parity: _Percent | None = None
+    #: Greatest gap of the true positive rate.
     equal_opportunity: _Percent | None = None
+    #: Greatest gap of the true and of the false positive rate.
     equalized_odds: _Percent | None = None
 
     @model_validator(mode="after")
@@ -150,28 +165,34 @@ class Fairness(Section):
 class Robustness(Section):
     """Small changes and bad values of the inputs.
 
-    ``noise``: sd of the noise on every float column (or on ``columns``), of the column's own sd; ``max_flips``: the
-    share of decisions that it may change. A regression's decision changes when the output moves by more than
-    ``max_shift`` of its own sd. ``probes``: values put into one column at a time; answers must be finite, or the input
-    refused, wherever the champion does that, and everywhere when ``strict``.
+    ``noise``: the sd of the noise on every float column (or on ``columns``), of the column's own sd. ``max_shift``:
+    a regression's decision changes when the output moves by more than this share of its own sd. ``probes``: values put
+    into one column at a time; answers must be finite, or the input refused, wherever the champion does that, and
+    everywhere when ``strict``.
     """
 
     noise: _Percent = _percent("1%")
+    #: The share of decisions that noise may change.
     max_flips: _Percent = _percent("1%")
     max_shift: _Percent = _percent("10%")
+    #: The columns that get noise; left out: every float column.
     columns: Many[Text] = ()
     probes: Annotated[
         Many[Literal["missing", "infinite", "extreme"]],
         Field(json_schema_extra={"default": ["missing", "infinite", "extreme"]}),
     ] = ("missing", "infinite", "extreme")
+    #: Ask finite answers or refusals of the candidate even where the champion gives none.
     strict: bool = False
 
 
 class Bounds(Section):
     """Every value of an output (left out: the prediction) is finite and from ``low`` to ``high``."""
 
+    #: The output; left out, the prediction.
     output: Text = ""
+    #: The least value.
     low: float | None = None
+    #: The greatest value.
     high: float | None = None
 
     @model_validator(mode="after")
@@ -187,10 +208,15 @@ class Monotone(Section):
     Looked at on ``rows`` sampled rows, all else equal. A classifier's prediction is the positive class's probability.
     """
 
+    #: The column that rises.
     column: Text
+    #: Where the prediction may go.
     direction: Literal["increasing", "decreasing"] = "increasing"
+    #: How many quantiles of the column are tried.
     grid: Annotated[int, Field(ge=2, le=1000)] = 20
+    #: How many rows it is tried on.
     rows: Annotated[int, Field(ge=1, le=100_000)] = 200
+    #: By how much it may go against the direction.
     tolerance: Annotated[float, Field(ge=0)] = 1e-6
 
 
@@ -207,10 +233,14 @@ class Latency(Section):
     ``batch_sizes``: rows of a run. Runs go on until there are ``runs`` pairs, or ``budget`` is spent.
     """
 
+    #: Greatest ratio of the medians.
     p50: _Ratio | None = 1.2
+    #: Greatest ratio of the 99th percentiles.
     p99: _Ratio | None = 1.2
     batch_sizes: Annotated[Many[Annotated[int, Field(ge=1, le=65_536)]], Field(min_length=1)] = (1,)
+    #: Pairs of runs that are wanted.
     runs: Annotated[int, Field(ge=1000, le=1_000_000)] = 5000
+    #: How long it may take.
     budget: Timeout = default("30s", units.parse_duration)
 
 
@@ -219,15 +249,17 @@ class GatePolicy(Section):
 
     ``classes``: labels in the order of the probabilities; left out: 0, 1, ... or the labels of the holdout, sorted.
     ``positive``: the class that decisions are about; left out: the last one. ``threshold``: from which probability on
-    two classes are decided for it. ``seed`` fixes every draw. What is not done after ``time_limit`` is not decided.
+    two classes are decided for it. ``seed`` fixes every draw. ``time_limit``: what is not done by then is not decided.
     """
 
+    #: What the model does.
     task: Literal["classification", "regression"] = "classification"
     holdout: Holdout
     output: Text = ""
     classes: Many[_Label] = ()
     positive: _Label | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    #: What predictions are judged by; left out: ``brier``, for a regression ``squared``.
     loss: Literal["brier", "log_loss", "zero_one", "squared", "absolute"] | None = None
     seed: Count = 0
     time_limit: Timeout = default("10m", units.parse_duration)

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ValidationError
 from server.config.consistency import contradictions
 from server.config.kinds import Context
 from server.config.model import API_VERSION, Config
-from server.config.problems import InvalidConfig, Problem
+from server.config.problems import InvalidConfig, Problem, UnloadableConfig
 from server.config.tree import Complaint, Key, KeyPath, Mark, Node, YamlSyntaxError, read_tree
 from server.config.units import show
+from server.errors import ModelLoadError
 
 MAX_BYTES: Final = 4 * 1024 * 1024
 
@@ -89,6 +90,22 @@ def parse_config(
     if complaints or config is None:
         raise InvalidConfig(_problem(path, complaint) for complaint in complaints)
     return config
+
+
+def unloadable(error: ModelLoadError, text: str, *, path: str = "<text>") -> UnloadableConfig:
+    """``error`` with the place in ``text``, a valid configuration, that asked for the version which it speaks of.
+
+    That is the nearest there is to its source; a model that the text does not name has no place in it.
+    """
+    root, _ = read_tree(text)
+    model: KeyPath = ("models", error.model)
+    version = (*model, "versions", error.version)
+    for wanted in ((*version, "source"), version, (*model, "source"), model):
+        nodes = root.chain(wanted)
+        if len(nodes) > len(wanted):
+            mark = nodes[-2].keys[str(wanted[-1])] if isinstance(nodes[-1].value, dict) else nodes[-1].mark
+            return UnloadableConfig(error, Problem(path, *mark, show_path(wanted), error.message))
+    return UnloadableConfig(error, Problem(path, 0, 0, "", error.message))
 
 
 def _about_file(path: Path, message: str) -> Problem:

@@ -48,25 +48,33 @@ class Mlflow(Section):
     """An MLflow tracking server (3.x) with ``--serve-artifacts``, followed by alias over REST.
 
     ``models``: names to follow; left out: every registered model. ``token``, or ``user`` and ``password``, are sent to
-    ``url`` only. ``poll``: how often it is asked; ``webhook_secrets`` let its webhooks ask earlier, two while one is
+    ``url`` only. ``poll``: how often it is asked. ``webhook_secrets``: let its webhooks ask earlier; two while one is
     changed. ``check``: how often the bytes of what is served are compared with those first taken. ``keep_unused``: how
     long bytes are kept here that no alias names. ``promotes``: this gateway writes promotions back; of all gateways
     that follow one server, only one may. ``artifact_folders``: folders of this machine that MLflow keeps artifacts in,
     for a server that does not hand them out itself.
     """
 
+    #: Where the tracking server is.
     url: UpstreamUrl
     models: Annotated[Many[ModelName], Field(max_length=1000)] = ()
     token: HeaderSecret | None = Field(default=None, repr=False)
+    #: With ``password``, in the place of a token.
     user: Text | None = None
+    #: The password of ``user``.
     password: HeaderSecret | None = Field(default=None, repr=False)
+    #: PEM file of the authorities that are trusted for https.
     ca_file: FilePath | None = None
     poll: Interval = default("10s", units.parse_duration)
+    #: Of one request to it.
     timeout: RequestTime = default("10s", units.parse_duration)
+    #: Of the download of one version.
     download_timeout: LongTime = default("1h", units.parse_duration)
     check: LongTime = default("1d", units.parse_duration)
     keep_unused: LongTime = default("7d", units.parse_duration)
+    #: The largest file that is taken.
     max_file: TakenSize = default("16GiB", units.parse_size)
+    #: The most bytes of one version.
     max_version: TakenSize = default("32GiB", units.parse_size)
     webhook_secrets: Annotated[Many[HeaderSecret], Field(max_length=2)] = Field(default=(), repr=False)
     promotes: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from server.config import units
 from server.config.capture import Capture
@@ -15,51 +15,34 @@ from server.config.gates import GatePolicy, PolicyName
 from server.config.kinds import (
     OPTION_SCHEMA,
     VERSION_SCHEMA,
-    ArmName,
-    AttemptTime,
     BodySize,
     ConnectionAge,
-    CopySize,
     Count,
     Datatype,
     Delay,
     FilePath,
-    HeaderName,
-    HeaderSecret,
     HeaderSize,
     IdSize,
     Interval,
-    KeySource,
     ListenAddress,
     LoadName,
     Many,
     ModelName,
     ModelSource,
     Option,
-    OutcomeWindow,
     OwnTarget,
     Percent,
     PositiveInt,
-    RouteId,
-    RuleTarget,
     Secret,
     Share,
-    Source,
     Span,
-    Target,
     Text,
     Timeout,
-    UpstreamName,
-    UpstreamUrl,
-    ValueText,
     Version,
     VersionKey,
-    VersionSource,
     WarmTime,
-    Window,
     default,
     parse_share,
-    scalar_text,
 )
 from server.config.mlflow import Mlflow
 from server.config.monitor_kinds import (
@@ -76,6 +59,7 @@ from server.config.monitor_kinds import (
 from server.config.monitor_sections import LabelJoin, RowSample, SchemaRule, TrafficSegment
 from server.config.retrain import Retrain
 from server.config.rollout_section import GateRules, Rollout
+from server.config.routing_sections import Experiment, ModelVersion, Resilience, RoutingKey, RoutingRule, Shadow
 from server.config.section import Section
 from server.config.sinks import Alerts
 
@@ -89,40 +73,62 @@ MAX_PRIORITY_LEVELS: Final = 1024
 class Listeners(Section):
     """Where the server listens. Port 0 picks a free one."""
 
+    #: Inference over HTTP.
     http: ListenAddress = default("127.0.0.1:8000", units.parse_address)
+    #: Inference over gRPC.
     grpc: ListenAddress = default("127.0.0.1:8001", units.parse_address)
+    #: ``/metrics``.
     metrics: ListenAddress = default("127.0.0.1:8002", units.parse_address)
+    #: Configuration, history, audit, rollouts.
     admin: ListenAddress = default("127.0.0.1:8003", units.parse_address)
 
 
 class Tls(Section):
     """PEM files of the inference listeners. With ``client_ca`` clients must show a certificate it signed."""
 
+    #: The server's certificate, with its chain.
     certificate: FilePath
+    #: The key of the certificate, not encrypted.
     private_key: FilePath
+    #: The authority that clients' certificates must be signed by; left out, none is asked for.
     client_ca: FilePath | None = None
 
 
 class Auth(Section):
-    """Who may use the admin address: the bearer token it asks for."""
+    """Who may use the admin address. Without it, who has the token in ``<state-dir>/admin-token``."""
 
+    #: The bearer token that changes need.
     admin_token: Secret = Field(repr=False)
 
 
 class Limits(Section):
     """Bounds on requests and on what is in flight."""
 
+    #: A request's body, as it comes and decompressed.
     max_body: BodySize = default("64MiB", units.parse_size)
+    #: All headers of a request.
     max_headers: HeaderSize = default("64KiB", units.parse_size)
+    #: The id of a request.
     max_id: IdSize = default("4KiB", units.parse_size)
+    #: How deep JSON may be nested.
     max_json_depth: Annotated[int, Field(ge=4, le=500)] = 100
+    #: Inputs of one request.
     max_inputs: PositiveInt = 256
+    #: Outputs that one request asks for.
     max_outputs: PositiveInt = 256
+    #: Dimensions of one tensor.
     max_dims: Annotated[int, Field(ge=1, le=64)] = 32
+    #: Parameters of one request.
     max_parameters: Count = 256
+    #: Chunks that a body may come in.
     max_chunks: PositiveInt = 65_536
+    #: Requests in flight, of all models.
     max_pending: PositiveInt = 4096
+    #: Answers that wait for their readers, over all connections; over it requests are refused.
+    max_unsent: BodySize = default("256MiB", units.parse_size)
+    #: Open connections.
     max_connections: PositiveInt = 10_000
+    #: HTTP/2 streams of one connection.
     max_concurrent_streams: PositiveInt = 1000
     #: What shedding answers over HTTP; 429 goes with RESOURCE_EXHAUSTED, 503 with UNAVAILABLE, on gRPC.
     overload_status: Literal[429, 503] = 503
@@ -131,9 +137,9 @@ class Limits(Section):
 class Connections(Section):
     """How long connections of the inference addresses live.
 
-    ``idle``: HTTP/1.1 between two requests. HTTP/2 and gRPC: after a silence of ``ping_after`` the client is asked for
-    a sign of life, and has ``ping_timeout`` to give one; a connection older than ``max_age`` (0: none is) is asked to
-    end and opened anew by its client, so that load balancers come to see it.
+    ``idle``: HTTP/1.1 between two requests. ``ping_after``: HTTP/2 and gRPC, the silence after which the client is
+    asked for a sign of life. ``ping_timeout``: how long it has to give one. ``max_age``: HTTP/2 and gRPC, the age (0:
+    none) at which a connection is asked to end; its client opens another, which load balancers come to see.
     """
 
     idle: Span = default("75s", units.parse_duration)
@@ -143,9 +149,10 @@ class Connections(Section):
 
 
 class Codec(Section):
-    """Where large JSON is parsed and written. JSON up to ``offload_over`` is the event loop's own business.
+    """Where large JSON is parsed and written.
 
     ``process``: in a process of its own, started when it is first wanted; else on threads, which hold up requests.
+    ``offload_over``: what is large; JSON up to that is the event loop's own business.
     """
 
     process: bool = True
@@ -155,23 +162,31 @@ class Codec(Section):
 class Server(Section):
     """The process: addresses, limits, and which models it loads when."""
 
+    #: The server's name in its metadata, ``GET /v2``.
     name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
     listeners: Listeners = Field(default_factory=Listeners)
+    #: The protocol stack; ``reference`` (uvicorn and grpcio) answers the same, more slowly.
     transport: Literal["native", "reference"] = "native"
     #: Open the HTTP address only; the native transport answers gRPC on it too.
     single_port: bool = False
     #: Refuse to write NaN and infinities in JSON answers, which JSON proper cannot carry.
     strict_json: bool = False
+    #: Serving processes. This version serves from one and refuses to start with more.
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    #: Serve without a supervisor, as this version always does.
     in_process: bool = False
     tls: Tls | None = None
     auth: Auth | None = Field(default=None, repr=False)
     limits: Limits = Field(default_factory=Limits)
     connections: Connections = Field(default_factory=Connections)
     codec: Codec = Field(default_factory=Codec)
+    #: How long SIGTERM waits for requests in flight.
     drain: Timeout = default("30s", units.parse_duration)
+    #: ``none`` loads at the start, ``poll`` looks again every ``poll_interval``, ``explicit`` loads on request.
     model_control: Literal["none", "poll", "explicit"] = "none"
+    #: What ``explicit`` loads at the start; ``*``: every model.
     load_models: Many[LoadName] = ()
+    #: How often ``poll`` looks for changed models.
     poll_interval: Interval = default("15s", units.parse_duration)
 
 
@@ -181,22 +196,28 @@ class Server(Section):
 class Logs(Section):
     """What is logged, and how."""
 
+    #: One JSON object per line, or ``text`` for people.
     format: Literal["json", "text"] = "json"
+    #: The least that is logged.
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Traces(Section):
-    """OpenTelemetry spans over OTLP/HTTP. ``headers`` carry secrets, such as a collector's token."""
+    """OpenTelemetry spans over OTLP/HTTP. ``headers``: sent along, such as a collector's token."""
 
+    #: Whether spans are made and sent.
     enabled: bool = False
+    #: The share of requests without a trace context of their own that is traced.
     sampling: Percent = default("100%", units.parse_percent)
+    #: The receiver's base URL.
     endpoint: Annotated[Text, Field(pattern=r"^https?://[^\s/?#]+[^\s]*$")] | None = None
+    #: The name that the spans bear.
     service_name: Annotated[Text, Field(min_length=1, max_length=255)] = "tidegate"
     headers: dict[str, Secret] = Field(default_factory=dict, repr=False)
 
 
 class Decisions(Section):
-    """Log lines of routing decisions, each with its propensity, for a ``sample`` of the requests; 0% is off."""
+    """Log lines of routing decisions, each with its propensity. ``sample``: of which requests; 0% is off."""
 
     sample: Share = default("0%", parse_share)
 
@@ -212,14 +233,16 @@ class Telemetry(Section):
 class State(Section):
     """Where the server keeps what must outlive it."""
 
+    #: The state folder; left out, ``tidegate-state`` in the working directory.
     dir: FilePath | None = None
 
 
 class Registry(Section):
     """Where models without a source of their own come from.
 
-    ``directory``: a folder in Triton/KServe layout. ``embedded``: the registry in the state folder, served by alias
-    and looked at every ``poll_interval``. ``mlflow``: the registered models of an MLflow server, served by alias.
+    ``directory``: a folder in Triton/KServe layout. ``embedded``: the registry in the state folder, served by alias.
+    ``poll_interval``: how often that is looked at. ``mlflow``: the registered models of an MLflow server, served by
+    alias.
     """
 
     directory: FilePath | None = None
@@ -246,9 +269,13 @@ class ProviderChoice(Section):
 class Threads(Section):
     """Threads of one session; 0 means one per core."""
 
+    #: Threads within one operator.
     intra_op: Count = 1
+    #: Threads over operators, when ``parallel``.
     inter_op: Count = 1
+    #: Run independent operators side by side.
     parallel: bool = False
+    #: Let idle threads spin, which costs a core and saves microseconds.
     spinning: bool = False
 
 
@@ -286,55 +313,81 @@ Provider = Annotated[
 class RuntimeChoice(Section):
     """How sessions are made."""
 
+    #: Execution providers, the most wanted first.
     providers: Annotated[Many[Provider], Field(min_length=1, json_schema_extra={"default": ["cpu"]})] = (
         ProviderChoice(name="cpu"),
     )
+    #: Go on without a provider that does not work, instead of refusing the model.
     allow_fallback: bool = False
+    #: Devices that the instances are spread over; left out, the default one.
     device_ids: Many[Annotated[int, Field(ge=0, le=1023)]] = ()
+    #: Batches that run at a time; on the CPU instances share one session.
     instances: Annotated[int, Field(ge=1, le=1024)] = 1
+    #: How far ONNX Runtime rewrites the graph.
     graph_optimization: Literal["disable", "basic", "extended", "all"] = "all"
     threads: Threads = Field(default_factory=Threads)
+    #: Further entries of ONNX Runtime's session configuration, passed through.
     session_config: dict[str, Option] = Field(default_factory=dict)
 
 
 class QueueRules(Section):
     """What happens to requests that wait: how long, what then, and how many may."""
 
+    #: How long a request may wait; 0s: as long as its deadline allows.
     timeout: Timeout = default("0s", units.parse_duration)
+    #: Whether it is then refused, or put behind the others of its level.
     timeout_action: Literal["reject", "delay"] = "reject"
+    #: Whether a request may shorten its wait by its ``timeout`` parameter.
     allow_timeout_override: bool = False
+    #: Requests of one level that may wait; 0: ``max_queue_size`` alone bounds them.
     max_size: Count = 0
 
 
 class Priority(Section):
     """Priority levels 1 (first) to ``levels``; ``default`` is for requests that name none."""
 
+    #: How many levels there are.
     levels: Annotated[int, Field(ge=1, le=MAX_PRIORITY_LEVELS)]
+    #: The level of requests that name none.
     default: Annotated[int, Field(ge=1, le=MAX_PRIORITY_LEVELS)]
+    #: Rules of single levels, by their number; the others have ``batching.queue_policy``.
     queue_policies: dict[str, QueueRules] = Field(default_factory=dict)
 
 
 class Batching(Section):
-    """How requests are gathered. ``max_batch_size`` is what one request may carry, ``max_rows`` what is gathered."""
+    """How requests are gathered into batches."""
 
+    #: Whether requests are joined at all.
     enabled: bool = True
+    #: Rows that one request may carry; left out: what config.pbtxt says, else 64 where the graph batches; 0: no
+    #: batching.
     max_batch_size: Count | None = None
+    #: Rows that are gathered at most, never over ``max_batch_size``; 0: measured at warm-up.
     max_rows: Count = 0
+    #: Sizes at which a batch that waits is sent without waiting further.
     preferred_batch_sizes: Many[PositiveInt] = ()
+    #: How long a batch that is not full waits for more; 0s sends what there is as soon as the engine is free.
     max_queue_delay: Delay = default("0s", units.parse_duration)
+    #: Answer requests in the order in which they came.
     preserve_ordering: bool = False
+    #: Requests of one version that may wait, of all levels; over it they are refused.
     max_queue_size: PositiveInt = 1024
     queue_policy: QueueRules = Field(default_factory=QueueRules)
     priority: Priority | None = None
+    #: For each input, sizes of its variable axis (not the batch's) that shorter rows are padded up to.
     buckets: dict[str, Annotated[Many[PositiveInt], Field(min_length=1)]] = Field(default_factory=dict)
+    #: For each input with buckets, the value to pad with; left out, 0.
     pad_values: dict[str, float] = Field(default_factory=dict)
 
 
 class WarmupTensor(Section):
     """One input of a warm-up sample; dims without the batch axis. ``file`` names raw data in the warmup folder."""
 
+    #: Its datatype.
     datatype: Datatype
+    #: Its shape, without the batch axis.
     dims: Many[PositiveInt]
+    #: What it is filled with.
     source: Literal["zero", "random"] = "zero"
     file: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None
 
@@ -342,9 +395,13 @@ class WarmupTensor(Section):
 class Warmup(Section):
     """A request sent to the model before it is ready, ``count`` times."""
 
+    #: What it is called in messages.
     name: Annotated[Text, Field(min_length=1)] = "warmup"
+    #: Rows of the request; 0: one.
     batch_size: Count = 0
+    #: How often it is sent.
     count: Annotated[int, Field(ge=1, le=10_000)] = 1
+    #: Its inputs, by name.
     inputs: Annotated[dict[str, WarmupTensor], Field(min_length=1)]
 
 
@@ -391,7 +448,9 @@ class MinEffect(Section):
     reference's.
     """
 
+    #: Least PSI.
     psi: Annotated[float, Field(ge=0, le=1000)] = 0.02
+    #: Least KS distance.
     ks: Annotated[float, Field(ge=0, le=1)] = 0.05
     rate: RateFloor = default("1%", units.parse_percent)
 
@@ -399,13 +458,16 @@ class MinEffect(Section):
 class Ring(Section):
     """What may wait to be counted, for each engine instance; over it batches are dropped and counted as dropped."""
 
+    #: Rows that may wait.
     rows: Annotated[int, Field(ge=1, le=16_777_216)] = 65_536
+    #: Their bytes.
     bytes: RingSize = default("64MiB", units.parse_size)
 
 
 class DriftMetrics(Section):
     """How many columns of a version have series of their own: those in alarm first, then by strength of evidence."""
 
+    #: How many columns.
     top: Annotated[int, Field(ge=1, le=1000)] = 20
 
 
@@ -420,6 +482,7 @@ class Monitor(Section):
     many looks are kept for plots. ``labels`` are joined with or without a profile.
     """
 
+    #: Whether the model is watched.
     enabled: bool = True
     profile: ProfileChoice | None = None
     profiles: Annotated[dict[VersionKey, FilePath], Field(json_schema_extra={"additionalProperties": False})] = Field(
@@ -431,6 +494,8 @@ class Monitor(Section):
     expected_run: ExpectedRun = default("10M", parse_expected_run)
     min_effect: MinEffect = Field(default_factory=MinEffect)
     persistence: Persistence = default("2 of 3", parse_persistence)
+    #: What windows are held against: the profile, or the version's own traffic of the last week, or of the same hour in
+    #: weeks before.
     reference: Literal["profile", "trailing_week", "hour_of_week"] = "profile"
     ring: Ring = Field(default_factory=Ring)
     calibration: FilePath | None = None
@@ -448,6 +513,7 @@ class Defaults(Section):
 
     runtime: RuntimeChoice = Field(default_factory=RuntimeChoice)
     batching: Batching = Field(default_factory=Batching)
+    #: Which versions of a folder are served.
     version_policy: PolicyChoice = Field(default=VersionPolicy(latest=1), json_schema_extra={"default": {"latest": 1}})
     monitor: Monitor = Field(default_factory=Monitor)
 
@@ -455,10 +521,10 @@ class Defaults(Section):
 class Reload(Section):
     """How a change of the configuration is noticed, and what becomes of the versions that it replaces.
 
-    ``watch`` and ``debounce`` (how long a new content of the file must have stood) are read at the start; SIGHUP and
-    the admin address work in any case. ``drain``: how long requests may hold a version that was replaced. For
-    ``keep_warm`` it then stays loaded, so that going back loads nothing. ``history``: how many of the last
-    generations can be rolled back to.
+    ``watch``: look at the file; SIGHUP and the admin address work in any case. ``debounce``: how long a new content of
+    the file must have stood. Both are read at the start only. ``drain``: how long requests may hold a version that was
+    replaced. ``keep_warm``: how long it then stays loaded, so that going back loads nothing. ``history``: how many of
+    the last generations can be rolled back to.
     """
 
     watch: bool = True
@@ -473,211 +539,6 @@ class FileDefaults(Defaults):
 
     reload: Reload = Field(default_factory=Reload)
     gates: GateRules = Field(default_factory=GateRules)
-
-
-# --- routing ------------------------------------------------------------------------------------------------------
-
-
-class Upstream(Section):
-    """Another V2 server that has the version. ``model`` and ``version`` are its names for it.
-
-    Without them they are this model's name and the version that it chooses itself. ``timeout`` bounds one exchange,
-    ``max_batch_rows`` the rows of one request (0: what the upstream takes). ``ca_file``: PEM file of the authorities
-    that are trusted for https. ``headers`` carry secrets, such as a token.
-    """
-
-    url: UpstreamUrl = Field(repr=False)
-    model: UpstreamName | None = None
-    version: UpstreamName | None = None
-    timeout: AttemptTime = default("30s", units.parse_duration)
-    max_batch_rows: Count = 0
-    ca_file: FilePath | None = None
-    headers: Annotated[dict[HeaderName, HeaderSecret], Field(json_schema_extra={"additionalProperties": False})] = (
-        Field(default_factory=dict, repr=False)
-    )
-
-
-class ModelVersion(Section):
-    """One version; exactly one of the keys.
-
-    ``source``: a model file, a folder of one version, ``registry:NAME/VERSION`` or ``registry:NAME@ALIAS``.
-    """
-
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
-
-    source: VersionSource | None = None
-    upstream: Upstream | None = None
-
-    @property
-    def entry(self) -> Source | None:
-        """The version of the registry that it is, if it is one."""
-        return self.source if self.source is not None and self.source.path is None else None
-
-
-class RoutingKey(Section):
-    """Where the key of a request is found, the first present; and what becomes of requests without one."""
-
-    from_: Annotated[Many[KeySource], Field(alias="from")] = ()
-    missing: Literal["random", "stable", "reject"] = "random"
-
-
-class ValueTest(Section):
-    """What a value must be; exactly one of the keys. In the file a plain value means ``exact``."""
-
-    exact: ValueText | None = None
-    in_: Annotated[Many[ValueText], Field(min_length=1)] | None = Field(default=None, alias="in")
-    prefix: Annotated[Text, Field(min_length=1)] | None = None
-    present: Literal[True] | None = None
-
-
-def _value_test(value: object) -> object:
-    if isinstance(value, list):
-        raise ValueError("wanted a value or a mapping; a list of values is written {in: [...]}")
-    test = value if isinstance(value, dict) else {"exact": scalar_text(value)}
-    if len(test) != 1:
-        raise ValueError(
-            f"wanted exactly one of exact, in, prefix and present, got {', '.join(map(str, test)) or 'none'}"
-        )
-    return test
-
-
-def _version_test(value: object) -> object:
-    return {"present": True} if value == "any" else _value_test(value)
-
-
-_SCALAR_SCHEMA: Final = {"type": ["string", "number", "boolean"]}
-_VALUE_TEST_SCHEMA: Final = {
-    "anyOf": [
-        _SCALAR_SCHEMA,
-        {
-            "type": "object",
-            "properties": {
-                "exact": _SCALAR_SCHEMA,
-                "in": {"type": "array", "items": _SCALAR_SCHEMA, "minItems": 1},
-                "prefix": {"type": "string", "minLength": 1},
-                "present": {"const": True},
-            },
-            "minProperties": 1,
-            "maxProperties": 1,
-            "additionalProperties": False,
-        },
-    ]
-}
-ValueChoice = Annotated[ValueTest, BeforeValidator(_value_test), WithJsonSchema(_VALUE_TEST_SCHEMA)]
-#: ``any``, a version, or a test of it.
-VersionChoice = Annotated[ValueTest, BeforeValidator(_version_test), WithJsonSchema(_VALUE_TEST_SCHEMA)]
-
-
-class RuleMatch(Section):
-    """Conditions that must all hold. Without ``version``, a request that names a version never matches."""
-
-    version: VersionChoice | None = None
-    header: dict[Text, ValueChoice] = Field(default_factory=dict)
-    parameter: dict[Text, ValueChoice] = Field(default_factory=dict)
-    tenant: ValueChoice | None = None
-
-
-class RoutingRule(Section):
-    """Requests that match go where it says, before any split, and enter no statistics."""
-
-    name: RouteId
-    match: RuleMatch
-    to: RuleTarget
-
-
-class ExperimentArm(Section):
-    """One arm: the version it leads to, and its share of the keys covered."""
-
-    to: Target
-    share: Share
-
-
-class Outcome(Section):
-    """What is measured through feedback. ``silence``: whether units that nothing was heard of count as 0."""
-
-    name: RouteId
-    kind: Literal["binary", "number"]
-    window: OutcomeWindow = default("24h", units.parse_duration)
-    silence: Literal["zero", "skip"] = "zero"
-
-
-class Experiment(Section):
-    """Arms compared on a part of the keys, which may only grow; the others are stable's. A new arm is a new ``id``."""
-
-    id: RouteId
-    arms: Annotated[
-        dict[ArmName, ExperimentArm], Field(min_length=2, json_schema_extra={"additionalProperties": False})
-    ]
-    coverage: Share = default("100%", parse_share)
-    outcome: Outcome | None = None
-    secret: Secret | None = Field(default=None, repr=False)
-
-
-class ShadowLimits(Section):
-    """What a shadow may cost. It stands back while the primary is over ``yield_above_load`` of what it can take."""
-
-    rps: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
-    in_flight: Annotated[int, Field(ge=1, le=1024)] = 4
-    queue: Annotated[int, Field(ge=1, le=65_536)] = 256
-    max_body: CopySize = default("1MiB", units.parse_size)
-    timeout: AttemptTime = default("2s", units.parse_duration)
-    yield_above_load: Annotated[float, Field(gt=0, le=1)] = 0.7
-
-
-class Comparison(Section):
-    """What is compared. ``outputs`` empty: all. Floats differ when ``|p - s| > abs_tol + rel_tol * |p|``."""
-
-    outputs: Many[Text] = ()
-    abs_tol: Annotated[float, Field(ge=0)] = 1e-6
-    rel_tol: Annotated[float, Field(ge=0)] = 1e-5
-    argmax: bool = True
-    ks: bool = True
-    keep_worst: Annotated[int, Field(ge=0, le=10_000)] = 100
-
-
-class Shadow(Section):
-    """A version that gets copies of a sample of the requests and whose answers nobody waits for."""
-
-    to: Target
-    sample: Share
-    budget: ShadowLimits = Field(default_factory=ShadowLimits)
-    compare: Comparison = Field(default_factory=Comparison)
-
-
-class CircuitBreaker(Section):
-    """Opens when ``open_at`` of ``min`` or more attempts in ``window`` failed; ``half_open`` try after ``open_for``."""
-
-    window: Window = default("10s", units.parse_duration)
-    min: PositiveInt = 20
-    open_at: Share = default("50%", parse_share)
-    half_open: Annotated[int, Field(ge=1, le=10_000)] = 5
-    open_for: Window = default("10s", units.parse_duration)
-
-
-class Retry(Section):
-    """Another attempt at the same version, for errors that pass. ``budget``: a share of the requests."""
-
-    on: Annotated[
-        Many[
-            Literal[
-                "unavailable", "draining", "internal", "model_not_ready", "out_of_memory", "queue_full",
-                "queue_timeout", "runtime_failure", "upstream_unavailable", "version_timeout",
-            ]
-        ],
-        Field(min_length=1),
-    ]  # fmt: skip
-    max: Annotated[int, Field(ge=1, le=10)] = 1
-    budget: Share = default("10%", parse_share)
-    min_concurrency: Count = 3
-
-
-class Resilience(Section):
-    """What follows a failed attempt. ``timeout`` bounds each attempt; ``fallback``: who answers for a failed arm."""
-
-    timeout: AttemptTime | None = None
-    breaker: CircuitBreaker | None = None
-    fallback: Literal["stable", "none"] = "stable"
-    retry: Retry | None = None
 
 
 # --- a model ------------------------------------------------------------------------------------------------------
@@ -707,20 +568,25 @@ class Model(Defaults):
     the registry's entry of the same name; ``registry:NAME`` is another entry. ``aliases`` are further public names.
     """
 
+    #: A model file, a folder of versions, or ``registry:NAME``.
     source: ModelSource | None = None
+    #: The versions one by one, by number.
     versions: (
         Annotated[
             dict[VersionKey, ModelVersion], Field(min_length=1, json_schema_extra={"additionalProperties": False})
         ]
         | None
     ) = None
+    #: Another model, whose versions are served under this name, too.
     model: ModelName | None = None
     aliases: Many[ModelName] = ()
     warmup: Many[Warmup] = ()
     #: Files of requests with known answers; a version that answers one otherwise is refused.
     golden: FilePaths = ()
+    #: What answers where nothing else decides. Left out: ``@champion`` in a registry with aliases, else the highest.
     stable: OwnTarget | None = None
     key: RoutingKey = Field(default_factory=RoutingKey)
+    #: The header that names the tenant, for rules.
     tenant_header: Text = ""
     rules: Many[RoutingRule] = ()
     rollout: Rollout | None = None
@@ -737,6 +603,7 @@ class Model(Defaults):
 class Config(Section):
     """The whole file."""
 
+    #: The form of the file.
     api_version: Annotated[Literal["tidegate/v1"], Field(alias="apiVersion")]
     server: Server = Field(default_factory=Server)
     telemetry: Telemetry = Field(default_factory=Telemetry)
@@ -745,5 +612,7 @@ class Config(Section):
     defaults: FileDefaults = Field(default_factory=FileDefaults)
     alerts: Alerts = Field(default_factory=Alerts)
     capture: Capture | None = Field(default=None, repr=False)
+    #: Quality policies, by a name of your own.
     gates: dict[PolicyName, GatePolicy] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})
+    #: The models, by public name.
     models: dict[ModelName, Model] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})

@@ -37,7 +37,9 @@ _WINDOWS: Final = [1000, 10_000]
 class TrafficSegment(Section):
     """Traffic cut by the values of one column, whose rows have windows of their own. The profile must know them."""
 
+    #: The column that cuts.
     column: Name
+    #: The values that have windows of their own.
     values: Annotated[Many[ColumnValue], Field(min_length=1, max_length=16)]
 
 
@@ -48,55 +50,76 @@ class SchemaRule(Section):
     ``missing``: the largest share of missing values, of a window or of a request.
     """
 
+    #: The column.
     column: Name
+    #: The least value.
     min: float | None = None
+    #: The greatest value.
     max: float | None = None
     missing: Percent | None = None
+    #: The only values allowed, missing ones apart.
     categories: Annotated[Many[ColumnValue], Field(min_length=1, max_length=10_000)] | None = None
+    #: Allow neither NaN nor infinities.
     finite: bool = False
+    #: Take bounds or categories that are not given from the profile.
     range: Literal["profile"] | None = None
     action: Literal["count", "reject"] = "count"
+    #: The share of violations that is no alarm yet.
     tolerate: Percent = default("0%", units.parse_percent)
 
 
 class RowSample(Section):
     """The newest rows, kept as they came, for an export; ``rows: 0`` keeps none."""
 
+    #: How many; 0: none.
     rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    #: Their bytes.
     bytes: RingSize = default("64MiB", units.parse_size)
 
 
 class LabelJoin(Section):
     """How labels that come as feedback are joined with predictions, and when they raise an alarm.
 
-    ``output``, ``index``, ``form``: which output tensor holds the prediction, from which element on, and what it is.
     ``name``: of the feedback that is the label ("": that without a name). ``classes``: in the order of the scores.
     ``slice``: the input, or element of it (``x[3]``), that metrics are cut by. ``reference``: known values by signal,
     measured on ``reference_rows`` rows (0: taken as exact); the others are learnt from the first ``learn_rows`` rows.
-    ``margins``: by how much a signal must be worse. ``capacity`` rows are remembered for ``max_age``; a label that
-    comes later than ``late`` is counted as late, one before its prediction waits for ``hold``.
+    ``margins``: by how much a signal must be worse.
     """
 
+    #: What the model does.
     task: Literal["binary", "multiclass", "regression"]
+    #: The output tensor that holds the prediction.
     output: Name
+    #: The element that the prediction starts at.
     index: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     name: Annotated[Text, Field(max_length=255)] = ""
+    #: What the output holds: probabilities, their logits, or the class.
     form: Literal["probability", "logit", "class"] = "probability"
+    #: Binary: a score from here on is a positive prediction.
     threshold: float = 0.5
     classes: Annotated[Many[Name], Field(max_length=256)] = ()
     slice: Annotated[Text, Field(max_length=255)] = ""
+    #: As in ``monitor``.
     windows: Annotated[
         Many[WatchedWindow], Field(min_length=1, max_length=8, json_schema_extra={"default": _WINDOWS})
     ] = tuple([parse_window(window) for window in _WINDOWS])
+    #: As in ``monitor``.
     expected_run: ExpectedRun = default("1M", parse_expected_run)
+    #: As in ``monitor``.
     persistence: Persistence = default("2 of 3", parse_persistence)
     reference: dict[str, float] = Field(default_factory=dict)
+    #: Rows that ``reference`` was measured on; 0: taken as exact.
     reference_rows: Annotated[int, Field(ge=0, le=10**12)] = 0
     margins: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    #: Rows that other references are learnt from.
     learn_rows: Annotated[int, Field(ge=0, le=10_000_000)] = 2000
+    #: Predicted rows that are remembered.
     capacity: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000
+    #: How long they are remembered.
     max_age: OutcomeWindow = default("7d", units.parse_duration)
+    #: A label that comes later is joined and counted as late.
     late: OutcomeWindow = default("1h", units.parse_duration)
+    #: How long a label that comes before its prediction waits for it.
     hold: OutcomeWindow = default("5m", units.parse_duration)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from server.errors import ConfigError
+from server.errors import ConfigError, ModelLoadError
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,6 +42,14 @@ class InvalidConfig(ConfigError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: list[Problem] = sorted(problems)
         super().__init__(render_problems(self.problems))
+
+
+class UnloadableConfig(ModelLoadError):
+    """A ModelLoadError that knows which place of the configuration asked for what could not be loaded."""
+
+    def __init__(self, error: ModelLoadError, problem: Problem) -> None:
+        self.problems: list[Problem] = [problem]
+        super().__init__(error.message, retry_after_s=error.retry_after_s, model=error.model, version=error.version)
 
 
 def render_problems(problems: Iterable[Problem], *, as_json: bool = False) -> str:

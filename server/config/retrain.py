@@ -83,31 +83,36 @@ Budget = Annotated[int, BeforeValidator(_budget), WithJsonSchema({"type": "strin
 class DriftReason(Section):
     """Drift alarms: ``at_least`` of ``features`` (none named: of all) at once, each for ``hold``."""
 
+    #: The features that count; none named: all.
     features: Many[Text] = ()
+    #: How many at once.
     at_least: PositiveInt = 1
+    #: How long each must be in alarm.
     hold: HoldTime = default("0s", units.parse_duration)
 
 
 class SignalReason(Section):
     """Alarms from labels: ``at_least`` of ``signals`` (none named: of all) at once, each for ``hold``."""
 
+    #: The signals that count; none named: all.
     signals: Many[Text] = ()
+    #: How many at once.
     at_least: PositiveInt = 1
+    #: How long each must be in alarm.
     hold: HoldTime = default("0s", units.parse_duration)
 
 
 class Reasons(Section):
-    """What is a reason; what is not named is none. ``{}`` takes an alarm as it comes.
-
-    ``age``: of the serving version since it was made; ``data_age``: since the last of its training data. ``schedule``:
-    an interval, or a time of every day.
-    """
+    """What is a reason; what is not named is none. ``{}`` takes an alarm as it comes."""
 
     drift: DriftReason | None = None
     labels: SignalReason | None = None
     calibration: SignalReason | None = None
+    #: How old the serving version is.
     age: LongTime | None = None
+    #: How old the last of its training data is.
     data_age: LongTime | None = None
+    #: An interval, or a time of every day.
     schedule: ScheduleTime | None = None
 
 
@@ -120,11 +125,17 @@ class Retrain(Section):
     """
 
     on: Reasons = Field(default_factory=Reasons)
+    #: Names under ``alerts.sinks``.
     sinks: Annotated[Many[SinkName], Field(min_length=1)]
+    #: How long reasons are gathered into one request.
     coalesce: HoldTime = default("1m", units.parse_duration)
+    #: The least time between two requests.
     cooldown: Cooldown = default("6h", units.parse_duration)
+    #: The most requests in any 24 hours.
     budget: Budget = default("3 per day", _budget)
+    #: How long a job may be silent before it is lost.
     lost_after: LongTime = default("24h", units.parse_duration)
+    #: How long an alarm must be over to have ended.
     clear_after: HoldTime = default("5m", units.parse_duration)
 
 

@@ -31,7 +31,7 @@ from router.types import (
     ShadowRoute,
     ValueTest,
 )
-from server.config import model as sections
+from server.config import routing_sections as sections
 from server.config.model import Config, Model
 from server.config.tree import KeyPath
 

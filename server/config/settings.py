@@ -79,6 +79,8 @@ class ServerSettings:
     limits: RequestLimits = field(default_factory=RequestLimits)
     #: Inference requests in flight, over all models and protocols; more are refused.
     max_pending: int = 4096
+    #: Bytes of answers that wait for their readers, over all connections; over it requests are refused.
+    max_unsent_bytes: int = 256 * 1024 * 1024
     max_connections: int = 10_000
     #: HTTP/2 streams per connection; on the reference transport at most 100.
     max_concurrent_streams: int = 1000

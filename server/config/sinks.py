@@ -125,29 +125,37 @@ class Webhook(Section):
     of the authorities that are trusted for https.
     """
 
+    #: Where events are posted.
     url: WebhookUrl = Field(repr=False)
     secrets: Annotated[Many[SigningKey], Field(min_length=1, max_length=2)] = Field(repr=False)
     allow: Many[AllowedTarget] = ()
+    #: How long one attempt may take.
     timeout: SendTime = default("10s", units.parse_duration)
     ca_file: FilePath | None = None
 
 
 class Command(Section):
-    """A local command with the event on its standard input; see ``server.delivery.command``.
+    """A local command with the event on its standard input.
 
-    ``memory`` (address space) and ``cpu`` are limits per process. ``grace``: between SIGTERM and SIGKILL. ``queue``:
+    ``grace``: between SIGTERM and SIGKILL. ``queue``:
     how long an event waits for another one of its model. ``log``: how much of what it prints is kept. ``secrets`` are
     further variables of its environment.
     """
 
+    #: The program and its arguments; no shell is between.
     argv: Annotated[Many[Text], Field(min_length=1, max_length=1000)]
+    #: The folder that it runs in.
     cwd: FilePath | None = None
+    #: Variables of its environment.
     environment: dict[VariableName, Text] = Field(default_factory=dict)
     secrets: dict[VariableName, Secret] = Field(default_factory=dict, repr=False)
+    #: How long it may run.
     timeout: CommandTime = default("1h", units.parse_duration)
     grace: GraceTime = default("5s", units.parse_duration)
     queue: GraceTime = default("30s", units.parse_duration)
+    #: Address space of each process.
     memory: MemorySize | None = None
+    #: CPU time of each process.
     cpu: CommandTime | None = None
     log: LogSize = default("1MiB", units.parse_size)
 
@@ -155,11 +163,16 @@ class Command(Section):
 class Airflow(Section):
     """A DAG of Airflow 3, run once for each event. ``allow`` and ``ca_file`` are those of a webhook."""
 
+    #: Where Airflow is.
     url: WebhookUrl = Field(repr=False)
+    #: The DAG that is run.
     dag: Text
+    #: The user who runs it.
     username: Text
+    #: The user's password.
     password: Annotated[Secret, Field(repr=False)]
     allow: Many[AllowedTarget] = ()
+    #: How long one request may take.
     timeout: SendTime = default("10s", units.parse_duration)
     ca_file: FilePath | None = None
 
@@ -167,6 +180,7 @@ class Airflow(Section):
 class LogLines(Section):
     """Events become lines of the server's own log. By default warnings: an alert is seen where information is not."""
 
+    #: The level of the lines.
     level: Literal["info", "warning", "error"] = "warning"
 
 
@@ -175,9 +189,13 @@ class Sink(Section):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
+    #: Posted, signed.
     webhook: Webhook | None = None
+    #: Given to a program on this machine.
     command: Command | None = None
+    #: Run as a DAG.
     airflow: Airflow | None = None
+    #: Written to the log.
     log: LogLines | None = None
 
 
@@ -187,8 +205,11 @@ class Redelivery(Section):
     ``max_retry_after``: the longest wait that a receiver may ask for.
     """
 
+    #: The bound of the first wait.
     first: Interval = default("1s", units.parse_duration)
+    #: The longest bound.
     cap: Interval = default("10m", units.parse_duration)
+    #: After so many an event is given up.
     max_attempts: Annotated[int, Field(ge=1, le=100_000)] = 300
     max_retry_after: Interval = default("1h", units.parse_duration)
 
@@ -196,17 +217,21 @@ class Redelivery(Section):
 class Kept(Section):
     """How long events are kept that were delivered or given up, and at most how many."""
 
+    #: Delivered events.
     delivered: KeepTime = default("7d", units.parse_duration)
+    #: Events that were given up.
     dead: KeepTime = default("30d", units.parse_duration)
+    #: How many of both.
     events: PositiveInt = 10_000
 
 
 class Alerts(Section):
     """Events that other systems are told of. Without ``sinks`` they are logged.
 
-    When ``max_pending`` events wait to be delivered, further ones are refused and counted.
+    ``max_pending``: when so many events wait to be delivered, further ones are refused and counted.
     """
 
+    #: Where events go, by a name of your own.
     sinks: dict[SinkName, Sink] = Field(default_factory=dict, json_schema_extra={"additionalProperties": False})
     max_pending: Annotated[int, Field(ge=1, le=MAX_PENDING)] = 1000
     retry: Redelivery = Field(default_factory=Redelivery)

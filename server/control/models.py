@@ -297,10 +297,11 @@ class ModelControl:
     async def _prepare_model(self, prepared: Prepared, plan: ModelPlan) -> None:
         known, before = self._versions.get(plan.name, {}), self._plans.get(plan.name)
         if plan.error and (before is None or before.error != plan.error):
-            raise ModelLoadError(f"model '{plan.name}': {plan.error}")
+            raise ModelLoadError(f"model '{plan.name}': {plan.error}", model=plan.name)
         for number, reason in plan.refused.items():
             if number not in known or known[number].served is not None:
-                raise ModelLoadError(f"model '{plan.name}' version {number}: {reason}")
+                why = f"model '{plan.name}' version {number}: {reason}"
+                raise ModelLoadError(why, model=plan.name, version=number)
         for wanted in () if self._mode == "explicit" and not self._ready(plan.name) else plan.versions:
             current = known.get(wanted.version)
             if current is None or current.tried != wanted.fingerprint:
@@ -322,7 +323,8 @@ class ModelControl:
             served = await self._loader.serve(admitted)
         except TidegateError as error:
             self._audit("model.refused", f"{plan.name}:{wanted.version}", {"reason": error.message})
-            raise ModelLoadError(f"model '{plan.name}' version {wanted.version}: {error.message}") from error
+            why = f"model '{plan.name}' version {wanted.version}: {error.message}"
+            raise ModelLoadError(why, model=plan.name, version=wanted.version) from error
         self._audit("model.ready", f"{plan.name}:{wanted.version}", admitted.facts())
         return serving(loaded_version(wanted, admitted, served))
 
@@ -555,10 +557,10 @@ class ModelControl:
 
     def _explain_absence(self, model: str) -> None:
         """Why a known model is not served, for who asks for it."""
-        if model in self._gateway.table.models or model not in self._plans:
-            self._gateway.unready.pop(model, None)
-        else:
+        if model in self._plans and model not in self._gateway.table.models:
             self._gateway.unready[model] = self._why_not(model)
+        elif model in self._gateway.table.models or model not in self._publisher.specs:
+            self._gateway.unready.pop(model, None)
 
     def loaded(self, model: str) -> Loaded:
         """What of one model is ready now."""

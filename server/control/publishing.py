@@ -133,6 +133,8 @@ class Publisher:
             if routes is not None:
                 models[name] = routes
                 self._gateway.unready.pop(name, None)
+            elif name in self._specs:
+                self._gateway.unready[name] = f"{self._specs[name].stable} is not loaded"
         if not always and models == self._gateway.table.models:
             return
         self._following()

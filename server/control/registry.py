@@ -26,7 +26,15 @@ from router.registry.directory import scan
 from router.registry.manifest import MODEL, Manifest
 from server.config.compile import RegistryVersion, VersionedModel, VersionOrigin
 from server.config.published import files_beside, options_of, signature_of
-from server.control.sources import GOLDEN_FILENAME, Audit, ModelPlan, VersionPlan, golden_beside, golden_state
+from server.control.sources import (
+    GOLDEN_FILENAME,
+    Audit,
+    ModelPlan,
+    VersionPlan,
+    golden_beside,
+    golden_state,
+    unreadable,
+)
 from server.errors import ModelLoadError
 from server.runtime.base import LoadRequest, ModelOptions
 from server.runtime.upstream_options import UpstreamOptions
@@ -210,7 +218,7 @@ class VersionedSource:
         for number, source in model.versions.items():
             try:
                 versions.append(self._version(model, number, source))
-            except (OSError, RegistryError, ModelLoadError) as error:
+            except (RegistryError, ModelLoadError) as error:
                 refused[number] = str(error)
         return ModelPlan(
             model.name,
@@ -229,7 +237,10 @@ class VersionedSource:
             )
         if isinstance(source, UpstreamOptions):
             return VersionPlan(number, Path(), (source, model.options, golden_state(model.golden)), origin=source)
-        found_on_disk = scan(source)
+        try:
+            found_on_disk = scan(source)
+        except OSError as error:
+            raise ModelLoadError(unreadable(source, error)) from error
         versions = [(entry, version) for entry in found_on_disk.models.values() for version in entry.versions.values()]
         if len(versions) != 1:
             reasons = "; ".join(problem.message for problem in found_on_disk.problems)

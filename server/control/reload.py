@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import structlog
 
 from server.config.compile import compile_reload
-from server.config.load import parse_config
+from server.config.load import parse_config, unloadable
 from server.config.model import Config
 from server.config.plan import plan_reload
-from server.config.problems import InvalidConfig
+from server.config.problems import InvalidConfig, UnloadableConfig
 from server.config.rollouts import RolloutTemplate, compile_rollouts
 from server.config.routing import RoutingSpec, compile_routing
 from server.control.models import ModelControl
@@ -37,6 +37,7 @@ class Rollouts(Protocol):
     """Who climbs the steps of rollouts; hears of every change of the configuration before it is in force."""
 
     async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
+    def claimed(self, templates: Mapping[str, RolloutTemplate]) -> AbstractAsyncContextManager[None]: ...
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]: ...
     def follow(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
     def planned(self, templates: Mapping[str, RolloutTemplate]) -> dict[str, list[Json]]: ...
@@ -162,17 +163,22 @@ class ConfigControl:
             raise Stale(expected, self._number)
         try:
             config = await self._parse(text)
-            plan, refusals = self._planned(config)
-            if text == self._text:
-                return {"generation": self._number, "plan": plan}
-            # Whoever rolls back asks for what was, whichever keys move by it.
-            if refusals and restores is None:
-                raise ConfigError("; ".join(refusals))
-            if wrong := [] if self._rollouts is None else self._rollouts.check(self._templates(config)):
-                raise FailedPrecondition("; ".join(wrong))
-            async with self._control.turn:
-                number = await self._swap(text, config, actor, reason, restores, digests)
-        except (ConfigError, FailedPrecondition, ModelLoadError) as error:
+            async with self._claimed(config):
+                plan, refusals = self._planned(config)
+                if text == self._text:
+                    return {"generation": self._number, "plan": plan}
+                # Whoever rolls back asks for what was, whichever keys move by it.
+                if refusals and restores is None:
+                    raise ConfigError("; ".join(refusals))
+                if wrong := [] if self._rollouts is None else self._rollouts.check(self._templates(config)):
+                    raise FailedPrecondition("; ".join(wrong))
+                async with self._control.turn:
+                    number = await self._swap(text, config, actor, reason, restores, digests)
+        except ModelLoadError as error:
+            placed = await asyncio.to_thread(unloadable, error, text.decode(), path=self._path.name)
+            await self._rejected(text, placed, actor, reason)
+            raise placed from error
+        except (ConfigError, FailedPrecondition) as error:
             await self._rejected(text, error, actor, reason)
             raise
         log.info("config_applied", generation=number, actor=actor, reason=reason)
@@ -232,6 +238,9 @@ class ConfigControl:
             found["rollouts"] = self._rollouts.planned(templates)
         return found, [str(refusal) for refusal in plan.refusals]
 
+    def _claimed(self, config: Config) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._rollouts is None else self._rollouts.claimed(self._templates(config))
+
     def _templates(self, config: Config) -> dict[str, RolloutTemplate]:
         return compile_rollouts(config, repository_given=self._repository is not None)
 
@@ -254,7 +263,8 @@ class ConfigControl:
             log.error("last_good_not_written", error=str(error))
 
     async def _rejected(self, text: bytes, error: TidegateError, actor: str, reason: str) -> None:
-        problems = [asdict(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else []
+        known = error.problems if isinstance(error, InvalidConfig | UnloadableConfig) else []
+        problems = [asdict(problem) for problem in known]
         try:
             await asyncio.to_thread(
                 lambda: self._history.reject(text, problems or [{"message": error.message}], actor=actor, reason=reason)

@@ -134,7 +134,7 @@ class NamedSource:
         try:
             found = _scan(model.path)
         except OSError as error:
-            return ModelPlan(model.name, error=f"its source {model.path} cannot be read: {error.strerror or error}")
+            return ModelPlan(model.name, error=unreadable(model.path, error))
         if len(found.models) != 1:
             reasons = "; ".join(problem.message for problem in found.problems)
             return ModelPlan(model.name, error=reasons or f"its source holds {len(found.models)} models, wanted one")
@@ -154,6 +154,11 @@ class JoinedSource:
         for source in self._sources:
             plans = source.scan() | plans
         return plans
+
+
+def unreadable(source: Path, error: OSError) -> str:
+    """Why nothing comes of a source. Callers of the model are told so too: not in which folder it is."""
+    return f"its source '{source.name or source}' cannot be read: {error.strerror or error}"
 
 
 def _scan(root: Path) -> Scan:

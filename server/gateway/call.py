@@ -31,6 +31,8 @@ log: Any = structlog.get_logger("gateway")
 
 #: Timers of the loop are true to about a millisecond.
 _TIMER_SLACK_NS = 2_000_000
+#: Answers up to this size are given even where no more may wait for their readers: sockets take them.
+_LARGE_BYTES = 64 * 1024
 #: Refusals of a version's own queue, counted beside those of admission.
 _SHED = frozenset({"queue_full", "queue_timeout"})
 
@@ -182,6 +184,10 @@ class Call:
             self._after_failure(attempt, error)
             return
         self._attempt_ended(attempt, "ok")
+        unsent = self._gateway.unsent
+        if unsent.total > unsent.limit and _size(work.outputs) > _LARGE_BYTES:
+            self._end(self._gateway.unread())  # it was admitted before answers that nobody reads had filled their room
+            return
         try:
             response = self._respond(attempt, work.outputs)
         except TidegateError as error:
@@ -343,6 +349,11 @@ class Call:
         if trace is not None:
             record = record_of(head, self._permit.tidegate_id, trace, attempt.decision, work, code, now)
             self._gateway.traced(record, work)
+
+
+def _size(outputs: list[Tensor]) -> int:
+    """Bytes of what they contain."""
+    return sum([sum(map(len, one.data)) if isinstance(one.data, list) else len(one.data) for one in outputs])
 
 
 def _chosen(tensor: Tensor, spec: ModelSpec, index: int, want: RequestedOutput) -> Tensor:

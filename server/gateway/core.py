@@ -38,7 +38,7 @@ from server.gateway.served import CapturePort, Labels, Served
 from server.gateway.tracing import SampledRequests
 from server.telemetry.instruments import Telemetry
 from server.telemetry.trace import RequestTrace, TraceContext
-from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, RequestLimits, Ticket
+from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, RequestLimits, Ticket, Unsent
 
 log: Any = structlog.get_logger("gateway")
 
@@ -82,6 +82,7 @@ class Gateway:
     """Admission, routing table, calls. Implements ``server.types.Port``.
 
     ``decisions``: how many of 10,000 routing decisions are logged. ``capture``: who records requests that are over.
+    ``unsent``: what the connections hold of answers, counted by them.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class Gateway:
         call_later: CallLater,
         decisions: int = 0,
         capture: CapturePort | None = None,
+        unsent: Unsent | None = None,
     ) -> None:
         self.limits = limits
         self.admission = admission
+        self.unsent = unsent or Unsent()
         self.telemetry = telemetry
         self.clock = clock
         self.call_later = call_later
@@ -133,6 +136,8 @@ class Gateway:
                     retry_after_s=self.admission.retry_after_s,
                 )
             )
+        if self.unsent.total > self.unsent.limit:
+            raise self.unread()
         size = _UNKNOWN_SIZE_BYTES if head.content_length is None else head.content_length
         if self._bytes + size > self.admission.max_bytes:
             raise self.refuse(
@@ -150,6 +155,15 @@ class Gateway:
         gate = self.telemetry.gate
         trace = None if gate is None else gate.start(head.metadata.get("traceparent"), head.metadata.get("tracestate"))
         return GatewayPermit(head, f"{self._id_prefix}-{self._ids:x}", trace, self, size)
+
+    def unread(self) -> TidegateError:
+        """The refusal, counted, while too much of what was answered waits for its readers."""
+        return self.refuse(
+            TooManyRequests(
+                f"{self.unsent.total} bytes of answers wait for their readers, the limit is {self.unsent.limit}",
+                retry_after_s=self.admission.retry_after_s,
+            )
+        )
 
     def refuse(self, error: TidegateError) -> TidegateError:
         """Count a refusal by its reason."""
@@ -341,7 +355,8 @@ class Gateway:
         if not name and len(names) == 1:
             name = names[0]
         if name not in names:
-            raise InvalidArgument(f"outcome must be one of {names or 'none'} for model '{model}', got '{name}'")
+            known = ", ".join(names) or "none"
+            raise InvalidArgument(f"outcome must be one of {known} for model '{model}', got '{name}'")
         try:
             return books.outcome(name, unit, value, time_ns())
         except ValueError as error:

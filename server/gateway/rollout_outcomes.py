@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from math import isfinite
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ from router.sequential import Moments
 
 #: Ids of answered requests that wait for outcomes; older ones are forgotten.
 MAX_ANSWERED: Final = 200_000
+#: Longer ids are remembered by their digest: a caller's may be as long as a request allows.
+_LONGEST_ID: Final = 64
 #: Distinct keys of each outcome that are remembered.
 MAX_KEYS: Final = 1 << 18
 #: Keys that are written down; more are counted anew after a restart.
@@ -147,7 +150,7 @@ class OutcomeBooks:
         """A counted request was answered on an arm. ``ids``: the gateway's and the caller's own, if any; ``key`` 0: it
         had none."""
         answer = _Answer(on_candidate, key, placing)
-        for id_ in filter(None, ids):
+        for id_ in map(_short, filter(None, ids)):
             self._answered[id_] = answer
             self._answered.move_to_end(id_)
         while len(self._answered) > self._max_answered:
@@ -160,7 +163,7 @@ class OutcomeBooks:
         """
         if not name and len(self._counted) == 1:
             (name,) = self._counted
-        answer, counted = self._answered.get(request_id), self._counted.get(name)
+        answer, counted = self._answered.get(_short(request_id)), self._counted.get(name)
         if answer is None or counted is None or not isfinite(value):
             return False
         if name not in answer.heard:
@@ -178,6 +181,14 @@ class OutcomeBooks:
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Go on from ``to_dict``. Raises BadRolloutState."""
+        if not isinstance(found, Mapping):
+            raise BadRolloutState(f"outcomes must be an object, got {type(found).__name__}")
         for name, stored in found.items():
             if name in self._counted:
                 self._counted[name].restore(stored)
+
+
+def _short(request_id: str) -> str:
+    if len(request_id) <= _LONGEST_ID:
+        return request_id
+    return blake2b(request_id.encode(errors="surrogatepass"), digest_size=_LONGEST_ID // 4).hexdigest()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from router.errors import BadRolloutState
 from router.rollout.evidence import OneArm, TwoArms
 from router.rollout.first_events import FirstEvents, Placing
 from router.rollout.gates import Keys
@@ -190,6 +191,12 @@ class RolloutBooks:
             self._outcomes.take(),
         )
 
+    @property
+    def uncounted(self) -> int:
+        """Keys, and events and outcomes of keys, that the evidence leaves out, as there were too many keys."""
+        events = sum(first.unplaced for first in self._first.values())
+        return self.lost_keys + events + self._outcomes.unplaced
+
     def to_dict(self) -> dict[str, Any]:
         """What a restart needs to go on; to be called right after ``take``."""
         return {
@@ -201,14 +208,17 @@ class RolloutBooks:
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Go on from ``to_dict``. Raises BadRolloutState."""
-        self._placing = Placing(int(found.get("step", 0)))
-        for event, stored in found.get("first", {}).items():
-            if event in self._first:
-                self._first[event].restore(stored)
-        self._outcomes.restore(found.get("outcomes", {}))
-        for size, stored in found.get("tails", {}).items():
-            tail = self._tails[int(size)] = TailThreshold()
-            tail.restore(stored)
+        try:
+            self._placing = Placing(int(found.get("step", 0)))
+            for event, stored in found.get("first", {}).items():
+                if event in self._first:
+                    self._first[event].restore(stored)
+            self._outcomes.restore(found.get("outcomes", {}))
+            for size, stored in found.get("tails", {}).items():
+                tail = self._tails[int(size)] = TailThreshold()
+                tail.restore(stored)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BadRolloutState(f"the books are damaged: {error}") from None
 
 
 def _compared(ours: Tally, theirs: Tally, event: str) -> Iterable[TwoArms]:

@@ -151,7 +151,7 @@ class LocalArtifacts:
         return path
 
     def listed(self, folder: str) -> list[Listed]:
-        with self._opened(folder, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as found:
+        with self._opened(folder, _FOLDER_FLAGS) as descriptor, _reading(folder), os.scandir(descriptor) as found:
             rows: list[Listed] = []
             for item in found:
                 if len(rows) >= _MAX_LISTED:
@@ -161,7 +161,7 @@ class LocalArtifacts:
             return rows
 
     def text(self, path: str, limit: int) -> bytes:
-        with self._file(path, limit) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        with self._file(path, limit) as descriptor, _reading(path), os.fdopen(os.dup(descriptor), "rb") as file:
             found = file.read(limit + 1)
         if len(found) > limit:
             raise _too_large(path, limit)
@@ -227,6 +227,15 @@ def _below(above: int, name: str, path: str, flags: int) -> int:
         if number in (errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, None):
             raise Unusable(f"the artifact folder has no {shown(path[-60:])}") from error
         raise Unreachable(f"{shown(path)} cannot be read: {os.strerror(number)}") from error
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """A disk that fails, or a name that went meanwhile, says nothing of the version."""
+    try:
+        yield
+    except OSError as error:
+        raise Unreachable(f"{shown(path)} cannot be read: {error.strerror or error}") from error
 
 
 def _too_large(path: str, limit: int) -> Unusable:

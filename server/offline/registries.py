@@ -19,11 +19,11 @@ from router.registry.manifest import ManifestError
 from router.registry.origin import Unreachable
 from router.registry.pinned import PinnedRegistry
 from server.config.registry_file import RegistryFile, registry_of
-from server.errors import FailedPrecondition, InvalidArgument, TidegateError
+from server.errors import FailedPrecondition, TidegateError
 from server.mlflow.build import open_mlflow
 from server.mlflow.options import MlflowOptions
 from server.runtime.ends import graph_ends
-from server.state import State, open_state
+from server.state import State, open_existing, open_state
 
 DEFAULT_STATE_DIR: Final = Path("tidegate-state")
 
@@ -55,15 +55,13 @@ def opened(
 ) -> Iterator[Opened]:
     """The registry of a state folder, or of a server's ``config``; what it refuses becomes one error.
 
-    ``state_dir`` None: where ``config`` says, else ``tidegate-state``. ``make``: a folder that is not there is made.
-    ``reads`` False: MLflow is not asked anything, as nothing is going to be read. Raises InvalidArgument, ConfigError
-    or TidegateError.
+    ``state_dir`` None: where ``config`` says, else ``tidegate-state``. ``make``: a state that is not there is made; so
+    is one for MLflow's pins, in any case. ``reads`` False: MLflow is not asked anything, as nothing is going to be
+    read. Raises NotFound for a folder without a state, ConfigError or TidegateError.
     """
     said = RegistryFile() if config is None else registry_of(config)
     folder = state_dir or said.state_dir or DEFAULT_STATE_DIR
-    if not (make or said.mlflow is not None or folder.is_dir()):
-        raise InvalidArgument(f"there is no state folder {folder}: name it with --state-dir")
-    state = open_state(folder)
+    state = open_state(folder) if make or said.mlflow is not None else open_existing(folder)
     try:
         registry: Registry = state.registry if said.mlflow is None else _mlflow(said.mlflow, state, folder, reads)
         yield Opened(state, registry, folder)

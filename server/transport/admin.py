@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.codec import compression
 from server.config.load import MAX_BYTES
-from server.config.problems import InvalidConfig, Problem
+from server.config.problems import InvalidConfig, Problem, UnloadableConfig
 from server.errors import ConfigError, InvalidArgument, ModelLoadError, NotFound
 from server.history import Stale
 from server.pages import drift_page
@@ -379,7 +379,8 @@ def _etag(generation: int) -> tuple[bytes, bytes]:
 
 def _problems(error: ConfigError | ModelLoadError) -> list[Json]:
     """``{line, column, key, message}`` each; line and column are 0 for what has no place in the text."""
-    found = error.problems if isinstance(error, InvalidConfig) else [Problem("", 0, 0, "", error.message)]
+    known = error.problems if isinstance(error, InvalidConfig | UnloadableConfig) else []
+    found = known or [Problem("", 0, 0, "", error.message)]
     return [{name: value for name, value in asdict(problem).items() if name != "path"} for problem in found]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 import orjson
 from starlette.types import Receive, Send
 
+from server.codec.checks import kind_of
 from server.errors import Cancelled, DeadlineExceeded, InvalidArgument, PayloadTooLarge, TidegateError
 from server.transport.faults import MethodNotAllowed, RequestTimeout
 from server.transport.status import StatusTable, safe_text
@@ -178,7 +179,7 @@ def parse_json_object(body: Buffer) -> dict[str, Any]:
     """The JSON object in ``body``; an empty body is an empty object."""
     value = parse_json(body) if body else {}
     if not isinstance(value, dict):
-        raise InvalidArgument(f"the request body must be a JSON object, got {type(value).__name__}")
+        raise InvalidArgument(f"the request body must be a JSON object, got {kind_of(value)}")
     return value
 
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from server.codec import compression
+from server.codec.checks import kind_of
 from server.codec.process.client import CodecProcess
 from server.errors import InvalidArgument, NotFound, TidegateError
 from server.transport import feedback
@@ -278,7 +279,7 @@ def _metadata(spec: ModelSpec, versions: tuple[str, ...]) -> dict[str, object]:
 def _parameters(body: Mapping[str, Any]) -> dict[str, ParameterValue]:
     parameters = body.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise InvalidArgument(f"'parameters' must be an object, got {type(parameters).__name__}")
+        raise InvalidArgument(f"'parameters' must be an object, got {kind_of(parameters)}")
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise InvalidArgument(f"parameter {name[:64]!r} must be a boolean, number or string")

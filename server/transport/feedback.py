@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 
+from server.codec.checks import kind_of
 from server.errors import InvalidArgument
 
 MAX_ITEMS: Final = 10_000
@@ -57,7 +58,7 @@ def parse(document: object) -> list[Feedback]:
 
 def _item(item: object, where: str) -> Feedback:
     if not isinstance(item, dict):
-        raise InvalidArgument(f"{where}feedback must be an object, got {type(item).__name__}")
+        raise InvalidArgument(f"{where}feedback must be an object, got {kind_of(item)}")
     unknown = sorted(set(item) - _KEYS)
     if unknown:
         raise InvalidArgument(f"{where}unknown key '{unknown[0][:64]}'; known: {', '.join(sorted(_KEYS))}")
@@ -97,7 +98,7 @@ def number_of(text: str) -> float | None:
 def _value(item: dict[str, Any], where: str) -> float:
     outcome = item.get("outcome")
     if not isinstance(outcome, bool | int | float):
-        got = "an empty text" if outcome == "" else type(outcome).__name__
+        got = "an empty text" if outcome == "" else kind_of(outcome)
         raise InvalidArgument(f"{where}'outcome' must be a number or text, got {got}")
     try:
         return float(outcome)
@@ -118,5 +119,5 @@ def time_of(time: object, where: str) -> int:
         since = datetime.fromisoformat(time) - _EPOCH  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         wanted = "RFC 3339 with its offset, as 2026-01-31T12:00:00Z"
-        raise InvalidArgument(f"{where}'time' must be {wanted}, got {str(time)[:64]!r}") from None
+        raise InvalidArgument(f"{where}'time' must be {wanted}, got {kind_of(time)}") from None
     return since // _MICROSECOND * 1000

@@ -49,7 +49,7 @@ from server.types import (
 )
 
 TIMEOUT_HEADER: Final = "x-tidegate-timeout-ms"
-_MAX_TIMEOUT_MS: Final = 10**12 - 1
+MAX_TIMEOUT_MS: Final = 10**12 - 1
 LENGTH_HEADER: Final = "inference-header-content-length"
 _LENGTH_HEADER_BYTES: Final = LENGTH_HEADER.encode()
 _OCTETS: Final = (b"content-type", b"application/octet-stream")
@@ -92,9 +92,9 @@ def deadline_of(metadata: dict[str, str], received_ns: int) -> int:
     if text is None:
         return 0
     # Twenty digits are far more than the largest needs: int takes no time over them.
-    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and 0 < int(text) <= _MAX_TIMEOUT_MS):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and 0 < int(text) <= MAX_TIMEOUT_MS):
         raise InvalidArgument(
-            f"header {TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {_MAX_TIMEOUT_MS}, "
+            f"header {TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}, "
             f"got {text[:64]!r}"
         )
     return received_ns + int(text) * 1_000_000
@@ -251,7 +251,7 @@ class InferApp:
             return self._packed(encode(), accept)
         if self._codec is not None and _json_bytes(request, response) > offload:
             with suppress(Unavailable):
-                encoded = await self._codec.encode(response, **options)
+                encoded = await _by_deadline(self._codec.encode(response, **options), head.deadline_ns)
                 return await self._off_loop(partial(self._packed, encoded, accept))
         return await self._off_loop(lambda: self._packed(encode(), accept))
 
@@ -282,9 +282,8 @@ async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadlin
     """The result of ``work``. It is ended when it would come too late: DeadlineExceeded, or Cancelled by the client."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
-    left_s = (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns else None
     try:
-        await asyncio.wait((working, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, leaving), timeout=_seconds_left(deadline_ns), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         if leaving.done():
@@ -293,6 +292,20 @@ async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadlin
     finally:
         leaving.cancel()
         working.cancel()
+
+
+async def _by_deadline(work: Coroutine[Any, Any, _T], deadline_ns: int) -> _T:
+    """The result of ``work``, which is ended when it comes too late: DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(_seconds_left(deadline_ns)):
+            return await work
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the answer was written") from None
+
+
+def _seconds_left(deadline_ns: int) -> float | None:
+    """Until the deadline; None without one."""
+    return (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns else None
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 
+from server.transport.http_infer import MAX_TIMEOUT_MS
+
 Node: TypeAlias = dict[str, Any]
 
 _DATATYPES: Final = [
@@ -70,7 +72,7 @@ _SCHEMAS: Final[Node] = {
         {
             "id": _STRING,
             "parameters": _ref("Parameters"),
-            "inputs": {"type": "array", "minItems": 1, "items": _ref("RequestInput")},
+            "inputs": _array(_ref("RequestInput")),
             "outputs": _array(_ref("RequestedOutput")),
         },
         "inputs",
@@ -172,7 +174,7 @@ _PARAMETERS: Final[Node] = {
     "model": _parameter("model", "path", {"type": "string", "minLength": 1}, "Name of a model."),
     "version": _parameter("version", "path", {"type": "string", "pattern": "^[0-9]+$"}, "Number of a version."),
     "timeout": _parameter(
-        *("x-tidegate-timeout-ms", "header", {"type": "integer", "minimum": 1}),
+        *("x-tidegate-timeout-ms", "header", {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS}),
         "The caller's deadline: after it the call is answered 504 and queued work is dropped.",
     ),
     "headerLength": _parameter(

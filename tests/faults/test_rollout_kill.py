@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 
 from tests.support.cli import cli
-from tests.support.climbing import GATES, STANDING, audited, order, reaches, section, status_of, traffic, write
+from tests.support.climbing import (
+    GATES,
+    STANDING,
+    audited,
+    order,
+    reaches,
+    recorded,
+    section,
+    status_of,
+    traffic,
+    write,
+)
 from tests.support.routed import Place, ask
 from tests.support.server import Server
 
@@ -46,6 +57,7 @@ def brought(place: Place, server: Server, wanted: str) -> dict[str, Any]:
         reaches(place, server, "awaiting")
         assert order(place, server, "approve", x_tidegate_actor="ada")[0] == 200
     found = reaches(place, server, PLACES[wanted][0])
+    recorded(place, server, PLACES[wanted][0])
     if wanted == "paused":
         status, found = order(place, server, "pause", x_tidegate_actor="ada")
         assert status == 200

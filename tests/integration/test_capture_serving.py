@@ -102,6 +102,20 @@ def test_segments_hold_what_callers_were_answered(tmp_path: Path) -> None:
         assert "x[1]" not in names
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_the_libraries_of_a_format_come_when_they_are_needed_and_go_without_a_word(tmp_path: Path, form: str) -> None:
+    models.affine(tmp_path / "m.onnx", scale=2.0, shift=1.0)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(root=tmp_path).replace("parquet", form))
+    with serving(str(tmp_path / "config.yaml"), "--state-dir", str(tmp_path / "state")) as server:
+        assert ask(server, 1) == 200
+        loaded = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert ("duckdb" in loaded) == (form == "parquet")
+        server.terminate()
+        assert server.wait() == 0
+        assert len(entries(tmp_path / "state" / "capture", "m", "requests")) == 1
+        assert [line for line in server.lines if line["event"] == ""] == [], server.raw
+
+
 SHADOWED = """\
 apiVersion: tidegate/v1
 capture: {{sample: 30%, format: parquet, shadows: {shadows}}}

@@ -156,7 +156,7 @@ def test_drift_takes_back_what_is_promoted_while_the_version_before_is_warm(plac
     with place.serve() as server:
         infer = "/v2/models/m/versions/2/infer"
         assert {call(server.http, "POST", infer, {"inputs": X})[0] for _ in range(300)} == {200}
-        assert "2" in [ask(server, f"w{number}")[0] for number in range(20)]
+        eventually(lambda: "2" in [ask(server, f"w{number}")[0] for number in range(20)])
         reaches(place, server, "awaiting")
         assert order(place, server, "approve")[0] == 200
         reaches(place, server, "promoted")

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from server._pb import feedback_pb2
 from tests.support import models
+from tests.support.cli import cli
 from tests.support.routed import Place, X, ask, ask_grpc, canary, eventually, shadow_report
 from tests.support.v2 import call
 
@@ -153,6 +154,23 @@ def test_the_file_is_followed_and_a_bad_one_changes_nothing(place: Place) -> Non
     with place.serve() as again:
         assert ask(again, "u")[0] == "3"
         assert any("last good" in line for line in again.raw)
+
+
+def test_a_source_that_is_not_there_is_told_with_its_place(place: Place) -> None:
+    place.write("")
+    with place.serve() as server:
+        text = place.text("").replace("/v2.onnx", "/typo.onnx")
+        status, answer, _ = place.admin(server, "POST", "config", text.encode())
+        why = "model 'm' version 2: its source 'typo.onnx' cannot be read: No such file or directory"
+        assert status == 400
+        column = next(line.index("{source") for line in text.splitlines() if "typo" in line) + len("{source: ") + 1
+        told = {"line": 6, "column": column, "key": 'models.m.versions."2".source', "message": why}
+        assert answer == {"error": why, "problems": [told]}
+        server.terminate()
+        assert server.wait() == 0
+    rows = json.loads(cli("audit", "tail", "--json", "--state-dir", str(place.state)).stdout)
+    (row,) = [row for row in rows if row["action"] == "config.rejected"]
+    assert [{**told, "path": "config.yaml"}] == row["detail"]["problems"]
 
 
 def test_a_shadow_is_compared_and_changes_no_answer(place: Place) -> None:

@@ -43,6 +43,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.two_inputs(root / "simple" / "1" / "model.onnx")
     models.lookup(root / "lookup" / "1" / "model.onnx")
     models.across_rows(root / "across" / "1" / "model.onnx")
+    models.constant(root / "constant" / "1" / "model.onnx")
     for datatype in models.ELEMENT_TYPES:
         models.identity(root / f"identity_{datatype.lower()}" / "1" / "model.onnx", datatype)
     (root / "broken" / "1").mkdir(parents=True)
@@ -253,6 +254,15 @@ def test_statistics_and_metrics_count(server: Server) -> None:
     text = page.decode()
     assert f'nv_inference_request_success{{model="simple",version="1"}} {before + 1}' in text
     assert "tidegate_request_duration_seconds_bucket" in text
+
+
+def test_a_model_without_inputs_answers_over_both_protocols(server: Server, channel: grpc.Channel) -> None:
+    status, body = infer(server.http, "constant", [])
+    assert (status, body["outputs"][0]["data"]) == (200, [1.0, 2.0, 3.0])
+    answer = rpc(channel, "ModelInfer", pb.ModelInferRequest(model_name="constant"), pb.ModelInferResponse)
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [1.0, 2.0, 3.0]
+    status, body = infer(server.http, "affine", [])
+    assert (status, body["error"]) == (400, "expected 1 inputs but got 0 inputs for model 'affine': missing 'x'")
 
 
 def test_config_endpoint(server: Server) -> None:

@@ -116,6 +116,14 @@ def reaches(place: Place, server: Server, *states: str, rollout: str = "r1", sec
         time.sleep(0.02)
 
 
+def recorded(place: Place, server: Server, action: str, seconds: float = 30) -> None:
+    """Wait until a rollout's ``action`` is in the audit, and so the state with it on disk: what is shown goes ahead."""
+    until = time.monotonic() + seconds
+    while not any(event["action"] == f"rollout.{action}" for event in audited(place, server)):
+        assert time.monotonic() < until, f"no rollout.{action} in the audit"
+        time.sleep(0.02)
+
+
 def order(place: Place, server: Server, word: str, rollout: str = "r1", **headers: str) -> tuple[int, Any]:
     status, body, _ = place.admin(server, "POST", f"rollouts/{rollout}:{word}", **headers)
     return status, body

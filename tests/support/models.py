@@ -100,6 +100,12 @@ def lookup(path: Path, size: int = 8) -> Path:
     )
 
 
+def constant(path: Path) -> Path:
+    """``y = [1, 2, 3]``, FP32, from no inputs at all."""
+    node = helper.make_node("Identity", ["c"], ["y"])
+    return save(path, [node], [], [("y", TensorProto.FLOAT, [3])], {"c": np.array([1, 2, 3], np.float32)})
+
+
 def across_rows(path: Path, width: int = 4) -> Path:
     """``y = x - mean over the batch``: looks batchable, but a batch of n differs from n singles."""
     return save(

@@ -55,6 +55,16 @@ def test_refusals(inputs: list[Tensor], words: str) -> None:
         fit_inputs(BATCHED, inputs)
 
 
+def test_a_model_without_inputs_takes_none_and_one_that_batches_takes_one_at_least() -> None:
+    nothing = ModelSpec("n", "1", (), (TensorSpec("y", "FP32", (-1,)),))
+    assert fit_inputs(nothing, []) == ([], 0)
+    with pytest.raises(InvalidArgument, match="unexpected inference input 'x'"):
+        fit_inputs(nothing, [tensor("x", "FP32", 1)])
+    optional = ModelSpec("o", "1", (TensorSpec("a", "FP32", (-1,), optional=True),), (), max_batch_size=2)
+    with pytest.raises(InvalidArgument, match=r"takes its batch size from its inputs, .* at least one of 'a'"):
+        fit_inputs(optional, [])
+
+
 def test_outputs_are_picked_in_the_order_asked_for() -> None:
     assert pick_outputs(BATCHED, []) is None
     assert pick_outputs(BATCHED, [RequestedOutput("s"), RequestedOutput("y")]) == [1, 0]

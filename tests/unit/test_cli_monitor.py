@@ -363,7 +363,7 @@ def test_a_report_is_printed_written_as_json_and_as_a_page() -> None:
     assert listed.output.splitlines()[1].split() == ["fraud:7", "abababababab", "4", "stable:", "c"]
     first = next(line.split() for line in text.output.splitlines() if line.startswith("ALARM"))
     assert first[1] == "c"
-    assert "stable, last 1000rows: 1000 rows" in text.output
+    assert "stable, last 1000 rows: 1000 rows" in text.output
     assert json.loads(plain.output)["report"]["windows"][0]["in_alarm"] == ["c"]
     assert Path("r.html").read_text().startswith("<!DOCTYPE html>")
 
@@ -533,7 +533,7 @@ def test_labels_by_the_names_of_classes_and_numbers() -> None:
         (("--label", "fate"), "--predict must name one of y[0], y[1], y[2], y[3]"),
         (("--label", "fate", "--predict", "z"), "got 'z'"),
         (("--label", "fate", "--predict", "y[4]"), "'y' has no element 4"),
-        (("--label", "fate", "--predict", "y", "--task", "multiclass"), "multiclass needs 2 to 256 classes, got 0"),
+        (("--label", "fate", "--predict", "y", "--task", "multiclass"), "without --classes: multiclass needs 2 to 256"),
         (("--label", "fate", "--predict", "y[0]", "--classes", "no,yes,maybe"), "binary needs 0 to 2 classes"),
         (("--label", "a", "--predict", "y[0]"), "--label: 'a' holds"),
         (("--label", "fate", "--predict", "y[0]", "--form", "class"), "are no class of a binary task"),

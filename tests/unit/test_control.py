@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from server.batching.batcher import Batcher, Work
 from server.batching.offloop import OffLoopBatcher
+from server.config.load import parse_config
+from server.config.routing import RoutingSpec, compile_routing
 from server.config.settings import ReloadSettings
 from server.control.models import ModelControl
 from server.control.publishing import Publisher
@@ -363,6 +366,82 @@ def test_a_broken_config_keeps_what_serves(tmp_path: Path) -> None:
         config.write_text("max_batch_size: 8\n")
         await rig.control.refresh()
         assert len(rig.runtime.engines) == 2
+
+    run(tmp_path, body)
+
+
+def test_a_source_that_is_gone_is_the_reason_of_what_still_serves(tmp_path: Path) -> None:
+    (tmp_path / "one.onnx").write_text("1")
+    source = NamedSource((NamedModel("m", tmp_path / "one.onnx"),), tmp_path / "state")
+
+    async def body(rig: Rig) -> None:
+        await rig.control.start()
+        assert rig.rows() == {("m", "1"): ("READY", "")}
+        (tmp_path / "one.onnx").unlink()
+        await rig.control.refresh(retry_failed=True)
+        why = "its source 'one.onnx' cannot be read: No such file or directory"
+        assert rig.rows() == {("m", "1"): ("READY", why)}
+        assert await rig.call() is None
+        (tmp_path / "one.onnx").write_text("1")
+        await rig.control.refresh()
+        assert rig.rows() == {("m", "1"): ("READY", "")}
+
+    run(tmp_path, body, source=source)
+
+
+def test_a_load_that_fails_says_whose_it_was(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        gone = NamedSource((NamedModel("m", tmp_path / "gone.onnx"),), tmp_path / "state")
+        with pytest.raises(ModelLoadError, match=r"model 'm': its source 'gone.onnx' cannot be read") as refused:
+            await rig.control.prepare(gone)
+        assert (refused.value.model, refused.value.version) == ("m", "")
+        rig.put("n", "3", "bad")
+        with pytest.raises(ModelLoadError, match=r"model 'n' version 3: model.onnx is bad") as refused:
+            await rig.control.prepare(DirectorySource(tmp_path, tmp_path / ".state"))
+        assert (refused.value.model, refused.value.version) == ("n", "3")
+
+    run(tmp_path, body)
+
+
+def test_names_that_lead_to_what_is_not_loaded_are_known(tmp_path: Path) -> None:
+    def specs(aliases: str) -> Mapping[str, RoutingSpec]:
+        return compile_routing(parse_config(f"apiVersion: tidegate/v1\nmodels: {{m: {{source: m{aliases}}}}}\n"))
+
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "bad")
+        await rig.control.start()
+        rig.control.commit(rig.control.as_it_is(), specs(", aliases: [also]"), 1)
+        for name, why in (("m", "model.onnx is bad"), ("also", "m@latest is not loaded")):
+            with pytest.raises(ModelNotReady, match=f"'{name}' is not ready: {why}"):
+                rig.gateway.served(name, "")
+        rig.put("m", "1", "1")
+        await rig.control.refresh()
+        assert rig.gateway.served("also", "") is rig.gateway.served("m", "")
+        rig.control.commit(rig.control.as_it_is(), specs(""), 2)
+        with pytest.raises(ModelNotFound):
+            rig.gateway.served("also", "")
+        assert rig.gateway.unready == {}
+
+    run(tmp_path, body)
+
+
+def test_an_orderly_end_leaves_no_route_that_leads_nowhere(tmp_path: Path) -> None:
+    rule = "{name: r, match: {header: {x: y}}, to: 'a:1'}"
+    text = f"models: {{a: {{source: a, aliases: [also]}}, b: {{source: b, rules: [{rule}]}}}}"
+    specs = compile_routing(parse_config(f"apiVersion: tidegate/v1\n{text}\n"))
+
+    async def body(rig: Rig) -> None:
+        for name in "ab":
+            rig.put(name, "1", "1")
+        await rig.control.start()
+        rig.control.commit(rig.control.as_it_is(), specs, 7)
+        assert set(rig.gateway.table.models) == {"a", "also", "b"}
+        with structlog.testing.capture_logs() as logs:
+            await rig.control.close()
+        assert [line for line in logs if line["log_level"] != "info"] == []
+        assert (set(rig.gateway.table.models), rig.gateway.table.generation) == (set(), 7)
+        with pytest.raises(ModelNotReady, match="shut down"):
+            rig.gateway.served("a", "")
 
     run(tmp_path, body)
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from server.types import (
     RequestHead,
     RequestLimits,
     Tensor,
+    Unsent,
 )
 
 LONG_NS = 50_000_000
@@ -77,6 +79,7 @@ class Rig:
             clock=time.monotonic_ns,
             call_soon=loop.call_soon,
             call_later=loop.call_later,
+            unsent=Unsent(1000),
         )
         self.runtime = FakeRuntime(script or Script(scale=2.0, offset=1.0, width=4))
         self.engine = self.runtime.load(LoadRequest("m", "1", Path("none"), ModelOptions()))
@@ -163,6 +166,27 @@ def test_refusals_reach_the_reply() -> None:
     run(body)
 
 
+def test_while_the_server_starts_what_is_unknown_is_not_ready() -> None:
+    async def body() -> None:
+        rig = Rig()
+        rig.gateway.starting = True
+        for name, version in (("later", ""), ("later", "3"), ("m", "2")):
+            with pytest.raises(ModelNotReady, match=f"'{name}'.* is not ready: the server is starting") as refused:
+                rig.admit(model=name, version=version)
+            assert refused.value.retry_after_s
+        rig.admit(model="m", version="1").release()
+        with pytest.raises(InvalidArgument, match="positive whole number"):
+            rig.admit(model="m", version="x")
+        rig.gateway.starting = False
+        with pytest.raises(ModelNotFound):
+            rig.admit(model="later")
+        with pytest.raises(VersionNotFound):
+            rig.admit(model="m", version="2")
+        await rig.close()
+
+    run(body)
+
+
 def test_admission_limits_name_themselves() -> None:
     async def body() -> None:
         rig = Rig(max_requests=2, max_bytes=100)
@@ -180,6 +204,51 @@ def test_admission_limits_name_themselves() -> None:
         with pytest.raises(Draining):
             rig.admit(content_length=1)
         assert rig.gateway.requests_in_flight == 0
+        await rig.close()
+
+    run(body)
+
+
+def test_answers_that_nobody_reads_keep_new_requests_out() -> None:
+    async def body() -> None:
+        rig = Rig()
+        held = rig.gateway.unsent.moved(0, 1000)
+        rig.admit().release()
+        held = rig.gateway.unsent.moved(held, 1001)
+        with pytest.raises(TooManyRequests, match="1001 bytes of answers wait for their readers, the limit is 1000"):
+            rig.admit()
+        assert 'tidegate_rejected_total{reason="too_many_requests"} 1\n' in rig.telemetry.metrics.render().decode()
+        rig.gateway.unsent.moved(held, 0)
+        rig.admit().release()
+        await rig.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("width", [4, 20_000])
+def test_what_was_admitted_before_is_answered_if_small(width: int) -> None:
+    """And let go of if large, counted like any refusal: its own answer would be one more that waits."""
+
+    async def body() -> None:
+        release, started = threading.Event(), threading.Event()
+        rig = Rig(replace(blocked(release, started), width=width))
+        x = Tensor("x", "FP32", (1, width), bytes(4 * width))
+        answer, _, permit = rig.ask(request={"inputs": [x]})
+        await asyncio.to_thread(started.wait, 20)
+        rig.gateway.unsent.moved(0, 1001)
+        release.set()
+        error = await answer.error()
+        page = rig.telemetry.metrics.render().decode()
+        if width == 4:
+            assert error is None
+            assert len(answer.messages) == 1
+        else:
+            assert isinstance(error, TooManyRequests)
+            assert not answer.messages
+        refused = 'tidegate_rejected_total{reason="too_many_requests"} 1\n' in page
+        assert refused is (width > 4)
+        permit.release()
+        assert rig.served.calls == rig.gateway.requests_in_flight == 0
         await rig.close()
 
     run(body)

@@ -435,6 +435,7 @@ def test_limits_in_the_readme_are_the_defaults() -> None:
         "max_parameters": bounds.max_parameters,
         "max_chunks": bounds.max_chunks,
         "max_pending": settings.max_pending,
+        "max_unsent": settings.max_unsent_bytes,
         "max_connections": settings.max_connections,
         "max_concurrent_streams": settings.max_concurrent_streams,
     }

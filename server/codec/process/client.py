@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
@@ -136,7 +135,7 @@ class CodecProcess:
         settings = self._settings
         try:
             started = await asyncio.to_thread(start, settings.start_s)
-        except (OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # noqa: BLE001 - the system's refusals, of processes and of threads
             self._log.warning("codec_process_failed", error=str(error), consequence="large JSON is parsed in place")
             self._back_off()
         else:

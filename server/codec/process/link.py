@@ -110,8 +110,8 @@ class Link:
 
     async def do(self, head: dict[str, Any], chunks: list[Buffer]) -> tuple[dict[str, Any], memoryview]:
         """One job's result: its head and what follows. Raises Unavailable. May be cancelled at any point."""
-        number = await self._file()
         text = packed_head(head)
+        number = await self._file()
         try:
             size = await by_turns(self._files[number].write([text, *chunks]))
             self._check()
@@ -171,8 +171,9 @@ class Link:
         try:
             return await answer
         except asyncio.CancelledError:
-            if not answer.cancelled():
-                self._give_back(notice.file, notice.size)
+            if not answer.cancelled():  # it came in the same turn
+                came = 0 if answer.exception() is not None else answer.result().size
+                self._give_back(notice.file, max(notice.size, came))
             elif notice.file in self._jobs and self._jobs[notice.file][0] is answer:
                 # Still the process's: it finds nothing there if it has not begun, and the file is free when it says so.
                 self._files[notice.file].empty()

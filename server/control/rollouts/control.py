@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -40,6 +40,8 @@ log: Any = structlog.get_logger("rollout")
 #: How long an order waits until it is on disk and in force; one that takes traffic away is in force before it waits.
 _SETTLE_S: Final = 5.0
 _SETTLE_BACK_S: Final = 0.5
+_REMOVED: Final = "its section was removed while no process ran"
+_UNREADABLE: Final = "what was written down of it cannot be read"
 _TAKEN: Final = "another process works on the rollouts of this state folder: give each server a --state-dir of its own"
 #: States in which a champion that is elsewhere was not moved by the rollout itself.
 _OURS_TO_MOVE: Final = frozenset({State.PROMOTING, State.ROLLING_BACK})
@@ -89,9 +91,12 @@ class RolloutControl:
         #: Rollouts whose section is gone, until all of them is written down.
         self._leaving: list[Run] = []
         self._known = _Known()
+        self._unreadable: set[str] = set()
         self._waiting: dict[str, str] = {}
         self._starter = GATEWAY
         self._meter = Meter()
+        #: A configuration with rollouts is being put in force.
+        self._claimed = False
 
     # -- the configuration --------------------------------------------------------------------------------------
 
@@ -103,16 +108,42 @@ class RolloutControl:
         ours = self._tenure.take()
         if templates and not ours:
             raise ConfigError(_TAKEN)
+        await self._read()
+        self.follow(templates, actor)
+        if ours:
+            await self._abandon()
+        self._rest()
+
+    async def _read(self) -> None:
         try:
             rows = await asyncio.to_thread(self._hands.store.all)
         except BadRolloutState as error:
             log.error("rollouts_unreadable", error=str(error))
             rows = []
         self._known.stored = {row.id: row for row in rows}
-        self.follow(templates, actor)
-        if ours:
-            await self._abandon()
-        if not templates:
+
+    @asynccontextmanager
+    async def claimed(self, templates: Mapping[str, RolloutTemplate]) -> AsyncIterator[None]:
+        """Keep other processes away while these sections are checked and put in force.
+
+        What others have written down since this process last worked on rollouts is read. Raises StoreError, and
+        FailedPrecondition when another process works on them.
+        """
+        fresh = bool(templates) and not self._tenure.held
+        if fresh and not self._tenure.take():
+            raise FailedPrecondition(_TAKEN)
+        self._claimed = True
+        try:
+            if fresh:
+                await self._read()
+            yield
+        finally:
+            self._claimed = False
+            self._rest()
+
+    def _rest(self) -> None:
+        """Leave rollouts to other processes while there are none here."""
+        if not (self._claimed or self._templates or self._runs or self._leaving):
             self._tenure.give_up()
 
     async def _abandon(self) -> None:
@@ -124,14 +155,15 @@ class RolloutControl:
                     row.id, row.name, row.template, row.digest, row.began_ns, State.ABORTED.value, row.failed_ns,
                     row.cooldown_ns, row.cleared, False, row.document,
                 )  # fmt: skip
-                detail = {"id": row.id, "reason": "its section was removed while no process ran"}
+                why = _UNREADABLE if row.id in self._unreadable else _REMOVED
+                detail = {"id": row.id, "reason": why}
                 event = AuditEvent(GATEWAY, "rollout.aborted", row.name, detail)
                 await asyncio.to_thread(self._hands.store.save, ended, (event,))
                 self._known.stored[row.id] = ended
 
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]:
         """Why these sections cannot be put in the place of those in force."""
-        wrong = [_TAKEN] if templates and not self._tenure.take() else []
+        wrong = [_TAKEN] if templates and not self._tenure.free() else []
         for entry, template in templates.items():
             run = self._runs.get(entry)
             if run is not None and run.template.id == template.id and not run.machine.ended:
@@ -181,6 +213,7 @@ class RolloutControl:
             run = revived(template, stored)
         except (BadRolloutState, ValueError, KeyError, TypeError) as error:
             log.error("rollout_unreadable", id=stored.id, error=str(error))
+            self._unreadable.add(stored.id)
             return False
         promoted = run.machine.state is State.PROMOTED
         run.stable = run.machine.spec.candidate if promoted and not template.stable.is_alias else ""
@@ -204,14 +237,14 @@ class RolloutControl:
         """Look at everything, again and again, until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s())
-            self._note_traffic()
-            for look in (*[self._look_at(entry) for entry in tuple(self._templates)], self._bury()):
+            looks = [self._look_at(entry) for entry in tuple(self._templates)]
+            for look in (self._note_traffic(), *looks, self._bury()):
                 try:
                     await look
                 except Exception:  # the boundary: one rollout's fault must not end the others
                     log.exception("rollout_look_failed")
 
-    def _note_traffic(self) -> None:
+    async def _note_traffic(self) -> None:
         """Of every name, those without a rollout included: their first one is to be planned, too."""
         now = self._hands.clock()
         if not self._meter.due(now):
@@ -235,6 +268,7 @@ class RolloutControl:
                 self._known.stored[run.id] = run.stored(is_open=False)
             elif not run.machine.ended:
                 self._hands.tell(run, Tick())
+        self._rest()
 
     async def _look_at(self, entry: str) -> None:
         template, run = self._templates[entry], self._runs.get(entry)

@@ -101,13 +101,13 @@ class RolloutStore:
             self._audit.append(connection, event)
 
     def clear(self, rollout_id: str, actor: str, reason: str) -> None:
-        """Let the digest that failed in a rollout be tried again. Raises NotFound."""
+        """Let what was tried in a rollout that has ended be tried again. Raises NotFound."""
         with self._store.transaction() as connection:
             changed = connection.execute(
-                "UPDATE rollout_state SET cleared = 1 WHERE id = ? AND failed_ns IS NOT NULL", (rollout_id,)
+                "UPDATE rollout_state SET cleared = 1 WHERE id = ? AND NOT open", (rollout_id,)
             )
             if not changed.rowcount:
-                raise NotFound(f"there is no rollout '{rollout_id[:128]}' that failed or was rolled back")
+                raise NotFound(f"there is no rollout '{rollout_id[:128]}' that has ended")
             self._audit.append(connection, AuditEvent(actor, "rollout.cleared", rollout_id, {"reason": reason}))
 
     def setter(self, model: str, alias: str) -> str:

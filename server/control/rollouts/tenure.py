@@ -23,6 +23,18 @@ class Tenure:
         self._path = folder / _LOCK
         self._file: int | None = None
 
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def free(self) -> bool:
+        """Whether this process has it or could take it now. Raises StoreError."""
+        held = self.held
+        found = self.take()
+        if not held:
+            self.give_up()
+        return found
+
     def take(self) -> bool:
         """Whether this process has it, from now on if not before. Does not wait. Raises StoreError."""
         if self._file is None:
@@ -46,4 +58,7 @@ def _locked(path: Path) -> int | None:
     except BlockingIOError:
         os.close(file)
         return None
+    except OSError:
+        os.close(file)
+        raise
     return file

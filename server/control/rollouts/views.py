@@ -47,6 +47,7 @@ def shown(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "starter": machine.starter,
             "approvals": list(machine.approvals),
             "revision": run.revision,
+            "uncounted": run.books.uncounted,
             "gates": [gate_shown(verdict) for verdict in machine.verdicts()],
             "plan": steps,
         }
@@ -115,10 +116,12 @@ def families(runs: Iterable[Run]) -> Iterator[FamilySnapshot]:
     weights: Points = {}
     evidence: Points = {}
     verdicts: Points = {}
+    uncounted: Points = {}
     for run in runs:
         labels = (run.template.entry, run.id)
         states |= {(*labels, state.value): int(run.machine.state is state) for state in State}
         weights[labels] = run.weight / 10_000
+        uncounted[labels] = run.books.uncounted
         for verdict in () if run.machine.ended else run.machine.verdicts():
             if verdict.log_e is not None:
                 evidence[*labels, verdict.gate] = verdict.log_e
@@ -134,6 +137,8 @@ def families(runs: Iterable[Run]) -> Iterator[FamilySnapshot]:
         (*_LABELS, "gate"),
         evidence,
     )
+    text = "Keys and their events that the evidence leaves out, as there were too many keys."
+    yield FamilySnapshot("tidegate_rollout_uncounted_total", text, "counter", _LABELS, uncounted)
     yield FamilySnapshot(
         "tidegate_rollout_verdict", "1 for what a gate says.", "gauge", (*_LABELS, "gate", "verdict"), verdicts
     )

@@ -4,8 +4,8 @@ What a stream is, is decided by its head: gRPC calls go to ``unary`` and ``strea
 Trouble of one stream never reaches its neighbours: whatever is raised while a stream is handled ends that stream.
 
 **Memory.** What a connection may send before it is read is bounded by windows (see ``windows``). Answers that the peer
-does not take count too: over ``max_unsent_bytes`` new calls are refused, and after a while without progress the
-connection is cut.
+does not take count too: over ``max_unsent_bytes`` new calls are refused here, over ``types.Unsent`` on all connections,
+and after a while without progress the connection is cut.
 
 **Ends.** Over the last word the socket is only half closed, and what still comes is thrown away for a while: closing at
 once, with bytes unread, would reset the connection and take the last answers from under the peer's hands.
@@ -55,6 +55,8 @@ _EARNED_MOST: Final = 32_768
 _SILENT_BYTES: Final = 32 * 1024 * 1024
 #: Handed to the socket at once.
 _PIECE_BYTES: Final = 256 * 1024
+#: After answers over this size it is counted at once what the peer has not taken; else when the connection is swept.
+_LARGE_BYTES: Final = 64 * 1024
 #: After the last answer: how long the peer may take to close.
 _LINGER_S: Final = 1.0
 #: Between the two GOAWAYs: streams opened before the first was read are still taken.
@@ -135,6 +137,8 @@ class Http2Connection(asyncio.Protocol):
         #: Tasks of the ASGI app that still run, whether their streams are gone or not.
         self.tasks: set[asyncio.Task[None]] = set()
         self._answered_bytes = 0  # handed to the session
+        self._large = False  # answers wait, or did when they were last counted
+        self._unsent = 0  # so many bytes of them
         self._stalled_at = 0
         self._opened = self._seen = self._stalled_since = server.now
         self._pinged = 0.0
@@ -165,6 +169,9 @@ class Http2Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.live.discard(self)
         self._drop_streams()
+        self._count_unsent(0)
+        if self.session.queued():
+            self.session.drop()  # what is held of this connection by others lives until the next round of the collector
         self.server.connection_lost()
 
     def pause_writing(self) -> None:
@@ -302,6 +309,8 @@ class Http2Connection(asyncio.Protocol):
         self.windows.forget(stream_id)
         self.streams.pop(stream_id, None)
         self._answered_bytes += size
+        if size > _LARGE_BYTES:
+            self._large = True
         self._idle_frames += _EARNED_BY_ANSWER + (_EARNED_BY_ANSWER + size * _EARNED_PER_BYTE if size else 0)
         if not self._flush_due:
             self.flush_soon()
@@ -316,14 +325,23 @@ class Http2Connection(asyncio.Protocol):
     def sent(self, size: int) -> None:
         """So many bytes of answers were handed to the session."""
         self._answered_bytes += size
+        if size > _LARGE_BYTES:
+            self._large = True
         self._idle_frames += _EARNED_BY_ANSWER + size * _EARNED_PER_BYTE
         if not self._flush_due:
             self.flush_soon()
 
     def overfull(self) -> bool:
         """The peer leaves too much of its answers untaken."""
-        untaken = self.session.queued() + self.transport.get_write_buffer_size()
-        return bool(untaken > self.server.http2.max_unsent_bytes)
+        return self._untaken() > self.server.http2.max_unsent_bytes
+
+    def _untaken(self) -> int:
+        """Bytes of answers in the session and in the socket's buffer."""
+        return self.session.queued() + int(self.transport.get_write_buffer_size())
+
+    def _count_unsent(self, untaken: int) -> None:
+        self._large = untaken > 0
+        self._unsent = self.server.unsent.moved(self._unsent, untaken)
 
     def flush_soon(self) -> None:
         """Write once per turn of the loop, and not while a read is being handled: its end writes."""
@@ -339,7 +357,10 @@ class Http2Connection(asyncio.Protocol):
         """Write what the session has to say, while the socket takes it."""
         if self._linger is not None or self.transport.is_closing():
             return
-        if not self._write() or (self._early and self._stop_early() and not self._write()):
+        written = self._write() and (not self._early or not self._stop_early() or self._write())
+        if self._large:
+            self._count_unsent(self._untaken())
+        if not written:
             return
         if (self._ending and not self.streams and not self.session.queued()) or self.session.over():
             self._finish(min(_LINGER_S, self.server.settings.discard_s))
@@ -397,7 +418,8 @@ class Http2Connection(asyncio.Protocol):
 
     def _check_progress(self, now: float) -> None:
         """A peer that takes nothing of what waits for it is cut off."""
-        queued = self.session.queued() + self.transport.get_write_buffer_size()
+        queued = self._untaken()
+        self._count_unsent(queued)
         taken = self._answered_bytes - queued
         if not queued or taken != self._stalled_at:
             self._stalled_at, self._stalled_since = taken, now

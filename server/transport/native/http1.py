@@ -173,17 +173,18 @@ class InferCycle:
         self._response, self._decision = response, decision
 
     def finish(self, error: TidegateError | None) -> None:
+        if error is not None:
+            self._fail(error)  # raised, it would be held by its own traceback, and with it what the callers hold
+            return
         try:
-            self._answer(error)
+            self._answer()
         except TidegateError as refusal:
             self._fail(refusal)
         except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._crash(failure)
 
-    def _answer(self, error: TidegateError | None) -> None:
+    def _answer(self) -> None:
         head, request, response = self._head, self._request, self._response
-        if error is not None:
-            raise error
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
         if response is None or request is None or head is None:
@@ -310,6 +311,30 @@ class _Head(NamedTuple):
     length: int | None
 
 
+class KnownHeads:
+    """What heads said, by the bytes they had: for all connections, and bounded. Only those that came twice are kept,
+    so that heads which are never repeated, as with a trace in each, do not drive out the others.
+    """
+
+    __slots__ = ("_known", "_seen", "get")
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, _Head] = {}
+        self._seen: set[int] = set()
+        self.get = self._known.get
+
+    def learn(self, raw: bytes, head: _Head) -> None:
+        mark = hash(raw)
+        if mark not in self._seen:
+            if len(self._seen) >= 2 * _KNOWN_HEADS:
+                self._seen.clear()
+            self._seen.add(mark)
+        elif len(raw) <= _KNOWN_HEAD_BYTES:
+            if len(self._known) >= _KNOWN_HEADS:
+                self._known.clear()
+            self._known[raw] = head
+
+
 class NativeHttp1(HttpProtocol):
     """One connection that speaks HTTP/1.1."""
 
@@ -425,6 +450,8 @@ class NativeHttp1(HttpProtocol):
             head = self._request_head(known)
             if head is not None:
                 self._disarm()
+                self._unset_keepalive_if_required()
+                self._known = known  # as everywhere, that of the newest request taken here: ``_learn`` goes by it
                 repeated = InferCycle(self, not self.server_side.draining)
                 self.cycle = self._started = repeated  # type: ignore[assignment]
                 repeated.repeat(head, data[len(raw) :])
@@ -451,13 +478,12 @@ class NativeHttp1(HttpProtocol):
 
     def _learn(self, raw: bytes, size: int, cycle: InferCycle) -> None:
         """Keep the head of the one request that came, when it alone says how the connection goes on."""
-        known, heads = self._known, self.server_side.heads
+        known = self._known
         if known is None or known.length != size or not cycle.keep_alive or cycle.more_body or self._head_open:
             return
-        if len(raw) <= _KNOWN_HEAD_BYTES:
-            if len(heads) >= _KNOWN_HEADS:
-                heads.clear()
-            heads[raw] = known
+        # A parser may take a line feed alone for the end of a line, and then the head has ended before ``raw`` does.
+        if raw.endswith(b"\r\n\r\n") and raw.count(b"\n") == raw.count(b"\r\n"):
+            self.server_side.heads.learn(raw, known)
 
     def _send_refusal(self, error: TidegateError) -> None:
         super()._send_refusal(error)
@@ -509,7 +535,9 @@ class NativeHttp1(HttpProtocol):
         self._on_due = None
 
     def sweep(self, now: float) -> None:
-        """Once a second: whatever is overdue."""
+        """Once in a while: whatever is overdue, and how far a slow reader has come."""
+        if self._unsent:
+            self._count_unsent(self.transport.get_write_buffer_size())
         expired = self._on_due
         if expired is not None and now >= self._due:
             self._on_due = None
@@ -521,7 +549,8 @@ def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeSer
     if length is not None and length <= server.settings.offload_bytes:
         return False
     header = metadata.get(LENGTH_HEADER)
-    return header is None or not header.isdecimal() or int(header) > server.settings.offload_bytes
+    # More digits than any limit has are too many for ``int``, too.
+    return header is None or not header.isdecimal() or len(header) > 20 or int(header) > server.settings.offload_bytes
 
 
 def _decode(head: RequestHead, body: Buffer, server: NativeServer) -> InferenceRequest:

@@ -19,7 +19,7 @@ from server.transport.http_infer import InferApp
 from server.transport.native import asgi, streams
 from server.transport.native.asgi import AsgiStream
 from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
-from server.transport.native.http1 import NativeHttp1
+from server.transport.native.http1 import KnownHeads, NativeHttp1
 from server.transport.native.metadata import Metadata
 from server.transport.native.session import REFUSED_STREAM, Header
 from server.transport.native.streams import Handler, StreamCall
@@ -31,7 +31,7 @@ from server.transport.rpc.feedback import FeedbackRpcs
 from server.transport.rpc.health import WATCH_PATH, HealthRpcs
 from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
 from server.transport.status import StatusTable
-from server.types import Port, RequestLimits
+from server.types import Port, RequestLimits, Unsent
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER_OVERHEAD: Final = 32
@@ -80,8 +80,9 @@ class NativeServer(HttpServer):
         http2: Http2Settings | None = None,
         statuses: StatusTable | None = None,
         tls: ssl.SSLContext | None = None,
+        unsent: Unsent | None = None,
     ) -> None:
-        super().__init__(served.infer, limits=limits, settings=settings, statuses=statuses, tls=tls)
+        super().__init__(served.infer, limits=limits, settings=settings, statuses=statuses, tls=tls, unsent=unsent)
         self.port = served.port
         self.catalog = served.catalog
         self.infer = served.infer
@@ -91,8 +92,7 @@ class NativeServer(HttpServer):
         #: Stands where requests that nobody awaits keep an event.
         self.no_event = asyncio.Event()
         self.status_ok = b""
-        #: What the heads of requests said, by the bytes they had.
-        self.heads: dict[bytes, Any] = {}
+        self.heads = KnownHeads()
         self._sweeper: asyncio.TimerHandle | None = None
         self._offload = asyncio.Semaphore(self.settings.offload_threads)
         self._log: Any = structlog.get_logger("tidegate.native")

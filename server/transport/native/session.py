@@ -64,7 +64,7 @@ class SessionLimits:
 class Session:
     """The server's side of one connection."""
 
-    __slots__ = ("_connection", "_over")
+    __slots__ = ("_config", "_connection", "_over")
 
     def __init__(self, limits: SessionLimits) -> None:
         config = ngh2.Configuration(
@@ -77,6 +77,7 @@ class Session:
             max_inbound_header_count=_HEADER_SLACK * limits.max_header_bytes // _FIELD_BYTES,
         )
         self._connection = ngh2.Connection(ngh2.Role.SERVER, config)
+        self._config = config
         self._over = False
         self._connection.initiate_connection(
             {
@@ -169,6 +170,11 @@ class Session:
             return self._connection.queued_body_size(stream_id)
         except ngh2.NGH2Error:
             return 0
+
+    def drop(self) -> None:
+        """The socket is gone: hold nothing more of what was to be sent. All streams are gone from now on."""
+        self._over = True
+        self._connection = ngh2.Connection(ngh2.Role.SERVER, self._config)
 
     # --- connection ------------------------------------------------------------------------------------------
 

@@ -272,16 +272,17 @@ class InferCall(UnaryCall):
         self._response, self._decision = response, decision
 
     def finish(self, error: TidegateError | None) -> None:
+        if error is not None:
+            self._fail(error)  # raised, it would be held by its own traceback, and with it what the callers hold
+            return
         try:
-            self._answer(error)
+            self._answer()
         except TidegateError as refusal:
             self._fail(refusal)
         except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the caller
             self.fail(failure)
 
-    def _answer(self, error: TidegateError | None) -> None:
-        if error is not None:
-            raise error
+    def _answer(self) -> None:
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
         if self._response is None:

@@ -29,8 +29,9 @@ from uvicorn.server import ServerState
 from server.errors import InvalidArgument, TidegateError, TooManyRequests
 from server.transport.answers import HttpSettings, error_answer
 from server.transport.faults import HeadersTooLarge, RequestTimeout
+from server.transport.paced import PacedTransport
 from server.transport.status import StatusTable
-from server.types import RequestLimits
+from server.types import RequestLimits, Unsent
 
 #: Counted for each header besides its bytes, as HTTP/2 does: what it costs to hold.
 _HEADER_OVERHEAD: Final = 32
@@ -106,10 +107,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # head, discard: never both
         self._stall: asyncio.TimerHandle | None = None
         self._stalled_at = 0
+        self._paced: PacedTransport | None = None  # over TLS: the transport
+        self._unsent = 0  # bytes of answers counted as waiting for the client
 
     # --- connection -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if transport.get_extra_info("sslcontext") is not None:
+            transport = self._paced = PacedTransport(transport)
         super().connection_made(transport)
         self._answers = _AnswerTransport(transport, self.loop, self._last_answer_sent)
         if len(self.connections) > self._settings.max_connections:
@@ -121,6 +126,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._stall is not None:
             self._stall.cancel()
+        self._count_unsent(0)
+        if self._paced is not None:
+            self._paced.drop()
         super().connection_lost(exc)
         self._server.connection_lost()
 
@@ -344,7 +352,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _idle_expired(self) -> None:
-        self._close_or_abort()
+        if self.flow.write_paused:  # it is not idle yet: it has an answer to read, which ``_stall`` looks after
+            self._arm(self._settings.keep_alive_s, self._idle_expired)
+        else:
+            self._close_or_abort()
 
     def _head_expired(self) -> None:
         if self.flow.read_paused:
@@ -353,7 +364,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(RequestTimeout(f"the request headers did not arrive within {self._settings.head_s:g} s"))
 
     def timeout_keep_alive_handler(self) -> None:
-        self._close_or_abort()
+        self._idle_expired()
 
     def _close_or_abort(self) -> None:
         """``close`` waits for the peer to take what is buffered; a peer that had this long and did not is cut off."""
@@ -363,18 +374,31 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
+        """The socket takes no more. Answers that it takes whole never come here, so nothing is counted for them."""
+        if self._paced is not None:
+            self._paced.pause()
         super().pause_writing()
-        self._stalled_at = self.transport.get_write_buffer_size()
-        self._stall = self.loop.call_later(self._settings.write_stall_s, self._stall_expired)
+        waiting = self.transport.get_write_buffer_size()
+        self._count_unsent(waiting)
+        if self._stall is None:
+            self._stalled_at = waiting
+            self._stall = self.loop.call_later(self._settings.write_stall_s, self._stall_expired)
 
     def resume_writing(self) -> None:
+        if self._paced is not None and not self._paced.resume():
+            return
         super().resume_writing()
+        self._count_unsent(0)
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
 
+    def _count_unsent(self, waiting: int) -> None:
+        self._unsent = self._server.unsent.moved(self._unsent, waiting)
+
     def _stall_expired(self) -> None:
         waiting = self.transport.get_write_buffer_size()
+        self._count_unsent(waiting)
         if waiting >= self._stalled_at:
             self.transport.abort()
             return
@@ -399,8 +423,10 @@ class HttpServer:
         settings: HttpSettings | None = None,
         statuses: StatusTable | None = None,
         tls: ssl.SSLContext | None = None,
+        unsent: Unsent | None = None,
     ) -> None:
         self.limits = limits or RequestLimits()
+        self.unsent = unsent or Unsent()
         self.settings = settings or HttpSettings()
         self.statuses = statuses or StatusTable()
         self.draining = False

@@ -57,6 +57,15 @@ def test_numbers_change_and_nothing_else() -> None:
     agree(document("[ [1,2,3] ]", datatype="INT8"))
 
 
+def test_a_list_behind_json_of_a_known_form_is_no_data() -> None:
+    size = '"parameters":{"binary_data_size":8}'
+    text = f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":[2],{size}}}],"id":"data"}}'.encode()
+    agree(text, struct.pack("<2f", 1, 2))
+    for behind in (b"[]", b"[1]", b"[1,2]"):
+        with pytest.raises(InvalidArgument, match="not valid JSON"):
+            read(text + behind)
+
+
 def test_a_form_is_used() -> None:
     forms = Forms()
     text = document("[1,2,3]")
@@ -105,6 +114,16 @@ def test_what_does_not_fit_a_known_form_is_answered_as_ever(other: str, datatype
     for _ in range(3):
         outcome(document("[1,2,3]", datatype=datatype))
     agree(document(other, datatype=datatype))
+
+
+def test_a_request_without_inputs_has_no_form_to_learn() -> None:
+    forms, text = Forms(), b'{"parameters":{"data":"[1]"},"inputs":[]}'
+    form = form_of(text, has_binary=False)
+    assert form is not None
+    for _ in range(3):
+        forms.learn(form, read(text), 0, LIMITS)
+        assert forms.request(form, text, memoryview(b""), "m", "", LIMITS) is None
+    assert len(forms) == 0
 
 
 def test_integers_beyond_a_double_stay_exact() -> None:

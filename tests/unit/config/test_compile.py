@@ -54,7 +54,7 @@ server:
   auth: {admin_token: "${T}"}
   limits: {max_body: 1MiB, max_headers: 2KiB, max_id: 3B, max_json_depth: 4, max_inputs: 5, max_outputs: 6, max_dims: 7,
            max_parameters: 8, max_chunks: 9, max_pending: 10, max_connections: 11, max_concurrent_streams: 12,
-           overload_status: 429}
+           overload_status: 429, max_unsent: 13KiB}
   connections: {idle: 5s, ping_after: 6s, ping_timeout: 7s, max_age: 1h}
   strict_json: true
   codec: {process: false, offload_over: 1KiB}
@@ -88,6 +88,7 @@ capture: {sample: 1%}
     assert (settings.idle_s, settings.ping_after_s, settings.ping_timeout_s) == (5, 6, 7)
     assert settings.max_connection_age_s == 3600
     assert (settings.codec_process, settings.offload_bytes) == (False, 1024)
+    assert settings.max_unsent_bytes == 13 * 1024
     assert (settings.max_pending, settings.max_connections, settings.max_concurrent_streams) == (10, 11, 12)
     assert (settings.workers, settings.in_process, settings.transport) == (3, True, "reference")
     assert (settings.drain_seconds, settings.state_dir) == (1.5, Path("/conf/state"))

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.config.load import MAX_BYTES, load_config, parse_config
+from server.config.load import MAX_BYTES, load_config, parse_config, unloadable
 from server.config.model import Config
 from server.config.problems import InvalidConfig, Problem
-from server.errors import ConfigError
+from server.errors import ConfigError, ModelLoadError
 
 HEAD = "apiVersion: tidegate/v1\n"
 
@@ -156,6 +156,35 @@ def test_each_reported_place_holds_what_is_complained_about() -> None:
     assert at["models.ranker.runtime.providers[1]"] == "gpu]"
     assert at["models.fraud.batching.buckets.ids[1]"] == "32]}"
     assert at["server.nmae"] == "nmae: gateway"
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "place", "key"),
+    [
+        ("m", "2", (4, 38), 'models.m.versions."2".source'),
+        ("m", "3", (2, 11), "models.m"),
+        ("n", "", (6, 16), "models.n.source"),
+        ("n", "1", (6, 16), "models.n.source"),
+        ("o", "1", (7, 12), "models.o"),
+        ("elsewhere", "1", (0, 0), ""),
+        ("", "", (0, 0), ""),
+    ],
+)
+def test_a_failed_load_has_the_place_that_asked_for_it(
+    model: str, version: str, place: tuple[int, int], key: str
+) -> None:
+    text = """apiVersion: tidegate/v1
+models: { m: {
+            versions: {"1": {source: a.onnx},
+                       "2": {source: b.onnx}}},
+          n: {
+       source: c.onnx},
+           o: {model: m}}
+"""
+    parse_config(text)
+    refused = unloadable(ModelLoadError("It is down.", model=model, version=version), text, path="t.yaml")
+    assert refused.problems == [Problem("t.yaml", *place, key, "It is down.")]
+    assert (refused.message, refused.model, refused.version) == ("It is down.", model, version)
 
 
 def test_the_smallest_file() -> None:

@@ -59,9 +59,21 @@ def test_every_key_of_every_model_is_there() -> None:
 
 
 def _models() -> dict[str, type[BaseModel]]:
-    from server.config import capture, gates, mlflow, model, monitor_sections, retrain, rollout_section, sinks
+    from server.config import (
+        capture,
+        gates,
+        mlflow,
+        model,
+        monitor_sections,
+        retrain,
+        rollout_section,
+        routing_sections,
+        sinks,
+    )
 
-    modules = (model, capture, gates, mlflow, monitor_sections, rollout_section, retrain, sinks)
+    modules = (
+        model, capture, gates, mlflow, monitor_sections, rollout_section, routing_sections, retrain, sinks,
+    )  # fmt: skip
     named = [found for module in modules for found in vars(module).values()]
     kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, BaseModel))
     return {kind.__name__: kind for kind in kinds}

@@ -36,13 +36,16 @@ def test_what_is_written_is_read_and_its_audit_with_it(state: State) -> None:
     assert isinstance(state.audit.verify(), Verified)
 
 
-def test_a_failed_digest_is_cleared_by_name(state: State) -> None:
+def test_what_has_ended_is_cleared_by_name(state: State) -> None:
     store = RolloutStore(state.store, state.audit)
     store.save(ROW)
     assert ROW.failed_attempt() is None
-    with pytest.raises(NotFound, match="no rollout 'r1' that failed"):
+    with pytest.raises(NotFound, match="no rollout 'r1' that has ended"):
         store.clear("r1", "ada", "")
-    store.save(replace(ROW, failed_ns=9))
+    store.save(replace(ROW, state="aborted", open=False))  # of an alias, it is not tried again before that
+    store.clear("r1", "ada", "a mistake")
+    assert store.all()[0].cleared
+    store.save(replace(ROW, failed_ns=9, open=False))
     store.clear("r1", "ada", "looked into it")
     (row,) = store.all()
     assert row.failed_attempt() == FailedAttempt("r1", "d", 9, 60, cleared=True)

@@ -41,6 +41,18 @@ def test_who_has_a_dead_ones_number_is_another() -> None:
     assert is_gone(f"{host}:{pid}:{int(started) + 1}:{word}")
 
 
+def test_who_cannot_look_takes_nobody_for_dead() -> None:
+    """A process without a free descriptor, which asks about itself."""
+    ask = (
+        "import os, resource; from server.delivery.owners import is_gone, own_name\n"
+        "name = own_name(); last = os.open(os.devnull, os.O_RDONLY)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))\n"
+        "print(is_gone(name))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
 @pytest.mark.parametrize("name", ["", "me", "elsewhere:1:2:3", "a:b", "{0}", "{0}:x:1:2", "{0}:1::2", "{0}:999999:abc"])
 def test_of_others_nothing_is_known(name: str) -> None:
     assert not is_gone(name.format(own_name().partition(":")[0]))

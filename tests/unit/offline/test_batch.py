@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from server.errors import ConfigError, FailedPrecondition, InvalidArgument, TidegateError
+from server.errors import ConfigError, FailedPrecondition, InvalidArgument, NotFound, TidegateError
 from server.offline.batch import BatchReport, BatchSettings, run_batch
 from server.offline.chunks import read_chunks
 from server.offline.models import Found, find_model
@@ -310,8 +310,9 @@ def test_a_model_that_does_not_batch_is_run_row_by_row(tmp_path: Path) -> None:
 
 
 def test_a_registry_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="no state folder"):
+    with pytest.raises(NotFound, match=r"no gateway's state in .*none"):
         find_model("fraud", tmp_path / "none")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(InvalidArgument, match="no model file"):
         find_model(str(tmp_path / "none.onnx"), tmp_path)
 

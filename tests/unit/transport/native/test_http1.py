@@ -111,6 +111,37 @@ def test_a_head_is_read_anew_whenever_it_differs(server: Running) -> None:
     assert settled(server)
 
 
+def test_a_known_head_stops_the_timer_of_what_went_to_the_app(quick: Running) -> None:
+    """The app's answer armed one; a connection in use is not closed by it."""
+    with Wire(at(quick)) as wire:
+        for request in (infer("affine", 1.0), GET):
+            wire.send(request)
+            assert kind(wire.answer()) != "none"
+        until = time.monotonic() + 1.5 * QUICK.keep_alive_s
+        while time.monotonic() < until:
+            wire.send(infer("affine", 1.0))
+            assert kind(wire.answer()) == "infer [3.0]"
+            time.sleep(0.05)
+
+
+def test_a_head_that_offered_an_upgrade_is_kept_as_what_it_says(server: Running) -> None:
+    """Without the offer it is a known head; it is not taken for the one that was read before on the connection."""
+    offered = {"Connection": "upgrade", "X-Which": "offer"}
+    plain = "connection: upgrade\r\nx-which: offer\r\n"
+    body = infer("nobody", 1.0).partition(b"\r\n\r\n")[2]
+    head = f"POST /v2/models/nobody/infer HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n{plain}\r\n"
+    offering = infer("nobody", 1.0, headers={**offered, "Upgrade": "h2c"})
+    with Wire(at(server)) as wire:
+        for request, wanted in (
+            (head.encode() + body, "error"),
+            (infer("affine", 1.0), "infer [3.0]"),
+            (offering, "error"),
+            (offering, "error"),
+        ):
+            wire.send(request)
+            assert kind(wire.answer()) == wanted
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_the_last_answer_says_so(server: Running, version: str) -> None:
     raw = infer() if version == "1.1" else infer().replace(b"HTTP/1.1", b"HTTP/1.0")

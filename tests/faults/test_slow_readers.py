@@ -1,0 +1,321 @@
+"""Answers that nobody reads: what they hold is seen and bounded over all connections, and given back at their end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import cast
+
+import grpc
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from server._pb import inference_pb2 as pb
+from server.transport.answers import HttpSettings
+from server.transport.native.server import NativeServer
+from tests.support import http2, models, pki
+from tests.support.echo import Running, running
+from tests.support.http2 import Http2Wire, opened
+from tests.support.metrics import samples, total, wait_total
+from tests.support.server import Server, serving
+from tests.support.v2 import tensor
+from tests.support.wire import Wire, post
+
+MIB = 1 << 20
+ANSWER = 16 * MIB  # more than the buffers of sockets take
+BOUND = 24 * MIB
+READERS = 8
+PATIENCE_S = 20.0
+
+
+def until(reached: Callable[[], bool]) -> bool:
+    """Whether it is within ``PATIENCE_S``."""
+    end, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while not reached() and time.monotonic() < end:
+        pause.wait(0.05)
+    return reached()
+
+
+def wide(path: Path) -> Path:
+    """``y`` = ``x`` [1, 1], repeated: a large answer to a small request."""
+    return models.save(
+        path,
+        [helper.make_node("Expand", ["x", "shape"], ["y"])],
+        [("x", TensorProto.FLOAT, [1, 1])],
+        [("y", TensorProto.FLOAT, [1, ANSWER // 4])],
+        {"shape": np.array([1, ANSWER // 4], np.int64)},
+    )
+
+
+def body_of(model: str) -> bytes:
+    width = 1 if model == "wide" else 4
+    inputs = [tensor("x", "FP32", [1, width], [3.0] * width)]
+    return json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+
+
+def message(model: str) -> bytes:
+    width = 1 if model == "wide" else 4
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, width])
+    request.raw_input_contents.append(np.full(width, 3, "<f4").tobytes())
+    return request.SerializeToString()
+
+
+def resident(server: Server) -> int:
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class House:
+    """A server, and what its clients trust if it speaks TLS."""
+
+    server: Server
+    authority: Path | None
+
+    def reader(self) -> Reader:
+        context = None if self.authority is None else ssl.create_default_context(cafile=str(self.authority))
+        return Reader(self.server.http, context)
+
+    def http(self, model: str) -> tuple[HTTPResponse, bytes]:
+        """A request of a client that reads."""
+        with self.reader() as reader:
+            reader.ask(model)
+            return reader.read()
+
+    def grpc(self, model: str) -> bytes:
+        """Likewise. Raises grpc.RpcError."""
+        options = [("grpc.max_receive_message_length", -1)]
+        if self.authority is None:
+            channel = grpc.insecure_channel(self.server.grpc, options)
+        else:
+            trust = grpc.ssl_channel_credentials(self.authority.read_bytes())
+            channel = grpc.secure_channel(self.server.grpc, trust, options)
+        with channel:
+            answer: bytes = channel.unary_unary(http2.INFER)(message(model), timeout=PATIENCE_S)
+            return answer
+
+    def unsent(self) -> float:
+        return total(self.server, "tidegate_unsent_bytes")
+
+    def refused(self) -> float:
+        return samples(self.server, "tidegate_rejected_total").get('{reason="too_many_requests"}', 0.0)
+
+
+class Reader:
+    """A client of HTTP/1.1 that reads when it is told to."""
+
+    def __init__(self, address: str, context: ssl.SSLContext | None) -> None:
+        host, _, port = address.rpartition(":")
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(PATIENCE_S)
+        plain.connect((host, int(port)))
+        self._connection = HTTPConnection(host, int(port))
+        self._connection.sock = plain if context is None else context.wrap_socket(plain, server_hostname=host)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(self, model: str) -> None:
+        self._connection.request("POST", f"/v2/models/{model}/infer", body_of(model))
+
+    def read(self) -> tuple[HTTPResponse, bytes]:
+        response = self._connection.getresponse()
+        return response, response.read()
+
+
+@pytest.fixture(scope="module", params=["native", "native over TLS", "reference"])
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    root, own = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("own")
+    models.affine(root / "affine" / "1" / "model.onnx")
+    wide(root / "wide" / "1" / "model.onnx")
+    (root / "wide" / "config.pbtxt").write_text('name: "wide"\nmax_batch_size: 0\n')
+    text = f"apiVersion: tidegate/v1\nserver:\n  limits: {{max_unsent: {BOUND // MIB}MiB}}\n"
+    authority = None
+    if "TLS" in request.param:
+        pki.usual(own)
+        authority = own / "ca.pem"
+        text += f"  tls: {{certificate: {own}/server.pem, private_key: {own}/server.key}}\n"
+    (own / "tidegate.yaml").write_text(text)
+    args = [str(own / "tidegate.yaml"), "--model-repository", str(root), "--state-dir", str(own / "state")]
+    with serving(*args, "--transport", request.param.split()[0]) as server:
+        yield House(server, authority)
+
+
+def test_unread_answers_fill_a_bound_and_readers_empty_it(house: House) -> None:
+    refused = house.refused()
+    with ExitStack() as stack:
+        readers = [stack.enter_context(house.reader()) for _ in range(READERS)]
+        for reader in readers:
+            reader.ask("wide")  # all at once: most are admitted before the first is answered
+        assert until(lambda: house.unsent() > BOUND and total(house.server, "tidegate_requests_in_flight") == 0)
+        assert house.unsent() < BOUND + 2 * ANSWER
+
+        response, body = house.http("affine")
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        assert "wait for their readers" in json.loads(body)["error"]
+        with pytest.raises(grpc.RpcError) as over_grpc:
+            house.grpc("affine")
+        assert over_grpc.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "wait for their readers" in str(over_grpc.value.details())
+
+        answers = [reader.read() for reader in readers]  # and what they took is whole, slow as they were
+    statuses = [response.status for response, _ in answers]
+    assert set(statuses) == {200, 503}
+    for response, body in answers:
+        size = int(response.headers.get("Inference-Header-Content-Length", 0))
+        assert response.status == 503 or body[size:] == np.full(ANSWER // 4, 3, "<f4").tobytes()
+    assert house.refused() == refused + statuses.count(503) + 2
+    assert until(lambda: house.unsent() == 0)
+    assert house.http("affine")[0].status == 200
+    assert house.grpc("affine")
+
+
+def test_readers_that_leave_give_back_what_they_held(house: House) -> None:
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(house.reader()).ask("wide")
+        assert until(lambda: house.unsent() > ANSWER)
+    wait_total(house.server, "tidegate_unsent_bytes", 0)
+
+
+def test_what_was_held_goes_with_its_readers(house: House) -> None:
+    """Answers that were refused too: nothing waits for the collector to come round."""
+    before, growth = resident(house.server), 2 * ANSWER
+    with ExitStack() as stack:
+        for _ in range(READERS):
+            stack.enter_context(house.reader()).ask("wide")
+        assert until(lambda: total(house.server, "tidegate_requests_in_flight") == 0 and house.unsent() > BOUND)
+    assert until(lambda: house.unsent() == 0 and resident(house.server) - before < growth), (
+        resident(house.server) - before
+    )
+
+
+def test_answers_that_are_read_are_not_held(house: House) -> None:
+    for _ in range(3):
+        assert house.http("wide")[0].status == 200
+        assert len(house.grpc("wide")) > ANSWER
+    wait_total(house.server, "tidegate_unsent_bytes", 0)
+
+
+# --- HTTP/2: what waits in the session ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native(request: pytest.FixtureRequest) -> Iterator[Running]:
+    settings = HttpSettings(write_stall_s=getattr(request, "param", 30.0))
+    with running(transport="native", http=settings) as started:
+        yield started
+
+
+def held(server: Running) -> int:
+    """Over both listeners."""
+    return server.http_server.unsent.total + cast("NativeServer", server.grpc_server).unsent.total
+
+
+def echoed(size: int) -> bytes:
+    request = pb.ModelInferRequest(model_name="echo")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, size // 4])
+    request.raw_input_contents.append(bytes(size))
+    return http2.grpc_message(request.SerializeToString())
+
+
+def test_a_window_that_stays_closed_holds_its_answer(native: Running) -> None:
+    """Not a byte of it has left the session."""
+    own = {http2.INITIAL_WINDOW_SIZE: 0}
+    with Http2Wire(native.grpc, own, generous=False) as wire:
+        wire.send(opened(1))
+        wire.upload(1, echoed(4 * MIB))
+        assert until(lambda: held(native) > 4 * MIB)
+        wire.send(http2.window(0, 8 * MIB) + http2.window(1, 2 * MIB))
+        assert until(lambda: 2 * MIB < held(native) < 3 * MIB)
+        wire.send(http2.window(1, 4 * MIB))
+        assert wire.answer(1).status == "0"
+        assert until(lambda: held(native) == 0)
+
+
+def test_a_session_without_its_connection_holds_nothing(native: Running) -> None:
+    """Connections are known to what they call back: they stay until the collector comes round."""
+    with Http2Wire(native.grpc, {http2.INITIAL_WINDOW_SIZE: 0}, generous=False) as wire:
+        wire.send(opened(1))
+        wire.upload(1, echoed(4 * MIB))
+        assert until(lambda: held(native) > 4 * MIB)
+        (connection,) = cast("NativeServer", native.grpc_server).live
+    assert until(lambda: held(native) == 0)
+    assert native.call(connection.session.queued) == 0
+    assert not native.call(lambda: connection.session.head(1, []))
+
+
+def test_many_small_answers_are_seen_too(native: Running) -> None:
+    """Each is too small to be counted by itself."""
+    own = {http2.INITIAL_WINDOW_SIZE: 0}
+    with Http2Wire(native.grpc, own, generous=False) as wire:
+        for stream_id in range(1, 201, 2):
+            wire.send(opened(stream_id))
+            wire.upload(stream_id, echoed(20_000))
+        assert until(lambda: held(native) > 2_000_000)
+        for stream_id in range(1, 201, 2):
+            wire.send(http2.reset(stream_id))
+        assert until(lambda: held(native) == 0)
+
+
+@pytest.mark.parametrize("native", [1.0], indirect=True)
+def test_who_is_cut_off_over_http2_holds_nothing(native: Running) -> None:
+    own = {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}
+    with Http2Wire(native.grpc, own, receive_buffer=4096, generous=False) as wire:
+        wire.send(http2.window(0, 2**30) + opened(1))
+        wire.upload(1, echoed(16 * MIB))
+        assert until(lambda: held(native) > 4 * MIB)
+        assert until(lambda: held(native) == 0)
+        wire.closed()
+
+
+# --- HTTP/1.1 -----------------------------------------------------------------------------------------------------
+
+
+def large_request() -> bytes:
+    """Answered with what it says: 16 MiB."""
+    values = bytes(16 * MIB)
+    sizes = {"shape": [1, len(values) // 4], "parameters": {"binary_data_size": len(values)}}
+    inputs = {"name": "x", "datatype": "FP32", **sizes}
+    head = json.dumps({"inputs": [inputs], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    return post("/v2/models/echo/infer", head + values, headers)
+
+
+@pytest.mark.parametrize("native", [1.0], indirect=True)
+def test_who_is_cut_off_over_http1_holds_nothing(native: Running) -> None:
+    with Wire(f"{native.http[0]}:{native.http[1]}", receive_buffer=4096) as wire:
+        wire.send(large_request())
+        assert until(lambda: held(native) > 4 * MIB)
+        assert until(lambda: held(native) == 0)
+        assert wire.closed()
+
+
+@pytest.mark.parametrize("transport", ["native", "reference"])
+def test_an_answer_that_is_read_longer_than_a_connection_may_be_idle_is_whole(transport: str) -> None:
+    settings = HttpSettings(keep_alive_s=0.4)
+    with running(transport=transport, http=settings) as server:
+        with Wire(f"{server.http[0]}:{server.http[1]}", receive_buffer=4096) as wire:
+            wire.send(large_request())
+            assert until(lambda: server.http_server.unsent.total > 4 * MIB)
+            threading.Event().wait(1.5)  # as a slow link would; well under what counts as a stall
+            answer = wire.answer()
+            assert answer is not None
+            assert len(answer.body) > 16 * MIB
+            assert wire.closed()  # idle now
+        assert server.http_server.unsent.total == 0
