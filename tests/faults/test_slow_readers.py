@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from server._pb import inference_pb2 as pb
+from server.errors import QueueFull
 from server.transport.answers import HttpSettings
 from server.transport.native.server import NativeServer
+from server.types import InferenceRequest, Permit, Reply
 from tests.support import http2, models, pki
-from tests.support.echo import Running, running
+from tests.support.echo import EchoPort, EchoTicket, Running, running
 from tests.support.http2 import Http2Wire, opened
 from tests.support.metrics import samples, total, wait_total
 from tests.support.server import Server, serving
@@ -210,6 +214,38 @@ def test_answers_that_are_read_are_not_held(house: House) -> None:
         assert house.http("wide")[0].status == 200
         assert len(house.grpc("wide")) > ANSWER
     wait_total(house.server, "tidegate_unsent_bytes", 0)
+
+
+class Refusing(EchoPort):
+    """Refuses what was admitted, and remembers with what."""
+
+    refusal: weakref.ref[QueueFull]
+
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> EchoTicket:
+        error = QueueFull("full")
+        self.refusal = weakref.ref(error)
+        reply.finish(error)
+        return EchoTicket(self, request, reply)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_refusal_is_not_held_by_its_own_traceback(protocol: str) -> None:
+    """It would keep the frames that led to it, and with them the request and its answer."""
+    gc.disable()
+    try:
+        with running(transport="native", port=Refusing) as server:
+            if protocol == "http":
+                with Wire(f"{server.http[0]}:{server.http[1]}") as wire:
+                    wire.send(post("/v2/models/affine/infer", body_of("affine")))
+                    answer = wire.answer()
+                    assert answer is not None
+                    assert answer.status == 503
+            else:
+                with Http2Wire(server.grpc) as wire2:
+                    assert wire2.call(1, message("affine")).status == "14"
+            assert until(lambda: cast("Refusing", server.port).refusal() is None)
+    finally:
+        gc.enable()
 
 
 # --- HTTP/2: what waits in the session ----------------------------------------------------------------------------
