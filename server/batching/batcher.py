@@ -6,8 +6,9 @@ to ``assemble`` how tensors are joined, and to the transports what an answer loo
 **Gathering.** ``submit`` only queues and asks for a flush at the end of the loop's turn, so all requests that were
 read in one turn meet in one batch. Batches of a short model run on the loop itself (``inline``): one per turn, so
 that the loop reads what has arrived in between. Longer ones run on one thread per engine instance; the loop is woken
-once per finished batch, gives the instance its next batch first, and then answers. A moving estimate of the run time
-moves a model from one to the other.
+once per finished batch. The way to the loop and back takes a good part of a millisecond, more where the loop is at
+work and has the interpreter: while requests make up full batches, the next one lies ready before a thread asks for
+it. A moving estimate of the run time moves a model from the loop to the threads and back.
 
 **Threads.** Everything but ``_work``, ``_execute`` and ``close`` happens on the loop's thread. Between the hand-off of
 a batch and the wake its thread reads the members' inputs and sets their outputs; the loop touches neither meanwhile.
@@ -44,6 +45,8 @@ from server.types import Buffer, Clock, Tensor
 INLINE_NS: Final = 300_000
 #: A batch this long (ns) holds up the loop's other connections; between the two the model stays where it is.
 THREAD_NS: Final = 1_000_000
+#: Batches of a run this long (ns) are not handed out ahead: there is little to gain, and members could not expire.
+AHEAD_NS: Final = 50_000_000
 
 #: What a refused caller is told to wait.
 _RETRY_AFTER_S: Final = 1.0
@@ -134,10 +137,11 @@ class _Execution:
     """A batch on its way through the engine. Phase ends are 0 when the phase was not reached."""
 
     id: int
-    slot: int
+    slot: int  # the planner's number for it
     members: list[Work]
-    started_ns: int
-    queue_ns: int
+    instance: int = 0  # which engine instance ran it
+    started_ns: int = 0
+    queue_ns: int = 0
     rows: int = 0
     assembled_ns: int = 0
     computed_ns: int = 0
@@ -149,7 +153,7 @@ class _Execution:
         computed_ns = self.computed_ns or self.finished_ns
         return BatchRecord(
             id=self.id,
-            instance=self.slot,
+            instance=self.instance,
             rows=self.rows,
             members=len(self.members),
             started_ns=self.started_ns,
@@ -198,7 +202,10 @@ class Batcher:
         self._planner: Planner[Work] = Planner(limits_for(engine.spec, options, engine.instances))
         self._run_ns = engine.run_ns
         self._inline = engine.instances == 1 and engine.run_ns < INLINE_NS
-        self._workers: list[tuple[Thread, SimpleQueue[_Execution | None]]] = []
+        self._workers: list[Thread] = []
+        #: Batches for whichever worker is free next; never more than two for each.
+        self._executions: SimpleQueue[_Execution | None] = SimpleQueue()
+        self._may_look_ahead = not options.priority_levels
         #: All unanswered members in order of submission, where the order of answers is to be kept.
         self._order: deque[Work] | None = deque() if options.preserve_ordering else None
         self._unanswered = 0
@@ -209,6 +216,7 @@ class Batcher:
         self._closed = False
         if not self._inline:
             self._start_workers()
+            self._look_ahead(engine.run_ns)
 
     # --- for the gateway -------------------------------------------------------------------------------------
 
@@ -284,9 +292,9 @@ class Batcher:
         if self._planner.waiting():
             raise RuntimeError(f"{self._planner.waiting()} requests still wait: drain before closing")
         self._closed = True
-        for _, executions in self._workers:
-            executions.put(None)
-        for thread, _ in self._workers:
+        for _ in self._workers:
+            self._executions.put(None)
+        for thread in self._workers:
             thread.join()
         with suppress(RuntimeError):  # the loop may be closed already, and its timers with it
             self._call_soon_threadsafe(self._drop_timer)
@@ -344,54 +352,48 @@ class Batcher:
     def _run(self, run: Run[Work]) -> None:
         execution = self._begin(run)
         if self._inline:
-            self._execute(execution)
+            self._execute(execution, 0)
             self._answer_all(execution, self._release(execution))
             self._flush_soon()
         else:
-            self._workers[run.slot][1].put(execution)
+            self._executions.put(execution)
 
     def _begin(self, run: Run[Work]) -> _Execution:
-        now = self._clock()
         self._batches += 1
-        waited_ns = 0
-        for work in run.members:
-            if not work.started_ns:
-                work.started_ns = now
-                waited_ns += now - work.enqueued_ns
-        return _Execution(self._batches, run.slot, run.members, now, waited_ns)
+        return _Execution(self._batches, run.slot, run.members)
 
     def _start_workers(self) -> None:
-        """One thread per engine instance, each with a queue of its own (never longer than one batch). Idempotent."""
-        for slot in range(len(self._workers), self._engine.instances):
-            executions: SimpleQueue[_Execution | None] = SimpleQueue()
-            name = f"tidegate-{self._engine.spec.name}-{slot}"
-            thread = Thread(target=self._work, args=(executions,), name=name, daemon=True)
+        """One thread per engine instance. Idempotent."""
+        for instance in range(len(self._workers), self._engine.instances):
+            name = f"tidegate-{self._engine.spec.name}-{instance}"
+            thread = Thread(target=self._work, args=(instance,), name=name, daemon=True)
             thread.start()
-            self._workers.append((thread, executions))
+            self._workers.append(thread)
 
-    def _work(self, executions: SimpleQueue[_Execution | None]) -> None:
+    def _work(self, instance: int) -> None:
         """A worker thread: one batch after the other, one wake of the loop for each."""
-        while (execution := executions.get()) is not None:
-            self._execute(execution)
+        while (execution := self._executions.get()) is not None:
+            self._execute(execution, instance)
             try:
                 self._call_soon_threadsafe(self._finished, execution)
             except RuntimeError:
                 return  # the loop is closed: nobody is left to be answered
             del execution  # an idle worker keeps no tensors
 
-    def _execute(self, execution: _Execution) -> None:
+    def _execute(self, execution: _Execution, instance: int) -> None:
         """Assemble, compute, split. Never raises: the outcome is in the execution, the outputs in its members."""
         members, clock = execution.members, self._clock
+        execution.instance, execution.started_ns = instance, clock()
         try:
             batch = self._layout.join(members)
             execution.rows = batch.rows
             execution.assembled_ns = clock()
-            outputs = self._engine.run(execution.slot, batch)
+            outputs = self._engine.run(instance, batch)
             execution.computed_ns = clock()
             for work, share in zip(members, self._layout.split(members, outputs), strict=True):
                 work.outputs = share
             if (taps := self.taps) is not None:
-                taps[execution.slot].offer(batch.rows, batch.parts, outputs, execution.computed_ns, self.arm)
+                taps[instance].offer(batch.rows, batch.parts, outputs, execution.computed_ns, self.arm)
         except TidegateError as error:
             execution.error = error.with_traceback(None)  # its frames would keep the batch alive
         except MemoryError:
@@ -415,11 +417,25 @@ class Batcher:
             members = self._planner.finish(execution.slot)
         else:
             members = self._planner.fail(execution.slot, divide=execution.error.divides)
+        self._note_start(execution)
         record = execution.record()
         self._learn(record.compute_ns)
         if self._on_batch is not None:
             self._call_back(self._on_batch, record)
         return members
+
+    def _note_start(self, execution: _Execution) -> None:
+        """Its members' first start, and the sum of their waits."""
+        started_ns = execution.started_ns
+        for work in execution.members:
+            if not work.started_ns:
+                work.started_ns = started_ns
+                execution.queue_ns += started_ns - work.enqueued_ns
+
+    def _look_ahead(self, compute_ns: int) -> None:
+        """Have full batches handed out before their time, or not."""
+        worthwhile = self._may_look_ahead and not self._inline and INLINE_NS <= compute_ns < AHEAD_NS
+        self._planner.ahead = self._engine.instances if worthwhile else 0
 
     def _learn(self, compute_ns: int) -> None:
         """Move between loop and thread as the moving estimate of the run time says (weight of the newest: 1/8).
@@ -433,8 +449,9 @@ class Batcher:
             except RuntimeError:
                 return  # the system has no thread to spare: stay on the loop
             self._inline = False
-        elif not self._inline and self._run_ns < INLINE_NS:
+        elif not self._inline and self._run_ns < INLINE_NS and not self._planner.running():
             self._inline = self._engine.instances == 1
+        self._look_ahead(compute_ns)
 
     # --- answering -------------------------------------------------------------------------------------------
 

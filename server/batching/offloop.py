@@ -22,6 +22,7 @@ class OffLoopBatcher(Batcher):
         super().__init__(*arguments, **options)
         self._close_seconds = close_seconds
         self._inline = False
+        self._planner.ahead = 0  # a call may be cancelled or expire until the moment it is sent
         self._start_workers()
 
     def close(self) -> None:
@@ -29,10 +30,10 @@ class OffLoopBatcher(Batcher):
         if self._planner.waiting():
             raise RuntimeError(f"{self._planner.waiting()} requests still wait: drain before closing")
         self._closed = True
-        for _, executions in self._workers:
-            executions.put(None)
+        for _ in self._workers:
+            self._executions.put(None)
         end = time.monotonic() + self._close_seconds
-        for thread, _ in self._workers:
+        for thread in self._workers:
             thread.join(max(0.0, end - time.monotonic()))
         with suppress(RuntimeError):  # the loop may be closed already, and its timers with it
             self._call_soon_threadsafe(self._drop_timer)
@@ -42,7 +43,7 @@ class OffLoopBatcher(Batcher):
 
         The threads are daemons: they keep no process from ending.
         """
-        return any(thread.is_alive() for thread, _ in self._workers)
+        return any(thread.is_alive() for thread in self._workers)
 
     def _learn(self, compute_ns: int) -> None:
         """However short its runs are, this engine stays off the loop."""

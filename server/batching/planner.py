@@ -5,10 +5,14 @@ members of different groups never do), inside the group in the *lane* of its pri
 lanes: the members within their queue timeout, and behind them those that a DELAY policy has put back. Lanes are
 first in, first out and are taken in order of priority.
 
-An engine instance is a *slot*. Whenever a slot is free, ``tick`` fills it from the group whose foremost member
-stands in the most urgent lane, the oldest first, so that no row plan starves another. A group is *ready* at once,
-unless a queue delay is set: then it is ready when it fills a batch, reaches a preferred size, or holds a *ripe*
-member, one that has waited for the whole delay.
+Each engine instance runs one batch at a time. Whenever one is free, ``tick`` gives it a batch of the group whose
+foremost member stands in the most urgent lane, the oldest first, so that no row plan starves another. A group is
+*ready* at once, unless a queue delay is set: then it is ready when it fills a batch, reaches a preferred size, or
+holds a *ripe* member, one that has waited for the whole delay.
+
+While all instances are busy, up to ``ahead`` batches are handed out before their time, so that an instance goes on
+without a turn of the loop in between. Only full ones: nobody who came later could have joined them. Their members
+cannot expire any more, and more urgent ones come behind them.
 
 A member's life::
 
@@ -74,7 +78,7 @@ class Reason(Enum):
 
 @dataclass(slots=True)
 class Run(Generic[M]):
-    """Run these members in this slot, then call ``finish(slot)`` or ``fail(slot)``."""
+    """Run these members, in order of runs, when an instance is free; then call ``finish(slot)`` or ``fail(slot)``."""
 
     slot: int
     members: list[M]
@@ -184,6 +188,8 @@ class Planner(Generic[M]):
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        #: Full batches to hand out while all instances are busy; at most as many as there are instances.
+        self.ahead = 0
         self._fill = max(limits.preferred, default=limits.max_rows)
         self._levels: dict[int, _Level] = {}
         self._groups: dict[Hashable, _Group[M]] = {}
@@ -196,7 +202,7 @@ class Planner(Generic[M]):
         self._timed: dict[int, M] = {}
         self._timers: list[tuple[int, int]] = []
         self._wake_ns = 0  # the WakeAt that is out; 0 = none
-        self._free = list(range(limits.slots))[::-1]
+        self._free = list(range(2 * limits.slots))[::-1]
         self._running: dict[int, list[M]] = {}
         self._pieces: deque[list[M]] = deque()  # parts of failed batches, to run before anything else
 
@@ -210,6 +216,10 @@ class Planner(Generic[M]):
         """Members in batches that run or are to be run again, cancelled ones among them."""
         return sum(map(len, self._running.values())) + sum(map(len, self._pieces))
 
+    def running(self) -> int:
+        """Batches that have been handed out and not settled."""
+        return len(self._running)
+
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not (self._waiting or self._running or self._pieces)
@@ -221,8 +231,8 @@ class Planner(Generic[M]):
         return waiting + [member for member in taken if member.state == TAKEN]
 
     def wants_tick(self) -> bool:
-        """A tick could do something: fill a free slot, or ask for an earlier wake."""
-        if self._free and (self._waiting or self._pieces):
+        """A tick could do something: hand out a batch, or ask for an earlier wake."""
+        if len(self._running) < self._limits.slots + self.ahead and (self._waiting or self._pieces):
             return True
         return bool(self._timers) and (not self._wake_ns or self._timers[0][0] < self._wake_ns)
 
@@ -258,10 +268,10 @@ class Planner(Generic[M]):
         return self.tick(now)
 
     def tick(self, now: int) -> list[Action[M]]:
-        """Expire what is due, then fill every free slot. Runs come first among the actions."""
+        """Expire what is due, then give every free instance a batch. Runs come first among the actions."""
         expired = self._fire(now) if self._timers else []
         actions: list[Action[M]] = []
-        while self._free and (members := self._next_piece() or self._compose()):
+        while members := self._next_batch():
             slot = self._free.pop()
             self._running[slot] = members
             actions.append(Run(slot, members))
@@ -389,10 +399,19 @@ class Planner(Generic[M]):
                 return group
         return None
 
-    def _compose(self) -> list[M]:
-        """Take the members of the next batch out of the queue; empty when no group is ready."""
+    def _next_batch(self) -> list[M]:
+        """The members of the batch that is to be handed out now; empty when there is none."""
+        running = len(self._running)
+        if running < self._limits.slots:
+            return self._next_piece() or self._compose()
+        if running < self._limits.slots + self.ahead and not self._pieces:
+            return self._compose(self._fill)
+        return []
+
+    def _compose(self, least_rows: int = 0) -> list[M]:
+        """Take the members of the next batch out of the queue; empty when its group is not ready or has fewer rows."""
         group = self._first_ready()
-        if group is None:
+        if group is None or group.rows < least_rows:
             return []
         members = self._choose(group)
         self._remove(group, members)

@@ -90,7 +90,8 @@ class Twin:
     def ripe(self, item: Item, now: int) -> bool:
         return item.delayed or item.enqueued_ns + self.limits.max_delay_ns <= now
 
-    def next_batch(self, now: int) -> list[Item]:
+    def next_batch(self, now: int, *, full: bool = False) -> list[Item]:
+        """``full``: only where its whole line has rows for a full batch."""
         limits = self.limits
         fill = max(limits.preferred, default=limits.max_rows)
         ready: list[list[Item]] = []
@@ -108,6 +109,8 @@ class Twin:
             most = fill if patient else limits.max_rows
             ready.append(line[: max(1, sum(rows <= most for rows in sums))])
         batch = min(ready, key=lambda line: line[0].place, default=[])
+        if full and batch and sum(item.weight for item in self.waiting if item.plan == batch[0].plan) < fill:
+            return []
         self.waiting = [item for item in self.waiting if item not in batch]
         return batch
 
@@ -151,10 +154,11 @@ def all_limits(draw: st.DrawFn) -> Limits:
 class PlannerMachine(RuleBasedStateMachine):
     """Random events; every action the planner returns is compared with the twin's."""
 
-    @initialize(limits=all_limits())
-    def start(self, limits: Limits) -> None:
+    @initialize(limits=all_limits(), ahead=st.booleans())
+    def start(self, limits: Limits, ahead: bool) -> None:
         self.limits = limits
         self.planner: Planner[Item] = Planner(limits)
+        self.planner.ahead = self.ahead = limits.slots if ahead else 0
         self.twin = Twin(limits)
         self.now = 1_000_000
         self.items: list[Item] = []
@@ -263,13 +267,15 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.wake_ns = action.at_ns
             else:
                 self.check_run(action)
-        if len(self.running) < self.limits.slots:
+        if len(self.running) < self.limits.slots + self.ahead:
             assert self.next_expected() == []
         event = self.twin.next_event(self.now)
         assert not event or 0 < self.wake_ns <= event
         self.ticked = True
 
     def next_expected(self) -> list[Item]:
+        if len(self.running) >= self.limits.slots:
+            return [] if self.pieces else self.twin.next_batch(self.now, full=True)
         while self.pieces:
             if members := [item for item in self.pieces.pop(0) if item.state == TAKEN]:
                 return members
@@ -279,7 +285,8 @@ class PlannerMachine(RuleBasedStateMachine):
         members = run.members
         assert members == self.next_expected()
         assert run.slot not in self.running
-        assert 0 <= run.slot < self.limits.slots
+        assert 0 <= run.slot < self.limits.slots + self.ahead
+        assert len(self.running) < self.limits.slots + self.ahead
         assert len({item.plan for item in members}) == 1
         assert len(members) == 1 or sum(item.weight for item in members) <= self.limits.max_rows
         assert all(item.state == TAKEN and not item.ends for item in members)
@@ -300,7 +307,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @invariant()
     def a_tick_that_is_not_wanted_starts_nothing(self) -> None:
         if hasattr(self, "planner") and not self.ticked and not self.planner.wants_tick():
-            assert len(self.running) == self.limits.slots or not (self.twin.waiting or self.pieces)
+            assert len(self.running) == self.limits.slots + self.ahead or not (self.twin.waiting or self.pieces)
 
     def teardown(self) -> None:
         """Everything still in the queue comes out, and each member ended exactly once, in the right way."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from server.batching.batcher import INLINE_NS, THREAD_NS, Batcher, BatchRecord, Work
+from server.batching.batcher import AHEAD_NS, INLINE_NS, THREAD_NS, Batcher, BatchRecord, Work
 from server.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -609,6 +609,70 @@ def test_what_waits_while_the_engine_is_busy_goes_in_next() -> None:
             assert [batch.rows for batch in gate.engine.batches] == [1, 5]
             for value, work in enumerate(gate.answers):
                 check_answer(work, float(value))
+
+    asyncio.run(body())
+
+
+def test_a_full_batch_lies_ready_while_the_engine_is_busy() -> None:
+    async def body() -> None:
+        async with Gate() as gate:
+            batcher = gate.batcher(BatchingOptions(max_rows=2))
+            done = gate.collect(6)
+            gate.submit(batcher, 0.0)
+            await gate.running(1)
+            works = [gate.submit(batcher, float(value)) for value in range(1, 6)]
+            await asyncio.sleep(0)  # the flush
+            assert (batcher.pending(), batcher.in_flight()) == (3, 3)
+            assert [work.started_ns for work in works] == [0] * 5, "none has begun"
+            second = threading.Event()
+            gate.engine.hook = lambda _: second.set()
+            gate.open()
+            assert second.wait(20), "the thread goes on though the loop does not turn"
+            await done
+            assert [batch.rows for batch in gate.engine.batches] == [1, 2, 2, 1]
+            for value, work in enumerate(gate.answers):
+                check_answer(work, float(value))
+            starts = [work.started_ns for work in gate.answers]
+            assert starts == sorted(starts)
+            assert len(set(starts)) == 4
+
+    asyncio.run(body())
+
+
+def test_nothing_lies_ready_before_what_may_be_more_urgent() -> None:
+    async def body() -> None:
+        async with Gate() as gate:
+            batcher = gate.batcher(BatchingOptions(max_rows=2, priority_levels=2, default_priority_level=1))
+            done = gate.collect(4)
+            gate.submit(batcher, 0.0)
+            await gate.running(1)
+            for value in (1.0, 2.0):
+                gate.submit(batcher, value, priority=2)
+            await asyncio.sleep(0)
+            assert (batcher.pending(), batcher.in_flight()) == (2, 1)
+            gate.submit(batcher, 3.0, priority=1)
+            gate.open()
+            await done
+            assert [work.batch_id for work in gate.answers] == [1, 2, 2, 3]
+            check_answer(gate.answers[1], 3.0)
+
+    asyncio.run(body())
+
+
+def test_nothing_lies_ready_behind_a_long_run() -> None:
+    async def body() -> None:
+        async with Gate() as gate:
+            gate.engine.run_ns = AHEAD_NS
+            batcher = gate.batcher(BatchingOptions(max_rows=2))
+            done = gate.collect(4)
+            gate.submit(batcher, 0.0)
+            await gate.running(1)
+            for value in range(1, 4):
+                gate.submit(batcher, float(value))
+            await asyncio.sleep(0)
+            assert (batcher.pending(), batcher.in_flight()) == (3, 1)
+            gate.open()
+            await done
 
     asyncio.run(body())
 

@@ -68,6 +68,32 @@ def test_everything_that_waits_goes_in_at_once() -> None:
     assert names(planner.tick(1)) == ["defgh"]
 
 
+def test_full_batches_are_handed_out_ahead() -> None:
+    planner: Planner[Item] = Planner(Limits(max_rows=2))
+    planner.ahead = 1
+    queue(planner, *[Item(name) for name in "abcdefg"])
+    assert names(planner.tick(1)) == ["ab", "cd"]
+    assert not planner.wants_tick()
+    assert (planner.waiting(), planner.in_flight(), planner.running()) == (3, 4, 2)
+    planner.finish(0)
+    assert names(planner.tick(1)) == ["ef"]
+    planner.finish(1)
+    assert planner.tick(1) == [], "one row is no full batch"
+    planner.finish(0)
+    assert names(planner.tick(1)) == ["g"]
+
+
+def test_parts_of_a_failed_batch_come_before_what_is_not_handed_out() -> None:
+    planner: Planner[Item] = Planner(Limits(max_rows=2))
+    planner.ahead = 1
+    queue(planner, *[Item(name) for name in "abcdef"])
+    assert names(planner.tick(1)) == ["ab", "cd"]
+    assert planner.fail(0) == []
+    assert planner.tick(1) == [], "the engine has a batch"
+    planner.finish(1)
+    assert names(planner.tick(1)) == ["a"]
+
+
 def test_a_batch_stays_within_max_rows_and_in_order() -> None:
     planner: Planner[Item] = Planner(Limits(max_rows=4))
     queue(planner, Item("a", 2), Item("b", 3), Item("c", 1), Item("d", 1))
