@@ -277,6 +277,8 @@ def measure(plan: Plan) -> Result:
 
 
 def main() -> int:
+    # Its handlers log a line whenever a process is started beside a channel, and do nothing here.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="under 2 minutes: shorter and fewer rounds, wide intervals"

@@ -9,11 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from ssl import SSLContext
-from typing import Any, Final
+from typing import Any
 
 import structlog
-from starlette.types import ASGIApp
 
 from monitor import compare
 from monitor.types import SHADOW
@@ -37,7 +35,7 @@ from server.config.compile import (
 from server.config.model import Config
 from server.config.monitoring import Monitoring, compile_monitoring
 from server.config.routing import RoutingSpec, ShadowSpec
-from server.config.settings import Address, ServerSettings
+from server.config.settings import ServerSettings
 from server.control.models import ModelControl
 from server.control.monitored import Arms, MonitoredSource
 from server.control.publishing import Publisher
@@ -61,7 +59,8 @@ from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
 from server.gates.keeper import Gatekeeper
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
-from server.lifecycle import Lifecycle, Listener, Readiness
+from server.lifecycle import Lifecycle, Readiness
+from server.listening import Admin, listeners
 from server.mlflow.build import MlflowPart, open_mlflow
 from server.monitoring.alerts import AlertQueue
 from server.monitoring.service import MonitorService
@@ -80,23 +79,14 @@ from server.telemetry.instruments import ModelTelemetry, Telemetry
 from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.snapshot import FamilySnapshot, Value
 from server.telemetry.trace import SpanSink, TraceGate
-from server.transport.admin import AdminViews, admin_app, is_loopback
+from server.transport.admin import AdminViews
 from server.transport.admin_retrains import RetrainViews
 from server.transport.admin_rollouts import RolloutViews
-from server.transport.answers import HttpSettings
-from server.transport.app import build_app
 from server.transport.feedback import Feedback, Hear
 from server.transport.hints import RegistryHints
-from server.transport.metrics import metrics_app
-from server.transport.native.h2 import Http2Settings
-from server.transport.native.server import GrpcMethods, NativeServer
-from server.transport.native.server import Served as NativeServed
 from server.transport.port import Services
-from server.transport.reference.asgi import HttpServer
-from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.settings import MemorySettings
-from server.transport.status import INTERNAL, TABLE, StatusTable
-from server.transport.tls import grpc_credentials, tls_context
+from server.transport.status import INTERNAL, TABLE
 from server.types import Unsent
 
 log = structlog.get_logger("tidegate")
@@ -284,7 +274,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     admin = _admin(settings, state, reconfigure, shadows.loader, gateway, views, delivery, rollouts, retrains, mlflow)
     return Lifecycle(
         readiness=readiness,
-        listeners=_listeners(settings, gateway, services, telemetry, admin, codec),
+        listeners=listeners(settings, gateway, services, telemetry, admin, codec),
         start_models=start_models,
         close_models=close_models,
         reload=reload,
@@ -404,16 +394,6 @@ def _delivery(settings: ServerSettings, state: State, audit: Audit, telemetry: T
 
     telemetry.metrics.collect(families)
     return Delivery(alerts, outbox, dispatcher)
-
-
-@dataclass(slots=True, frozen=True)
-class Admin:
-    """What the admin address is built from."""
-
-    token: str | None
-    reconfigure: ConfigControl | None
-    views: AdminViews
-    hints: RegistryHints | None = None
 
 
 def _admin(
@@ -596,115 +576,6 @@ def _unsent(gateway: Gateway) -> FamilySnapshot:
     """What the limit on answers counts."""
     held: dict[tuple[str, ...], Value] = {(): gateway.unsent.total}
     return FamilySnapshot("tidegate_unsent_bytes", "Bytes of answers that wait for their readers.", "gauge", (), held)
-
-
-#: More streams of one connection make gRPC's core neglect other connections while one is flooded with resets.
-_CORE_STREAMS: Final = 100
-
-
-def _listeners(
-    settings: ServerSettings,
-    gateway: Gateway,
-    services: Services,
-    telemetry: Telemetry,
-    admin: Admin,
-    codec: CodecProcess | None,
-) -> list[Listener]:
-    """The four addresses: inference over HTTP and gRPC, metrics, admin."""
-    tls = settings.tls
-    statuses = StatusTable(shed_as_429=settings.shed_as_429)
-    http = HttpSettings(
-        max_connections=settings.max_connections,
-        strict_json=settings.strict_json,
-        keep_alive_s=settings.idle_s,
-        offload_bytes=settings.offload_bytes,
-    )
-    context = None if tls is None else tls_context(tls)
-
-    def listen(app: ASGIApp, tls: SSLContext | None = None) -> HttpServer:
-        return HttpServer(app, limits=settings.limits, settings=http, statuses=statuses, tls=tls, unsent=gateway.unsent)
-
-    inference = build_app(gateway, services, statuses=statuses, settings=http, codec=codec)
-    if settings.transport == "native":
-        served = NativeServed(gateway, services.catalog, inference, GrpcMethods(services))
-        http2 = Http2Settings(
-            max_streams=settings.max_concurrent_streams,
-            keepalive_s=settings.ping_after_s,
-            keepalive_timeout_s=settings.ping_timeout_s,
-            max_age_s=settings.max_connection_age_s,
-        )
-        native = [
-            NativeServer(
-                served,
-                limits=settings.limits,
-                settings=http,
-                http2=http2,
-                statuses=statuses,
-                tls=context,
-                unsent=gateway.unsent,
-            )
-            for _ in range(2)
-        ]
-        inference_listeners = [Bound("http", native[0], settings.http), Bound("grpc", native[1], settings.grpc)]
-        if settings.single_port:
-            del inference_listeners[1]
-    else:
-        grpc_settings = GrpcSettings(
-            max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
-            max_connections=settings.max_connections,
-            keepalive_s=settings.ping_after_s,
-            keepalive_timeout_s=settings.ping_timeout_s,
-            max_age_s=settings.max_connection_age_s,
-        )
-        credentials = None if tls is None else grpc_credentials(tls)
-        grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
-        inference_listeners = [
-            Bound("http", listen(inference, context), settings.http),
-            Bound("grpc", grpc_server, settings.grpc),
-        ]
-    metrics = metrics_app(lambda openmetrics: telemetry.metrics.render(openmetrics=openmetrics))
-    operators = admin_app(
-        services.catalog,
-        token=admin.token,
-        loopback=is_loopback(settings.admin[0]),
-        reconfigure=admin.reconfigure,
-        views=admin.views,
-        hints=admin.hints,
-        statuses=statuses,
-        settings=http,
-    )
-    return [
-        *inference_listeners,
-        Bound("metrics", listen(metrics), settings.metrics),
-        Bound("admin", listen(operators), settings.admin),
-    ]
-
-
-@dataclass(slots=True)
-class Bound:
-    """A server of one of the transports with the address it is to listen on."""
-
-    name: str
-    server: HttpServer | GrpcServer
-    address: Address
-
-    async def start(self) -> str:
-        """Bind; the real HOST:PORT."""
-        try:
-            host, port = await self.server.start(*self.address)
-        except OSError as error:
-            wanted = _host_port(*self.address)
-            raise OSError(f"{self.name} cannot listen on {wanted}: {error.strerror or error}") from error
-        return _host_port(host, port)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Stop listening and finish what is in flight."""
-        if not await self.server.drain(timeout_s):
-            log.warning("drain_incomplete", listener=self.name, seconds=timeout_s)
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _uses_registry(settings: ServerSettings, models: Models) -> bool:
