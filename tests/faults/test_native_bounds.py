@@ -289,14 +289,14 @@ def test_bodies_of_any_declared_or_real_size_are_not_gathered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "header"),
+    ("settings", "header", "status"),
     [
-        (HttpSettings(body_idle_s=0.5, body_total_s=600.0), b""),
-        (HttpSettings(body_idle_s=600.0, body_total_s=0.5), b""),
-        (HttpSettings(body_idle_s=600.0, body_total_s=600.0), b"x-tidegate-timeout-ms: 500\r\n"),
+        (HttpSettings(body_idle_s=0.5, body_total_s=600.0), b"", 408),
+        (HttpSettings(body_idle_s=600.0, body_total_s=0.5), b"", 408),
+        (HttpSettings(body_idle_s=600.0, body_total_s=600.0), b"x-tidegate-timeout-ms: 500\r\n", 504),
     ],
     ids=["silence", "whole", "deadline"],
 )
-def test_each_bound_on_the_time_of_a_body(settings: HttpSettings, header: bytes) -> None:
+def test_each_bound_on_the_time_of_a_body(settings: HttpSettings, header: bytes, status: int) -> None:
     with running(transport="native", http=settings) as server:
-        assert first_status(server, BINARY + header + b"Content-Length: 100\r\n\r\n", b"{") == 408
+        assert first_status(server, BINARY + header + b"Content-Length: 100\r\n\r\n", b"{") == status

@@ -147,7 +147,7 @@ def test_one_value_says_what_was_wanted_and_got(tmp_path: Path) -> None:
         (json.dumps({"requests": [request([1], tol=1)]}), "golden.json: golden request 1: unknown key 'tol'"),
         (json.dumps({"requests": [request([1, 2])]}), "golden.json: golden request 1, outputs: "),
         (
-            json.dumps({"requests": [request([3, 5, 7, 9]), {"inputs": [], "outputs": [Y]}]}),
+            json.dumps({"requests": [request([3, 5, 7, 9]), {"inputs": [{}], "outputs": [Y]}]}),
             "golden.json: golden request 2, inputs: ",
         ),
         (

@@ -155,16 +155,17 @@ class InferCycle:
 
     def too_late(self) -> None:
         """The body did not come in time."""
-        settings, head = self._protocol.server_side.settings, self._head
-        if head is not None and head.deadline_ns and time.monotonic_ns() >= head.deadline_ns:
-            self._fail(DeadlineExceeded("the deadline passed before the request body was complete"))
-            return
+        settings = self._protocol.server_side.settings
         self._fail(
             RequestTimeout(
                 f"the request body did not arrive in time: no data for {settings.body_idle_s:g} s, "
                 f"or over {settings.body_total_s:g} s"
             )
         )
+
+    def deadline_passed(self) -> None:
+        """The deadline came before the body was complete."""
+        self._fail(DeadlineExceeded("the deadline passed before the request body was complete"))
 
     # --- Reply -----------------------------------------------------------------------------------------------
 
@@ -498,8 +499,9 @@ class NativeHttp1(HttpProtocol):
         settings, now = self.server_side.settings, self.server_side.now
         if self._on_due is None:
             self._body_from = now
-        left = self._body_from + settings.body_total_s - now
-        self._arm(min(settings.body_idle_s, left, cycle.seconds_left()), cycle.too_late)
+        left = min(settings.body_idle_s, self._body_from + settings.body_total_s - now)
+        deadline = cycle.seconds_left()
+        self._arm(min(left, deadline), cycle.too_late if left < deadline else cycle.deadline_passed)
 
     # --- answers ---------------------------------------------------------------------------------------------
 

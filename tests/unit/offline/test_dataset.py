@@ -58,6 +58,7 @@ class Traffic:
         self.capture.offer_shadow("m", "", f"{1:016x}-{number:x}", spec, rows, outputs, status, 70)
 
     def label(self, at: int, request: str, value: float, name: str = "", row: int = 0) -> None:
+        self.now = max(self.now, at)  # what is told cannot lie ahead
         assert self.capture.offer_label("m", request, name, value, row, at)
 
     def done(self) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from server.demo.loop.commands import CommandFailed, Done, Tidegate
+from tests.support import models
 
 
 def test_a_command_on_the_state_folder(tmp_path: Path) -> None:
-    done = asyncio.run(Tidegate(tmp_path / "state").here("registry", "list", "--json"))
-    assert (done.code, done.json()) == (0, [])
+    models.affine(tmp_path / "model.onnx")
+    tidegate = Tidegate(tmp_path / "state")
+    asyncio.run(tidegate.here("registry", "publish", "m", str(tmp_path / "model.onnx")))
+    done = asyncio.run(tidegate.here("registry", "list", "--json"))
+    assert (done.code, [row["model"] for row in done.json()]) == (0, ["m"])
 
 
 def test_an_unexpected_exit_code_says_what_the_command_said(tmp_path: Path) -> None:

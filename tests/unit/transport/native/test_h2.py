@@ -310,6 +310,8 @@ def test_an_early_answer_is_not_lost_to_the_reset_behind_it(server: Running) -> 
     """An answer that flow control holds back is followed by its reset, never overtaken."""
     with Http2Wire(server.http, {http2.INITIAL_WINDOW_SIZE: 0}, generous=False) as wire:
         wire.send(opened(1, ("content-length", "9999999"), path="/v2/models/affine/infer", grpc=False))
+        while 1 not in wire.answers:
+            assert wire.read_frame()
         wire.settled()
         assert wire.answers[1].headers[":status"] == "413"
         assert wire.answers[1].reset is None
