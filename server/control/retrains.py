@@ -263,6 +263,8 @@ class RetrainControl:
         answers = "" if seen.stable is None else seen.stable[0]
         rollout = next((found for found in seen.rollouts if found.candidate == version), None)
         if answers == version:
+            if state == "registered" and rollout is not None and rollout.state not in {State.PENDING, *_REFUSED}:
+                self.retraining.gate(model, version, True)  # it has climbed between two looks
             if state != "promoted":
                 self.retraining.promoted(model, version)
         elif state == "promoted":

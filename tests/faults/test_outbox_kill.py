@@ -29,6 +29,7 @@ SEED = 20261122
 OPEN = """
 import sys, time
 from pathlib import Path
+import structlog
 from server.audit import AuditLog
 from server.delivery.backoff import RetryPolicy
 from server.delivery.dispatcher import Dispatcher
@@ -38,6 +39,7 @@ from server.delivery.targets import AllowList
 from server.delivery.webhook import WebhookSink
 from server.outbox import Event, Limits, Outbox
 from server.store.sqlite import SqliteStore, put_meta
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # what it says to us is on the other
 store = SqliteStore(Path(sys.argv[1]) / "tidegate.db")
 outbox = Outbox(store, AuditLog(store), sinks=["ops"], limits=Limits(max_pending=100_000))
 """
