@@ -56,7 +56,8 @@ class Contender:
         self.name = name
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
-            [python, str(WORKER), name, str(COLUMNS), str(REFERENCE)],
+            # -P: the modules beside the worker are not to stand for packages that its libraries import.
+            [python, "-P", str(WORKER), name, str(COLUMNS), str(REFERENCE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
