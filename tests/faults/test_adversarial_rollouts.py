@@ -36,3 +36,18 @@ def test_a_rollout_has_one_process(tmp_path: Path) -> None:
     assert callers.versions["2"]
     with place.serve() as again:
         assert status_of(place, again)["state"] != "aborted"
+
+
+def test_a_plan_keeps_no_other_server_from_its_rollouts(tmp_path: Path) -> None:
+    """A server without rollouts is asked what a configuration with some would do, and is refused another."""
+    place = Place(tmp_path)
+    place.path.write_text(place.text(""))
+    text = place.text(section(STANDING)).replace("models:", defaults() + "models:", 1)
+    with place.serve() as bystander:
+        status, found, _ = place.admin(bystander, "POST", "config?dry_run=1", text.encode())
+        assert status == 200, found
+        assert place.admin(bystander, "POST", "config", text.replace("v2.onnx", "none.onnx").encode())[0] >= 400
+        climbing = tmp_path / "climbing.yaml"
+        climbing.write_text(text)
+        with serving(str(climbing), "--state-dir", str(place.state)) as server, traffic(server):
+            reaches(place, server, "step")

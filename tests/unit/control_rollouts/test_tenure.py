@@ -27,6 +27,18 @@ def test_one_has_it_at_a_time(tmp_path: Path) -> None:
     other.give_up()
 
 
+def test_to_ask_is_not_to_take(tmp_path: Path) -> None:
+    one, other = Tenure(tmp_path), Tenure(tmp_path)
+    assert one.free()
+    assert not one.held
+    assert other.take()
+    assert not one.free()
+    assert other.free(), "it is its own"
+    assert other.held
+    other.give_up()
+    assert one.free()
+
+
 def test_a_killed_process_has_it_no_more(tmp_path: Path) -> None:
     tenure = Tenure(tmp_path)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
