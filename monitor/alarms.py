@@ -52,15 +52,18 @@ class AlarmBook:
 
     def look(self, window: str, over: Array, quiet: Array) -> list[Change]:
         """One look of one window: bool per column. What changed, in the columns' order."""
-        history = ((self._history[window] << np.uint64(1)) | over.astype("u8")) & self._mask
-        self._history[window] = history
-        calm = self._calm[window]
-        calm[:] = np.where(quiet, calm + 1, 0)
+        history, calm = self._history[window], self._calm[window]
+        history <<= np.uint64(1)
+        history |= over.astype("u8")
+        history &= self._mask
+        calm += 1
+        calm *= quiet.astype("i8")
         self._looks[window] += 1
-        if not (over.any() or self._active.any()):
+        alarmed = np.count_nonzero(self._active)
+        if not (alarmed or np.count_nonzero(over)):
             return []
         raised = over & ~self._active & (np.bitwise_count(history) >= self._rules.k)
-        cleared = self._active & self._all_calm() if self._active.any() else np.zeros_like(self._active)
+        cleared = self._active & self._all_calm() if alarmed else np.zeros_like(self._active)
         self._episodes[raised] += 1
         self._active = (self._active | raised) & ~cleared
         changed = np.flatnonzero(raised | cleared)

@@ -73,12 +73,12 @@ def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, tests: in
 
 def kolmogorov_log_p(distance: Array, n: Array, m: Array, inflation: Array) -> Array:
     """ln p of two-sample distances; 0 where a distance is NaN."""
-    return log_tail_kolmogorov(distance * np.sqrt(_effective(n, m) / inflation))
+    return log_tail_kolmogorov(distance * np.sqrt(effective(n, m) / inflation))
 
 
 def psi_log_p(index: Array, n: Array, m: Array, degrees: Array, inflation: Array) -> Array:
     """ln p of PSIs over bins with ``degrees`` + 1 occupied bins; 0 where a PSI is NaN."""
-    return log_tail_chi_square(index * _effective(n, m) / inflation, degrees)
+    return log_tail_chi_square(index * effective(n, m) / inflation, degrees)
 
 
 def log_tail_kolmogorov(x: Array) -> Array:
@@ -93,7 +93,7 @@ def log_tail_chi_square(x: Array, degrees: Array) -> Array:
     return out
 
 
-def _effective(n: Array, m: Array) -> Array:
+def effective(n: Array, m: Array) -> Array:
     """n m / (n + m), 0 where a side is empty."""
     wide_n, wide_m = np.asarray(n, "f8"), np.asarray(m, "f8")
     return np.asarray(wide_n * wide_m / np.maximum(wide_n + wide_m, 1.0))
@@ -102,7 +102,7 @@ def _effective(n: Array, m: Array) -> Array:
 def critical_ks(log_p: Array, n: Array, m: Array, inflation: Array) -> Array:
     """The distances whose p is ``exp(log_p)``: ``sqrt(-ln(p / 2) / 2)`` (the tail's first term; p <= 0.05 leaves less
     than 1e-6 to the others) over ``sqrt(n m / (n + m) / inflation)``. Infinite where a side is empty."""
-    size = _effective(n, m)
+    size = effective(n, m)
     return np.asarray(
         np.where(size > 0, np.sqrt((math.log(2.0) - log_p) / 2 * inflation / np.maximum(size, 1e-9)), np.inf)
     )
@@ -110,16 +110,10 @@ def critical_ks(log_p: Array, n: Array, m: Array, inflation: Array) -> Array:
 
 def critical_psi(log_p: Array, n: Array, m: Array, degrees: Array, inflation: Array) -> Array:
     """The PSIs whose p is ``exp(log_p)`` with ``degrees`` degrees of freedom. Infinite where a side is empty."""
-    size = _effective(n, m)
-    quantiles = _chi_square_quantiles(np.asarray(log_p, "f8").tobytes(), np.asarray(degrees, "f8").tobytes())
+    size = effective(n, m)
+    pairs = zip(np.asarray(log_p, "f8").tolist(), np.asarray(degrees, "f8").tolist(), strict=True)
+    quantiles = np.array([_chi_square_quantile(p, k) for p, k in pairs])
     return np.asarray(np.where((size > 0) & (degrees > 0), quantiles * inflation / np.maximum(size, 1e-9), np.inf))
-
-
-@functools.lru_cache(maxsize=64)
-def _chi_square_quantiles(log_p: bytes, degrees: bytes) -> Array:
-    """Of float64 vectors, as bytes: consecutive looks ask for the same ones. Not to be changed."""
-    pairs = zip(np.frombuffer(log_p).tolist(), np.frombuffer(degrees).tolist(), strict=True)
-    return np.array([_chi_square_quantile(p, k) for p, k in pairs])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -283,8 +277,8 @@ class Inflation:
         self._degrees = np.zeros(len(layout.columns))
 
     def add(self, pane: Array) -> None:
-        """One closed pane's counts of cells; panes without rows are passed over."""
-        bins = self._layout.bins.fold(pane.astype("i8"))
+        """One closed pane's int32 counts of cells; panes without rows are passed over."""
+        bins = self._layout.bins.fold(pane)
         before, self._before = self._before, bins
         if before is None:
             return
@@ -292,8 +286,8 @@ class Inflation:
         occupied = np.empty(len(self._sum), "i8")
         chi_square(before, bins, self._layout.bin_start, statistic, occupied)
         known = ~np.isnan(statistic)
-        self._sum[known] += statistic[known]
-        self._degrees[known] += occupied[known] - 1
+        self._sum += np.where(known, statistic, 0.0)
+        self._degrees += np.where(known, occupied - 1.0, 0.0)
 
     def estimate(self) -> Array:
         """Per column, 1 while too little was seen."""

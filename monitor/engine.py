@@ -25,7 +25,7 @@ from monitor.errors import MonitorError, NotCounted, SettingsError, StateError
 from monitor.kernels._jit import compile_all
 from monitor.profile import ReferenceProfile
 from monitor.state import MonitorState
-from monitor.tap import Item, Tap
+from monitor.tap import Batches, Tap
 from monitor.types import SHADOW, Settings
 from monitor.watch import BLOCK_ROWS, Monitor, OnAlarm
 
@@ -80,24 +80,24 @@ class _Feed:
 
     def drain(self, wall_offset_ns: int, failures: list[Exception]) -> int:
         """Count what waits, for one turn; rows counted. What goes wrong is added to ``failures``, and stops nothing."""
-        counted = 0
-        rows = 0
-        while rows < TURN_ROWS and (items := self.tap.take(BLOCK_ROWS)):
-            rows += sum([item.rows for item in items])
-            counted += self._count(items, wall_offset_ns, failures)
+        counted = taken = 0
+        while taken < TURN_ROWS and (rows := sum((batches := self.tap.take(BLOCK_ROWS)).rows)):
+            taken += rows
+            counted += self._count(batches, rows, wall_offset_ns, failures)
         self._report_drops()
         return counted
 
-    def _count(self, items: list[Item], offset_ns: int, failures: list[Exception]) -> int:
+    def _count(self, batches: Batches, rows: int, offset_ns: int, failures: list[Exception]) -> int:
         counted = 0
         for monitor, arm in self.targets:
             try:
-                found = monitor.ingest(self.tap.keys, items if arm is None else _answered(items), arm, offset_ns)
+                # A mirror leaves out the copies that a shadow was given: nobody was answered with those.
+                own = batches if arm is None else batches.without(SHADOW)
+                found = monitor.count(self.tap.keys, own, arm, offset_ns)
                 counted += found if arm is None else 0
             except Exception as error:  # noqa: BLE001 - the boundary of one monitor: the others go on
                 failures.append(error)
                 if arm is None:
-                    rows = sum([item.rows for item in items])
                     failed = error.rows if isinstance(error, NotCounted) else rows
                     self.tap.fail(failed)
                     counted += rows - failed
@@ -119,11 +119,6 @@ class _Feed:
                 for monitor, override in self.targets:
                     if override is None or arm != SHADOW:
                         monitor.drop(override or arm, new)
-
-
-def _answered(items: list[Item]) -> list[Item]:
-    """Without the copies that a shadow of the same version was given: nobody was answered with those."""
-    return [item for item in items if item.arm != SHADOW]
 
 
 class MonitorSet:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from monitor.alarms import AlarmBook, Change
-from monitor.calibration import INFLATION_LIMIT, Calibration, critical_ks, critical_psi, log_level
+from monitor.calibration import INFLATION_LIMIT, Calibration, log_level
 from monitor.drift.base import Pair
 from monitor.drift.contribution import contributions, distributions, order_of
 from monitor.drift.judge import Judgement, judge
@@ -85,10 +85,11 @@ class Judge:
         return [*self._look(arm, counts, pair), *self._look_quality(arm, counts, pair)]
 
     def _look(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
-        judged = self._judge(pair, counts)
+        level = self._log_level(counts)
+        judged = judge(pair, self.settings.rules, level, self.calibration)
         book = self.book(arm)
         changes = book.look(counts.window, judged.over, judged.quiet)
-        self._remember(arm, counts, pair, judged, book.active)
+        self._remember(arm, counts, judged, level, book.active)
         return self._drift_alarms(arm, "", counts, pair, judged, changes)
 
     def _look_quality(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
@@ -129,23 +130,18 @@ class Judge:
             for change in changes
         ]
 
-    def _remember(self, arm: str, counts: WindowCounts, pair: Pair, judged: Judgement, active: Array) -> None:
+    def _remember(self, arm: str, counts: WindowCounts, judged: Judgement, level: float, active: Array) -> None:
         key = (arm, counts.window)
         if key not in self._history:
             self._history[key] = History(len(self.layout.columns), self.settings.history_looks)
-        psi_critical, ks_critical = self._critical(pair, judged)
-        log10_p = np.minimum(judged.psi_log_p, judged.ks_log_p) / math.log(10.0)
-        values = (judged.psi.value, psi_critical, judged.ks_low, ks_critical, log10_p)
-        self._history[key].add(counts.end_ns, counts.rows, self._log_level(counts), values, active)
-
-    def _critical(self, pair: Pair, judged: Judgement) -> tuple[Array, Array]:
-        """(PSI, KS) per column from which on a test is over: its level, and its floor where that is higher."""
-        (m, n), (missing_m, missing_n) = pair.rows, pair.missing
-        rules, calibration = self.settings.rules, self.calibration
-        degrees = np.maximum(judged.psi.occupied - 1, 0) * calibration.psi_degrees
-        psi = critical_psi(judged.psi_log_level, n, m, degrees, calibration.psi)
-        ks = critical_ks(judged.ks_log_level, n - missing_n, m - missing_m, calibration.ks)
-        return np.maximum(psi, rules.min_psi), np.maximum(ks, rules.min_ks)
+        values = (
+            judged.psi.value,
+            judged.psi_threshold.critical,
+            judged.ks_low,
+            judged.ks_threshold.critical,
+            np.minimum(judged.psi_log_p, judged.ks_log_p) / math.log(10.0),
+        )
+        self._history[key].add(counts.end_ns, counts.rows, level, values, active)
 
     def book(self, arm: str, segment: str = "") -> AlarmBook:
         """The alarms of an arm, or of one of its segments; made at the first look."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Final, cast
 
@@ -17,6 +18,7 @@ from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
 from monitor.kernels.folding import fold
+from monitor.kernels.ks import cumulate
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
 from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source
 
@@ -135,7 +137,7 @@ class Folding:
         return cls(np.append(first, len(bin_of)).astype("i8"), bin_of[first], size)
 
     def fold(self, cells: Array) -> Array:
-        """int64 counts of bins from int64 counts of cells."""
+        """int64 counts of bins from counts of cells, of any type that is counted in."""
         out = np.empty(self.size, "i8")
         fold(cells, self.start, self.bin_of, out)
         return out
@@ -183,8 +185,9 @@ class Layout:
         self.level_start = _starts([found.levels for found in ordered])
         levels = [f.level_of + s for f, s in zip(ordered, self.level_start, strict=False)]
         self.levels = Folding.of(levels, int(self.level_start[-1]))
-        self.reference_bins = self.bins.fold(self.reference)
-        self.reference_levels = self.levels.fold(self.reference)
+        #: Per column: its last cell, of missing values.
+        self.missing = self.start[1:] - 1
+        self.profiled = Sample(self, self.reference)
         #: bool per column: is it discrete, and is it tested by KS.
         self.discrete = np.array([found.column.discrete for found in ordered], bool)
         self.ordered = np.array([found.ordered for found in ordered], bool)
@@ -237,6 +240,37 @@ class Layout:
     def codes_of(self, table: dict[str, Array]) -> list[tuple[Array, int]]:
         """(cell of each row, number of cells) per column, in the layout's order."""
         return [(cells_of(found, table), len(found.counts)) for found in self.columns]
+
+
+class Sample:
+    """Counts of one sample by cell, int32 or int64, and what is made of them: int64, per bin or column.
+
+    ``rows`` have the ``missing`` values with them.
+    """
+
+    def __init__(self, layout: Layout, counts: Array) -> None:
+        self._layout = layout
+        self.counts = np.ascontiguousarray(counts)
+        self.bins = layout.bins.fold(self.counts)
+        self.rows = np.add.reduceat(self.bins, layout.bin_start[:-1])
+        self.missing = self.counts[layout.missing].astype("i8")
+
+    @cached_property
+    def cells(self) -> Array:
+        """The counts as int64."""
+        return np.asarray(self.counts.astype("i8", copy=False))
+
+    @cached_property
+    def levels(self) -> Array:
+        """Counts of levels (``Layout.level_start``)."""
+        return self._layout.levels.fold(self.counts)
+
+    @cached_property
+    def cumulated(self) -> Array:
+        """float64 per cell: how many values of its column are in it or below (``kernels.ks.cumulate``)."""
+        out = np.empty(len(self.counts))
+        cumulate(self.cells, self._layout.start, out)
+        return out
 
 
 def cells_of(found: ColumnProfile, table: dict[str, Array]) -> Array:

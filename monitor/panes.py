@@ -1,9 +1,10 @@
 """Counts in panes, and windows that move by adding the newest pane and subtracting the oldest.
 
 One ``PaneStore`` counts one arm under one layout. Rows are counted once, into ``fresh``; when a pane of any series is
-full or over, ``fresh`` is added to the open pane of every series and begun anew. A pane is never changed after it was
-closed, and a window is always exactly the sum of its panes. Memory per series: cells x 4 bytes for each pane of the
-longest window, and cells x 8 bytes for each window.
+full or over, ``fresh`` is added to the open pane of every series and begun anew. (With one series, ``fresh`` is its
+open pane.) A pane is never changed after it was closed, and a window is always exactly the sum of its panes. Memory per
+series: cells x 4 bytes for each pane of the longest window, and cells x 8 bytes for each window; half of it where panes
+have at most 65,535 rows.
 
 Beside the cells of its layout a store may count *marks*: yes or no per row, as the rules of a schema give. Their counts
 follow the cells in every vector.
@@ -18,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from monitor.errors import StateError
-from monitor.kernels.folding import accumulate
+from monitor.kernels.windows import close_pane, span
 from monitor.layout import Layout
 from monitor.types import HOUR_NS, Array, Window, WindowCounts
 
@@ -56,13 +57,14 @@ class SeriesState:
     def window(self, window: Window) -> WindowCounts:
         """The newest panes of a window together, empty when there are none."""
         newest = int(self.index[-1]) if len(self.index) else 0
-        own = self.index > newest - window.panes
+        own = slice(int(np.searchsorted(self.index, newest - window.panes, "right")), None)
         held = self.rows[own] > 0
         full = self.closed >= window.panes
         rows, dropped = int(self.rows[own].sum()), int(self.dropped[own].sum())
         start = int(self.start_ns[own][held].min()) if held.any() else 0
         end = int(self.end_ns[own][held].max()) if held.any() else 0
-        cells = self.counts[own].sum(axis=0, dtype="i8")
+        fits = rows <= np.iinfo(self.counts.dtype).max  # then no sum is larger: the faster way
+        cells = self.counts[own].sum(axis=0, dtype=self.counts.dtype if fits else "i8").astype("i8", copy=False)
         return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, cells)
 
 
@@ -102,10 +104,28 @@ def recut(state: ArmState, cells: int, size: int) -> ArmState:
 
 def store_bytes(cells: int, windows: Sequence[Window]) -> int:
     """Memory that a store of so many cells takes."""
-    series = {(window.unit, window.pane): 0 for window in windows}
-    for window in windows:
-        series[window.unit, window.pane] = max(series[window.unit, window.pane], window.panes)
-    return cells * (12 + 8 * len(windows) + sum([4 * (panes + 1) for panes in series.values()]))
+    series = _by_series(windows)
+    sizes = [
+        pane.itemsize * max(window.panes for window in own) + total.itemsize * len(own)
+        for own in series.values()
+        for pane, total in [_count_types(own)]
+    ]
+    fresh = 4 if len(series) > 1 else 0
+    return cells * (8 + fresh + 4 * len(series) + sum(sizes))
+
+
+def _by_series(windows: Sequence[Window]) -> dict[tuple[Literal["rows", "time"], int], list[Window]]:
+    """Windows that share their panes, the shortest first."""
+    keys = dict.fromkeys([(window.unit, window.pane) for window in windows])
+    ordered = sorted(windows, key=lambda window: window.length)
+    return {key: [window for window in ordered if (window.unit, window.pane) == key] for key in keys}
+
+
+def _count_types(windows: Sequence[Window]) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Of a closed pane's counts and of a window's. Half as wide where no count can be more: less to go through."""
+    rows = [(window.pane, window.length) for window in windows if window.unit == "rows"]
+    narrow = rows and max(rows)[0] <= np.iinfo("u2").max and max(length for _, length in rows) <= np.iinfo("i4").max
+    return (np.dtype("u2"), np.dtype("i4")) if narrow else (np.dtype("i4"), np.dtype("i8"))
 
 
 def merge_arms(states: Sequence[ArmState]) -> ArmState:
@@ -154,21 +174,24 @@ class _Series:
     """Panes of one length, in a ring, and the windows made of them."""
 
     def __init__(self, unit: Literal["rows", "time"], pane: int, windows: Sequence[Window], cells: int) -> None:
+        """``windows``: the shortest first."""
         self.unit: Literal["rows", "time"] = unit
         self.pane = pane
-        self.windows = sorted(windows, key=lambda window: window.length)
-        self.capacity = max(window.panes for window in windows)
+        self.windows = windows
+        self.capacity = windows[-1].panes
         self.closed = 0
         self.rows = 0  # of the open pane
         self.index = -1  # of the open pane; -1: no row or tick has come
         self.start_ns = 0
         self.end_ns = 0
         self._dropped = 0
-        self._open = np.zeros(cells, "i4")
-        self._panes = np.zeros((self.capacity, cells), "i4")
+        self.opened = np.zeros(cells, "i4")
+        of_pane, of_window = _count_types(windows)
+        self._panes = np.zeros((self.capacity, cells), of_pane)
         #: Per pane of the ring: rows, dropped, start, end, index.
         self._facts = np.zeros((self.capacity, 5), "i8")
-        self._sums = [np.zeros(cells, "i8") for _ in windows]
+        self._sums = np.zeros((len(windows), cells), of_window)
+        self._lengths = np.array([window.panes for window in self.windows])
 
     def room(self) -> int:
         """Rows that fit into the open pane; unbounded for time."""
@@ -182,22 +205,14 @@ class _Series:
     def drop(self, rows: int) -> None:
         self._dropped += rows
 
-    def add(self, fresh: Array) -> None:
-        self._open += fresh
-
     def close(self) -> Array:
         """Close the open pane and move the windows. The pane's counts, valid until the next close."""
         slot = self.closed % self.capacity
-        for window, total in zip(self.windows, self._sums, strict=True):
-            if self.closed >= window.panes:
-                accumulate(total, self._panes[(self.closed - window.panes) % self.capacity], -1)
-            accumulate(total, self._open, 1)
-        self._panes[slot] = self._open
+        close_pane(self.opened, self._panes, self.closed, self._lengths, self._sums)
         self._facts[slot] = (self.rows, self._dropped, self.start_ns, self.end_ns, self.index)
         self.closed += 1
         self.index += 1
         self.rows = self._dropped = self.start_ns = self.end_ns = 0
-        self._open[:] = 0
         return np.asarray(self._panes[slot])
 
     def looks(self) -> list[WindowCounts]:
@@ -205,12 +220,14 @@ class _Series:
         return [self._counts(window, total) for window, total in zip(self.windows, self._sums, strict=True)]
 
     def _counts(self, window: Window, total: Array) -> WindowCounts:
-        facts = self._facts[self._slots(window.panes)]
-        held = facts[facts[:, 0] > 0]
-        start, end = (int(held[:, 2].min()), int(held[:, 3].max())) if len(held) else (0, 0)
-        rows, dropped = int(facts[:, 0].sum()), int(facts[:, 1].sum())
-        full = self.closed >= window.panes
-        return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, total)
+        rows, dropped, start, end = span(self._facts, self.closed, window.panes)
+        return WindowCounts(window.name, rows, dropped, start, end, self.closed, self.closed >= window.panes, total)
+
+    def newest(self, panes: int) -> Array:
+        """Counts of the newest closed panes, at most ``capacity``, together. Not to be changed."""
+        if panes == self.capacity:  # those of the longest window
+            return np.asarray(self._sums[-1])
+        return np.asarray(self._panes[self._slots(panes)].sum(axis=0, dtype="i8"))
 
     def _slots(self, panes: int) -> Array:
         """Ring places of the newest closed panes, oldest first."""
@@ -224,15 +241,14 @@ class _Series:
         self._panes[:] = 0
         self._facts[:] = 0
         self._facts[:, 4] = (index - 1) - (self.closed - 1 - np.arange(self.capacity)) % self.capacity
-        for total in self._sums:
-            total[:] = 0
+        self._sums[:] = 0
 
     def state(self) -> SeriesState:
         slots = self._slots(self.capacity)
         facts = self._facts[slots]
         index = facts[:, 4] if self.unit == "time" else np.arange(1 - len(slots), 1)
         rows, dropped, start, end = (np.ascontiguousarray(facts[:, place]) for place in range(4))
-        counts = self._panes[slots]
+        counts = self._panes[slots].astype("i4", copy=False)
         return SeriesState(self.unit, self.pane, self.closed, index.copy(), rows, dropped, start, end, counts)
 
     def restore(self, state: SeriesState) -> None:
@@ -248,7 +264,7 @@ class _Series:
         if self.unit == "time" and held:
             self.index = int(state.index[-1]) + 1
         for place, window in enumerate(self.windows):
-            self._sums[place] = self._panes[self._slots(min(window.panes, held))].sum(axis=0, dtype="i8")
+            self._sums[place] = self._panes[self._slots(min(window.panes, held))].sum(axis=0, dtype=self._sums.dtype)
 
 
 class PaneStore:
@@ -274,12 +290,14 @@ class PaneStore:
         self._on_look = on_look
         self._on_pane = on_pane
         self._on_fresh = on_fresh
-        self._fresh = np.zeros(self._size, "i4")
-        self._fresh_rows = 0
-        self._total = np.zeros(self._size, "i8")
         self._now_ns = 0
-        keys = list(dict.fromkeys((window.unit, window.pane) for window in windows))
-        self._series = [_Series(*key, [w for w in windows if (w.unit, w.pane) == key], self._size) for key in keys]
+        self._series = [_Series(*key, own, self._size) for key, own in _by_series(windows).items()]
+        self._alone = len(self._series) == 1 and on_fresh is None
+        self._fresh = self._series[0].opened if self._alone else np.zeros(self._size, "i4")
+        self._fresh_rows = 0
+        #: Everything ever counted, but for what the first series holds of later panes than its first ``_settled``.
+        self._total = np.zeros(self._size, "i8")
+        self._settled = 0
 
     def add(
         self,
@@ -332,6 +350,9 @@ class PaneStore:
             series.index = index
         if index - series.index > series.capacity:
             self._close([series])
+            if series is self._series[0]:
+                self._settle()
+                self._settled += index - series.index
             series.skip_to(index)
         while series.index < index:
             self._close([series])
@@ -343,6 +364,8 @@ class PaneStore:
         self._flush()
         for one in due:
             pane_rows = one.rows
+            if one is self._series[0] and one.closed - self._settled == one.capacity:
+                self._settle()
             pane = one.close()
             if self._on_pane is not None and one is self._series[0]:
                 self._on_pane(pane_rows, pane)
@@ -355,13 +378,18 @@ class PaneStore:
             if counts.rows >= self._min_rows and (counts.full or series.unit == "time"):
                 self._on_look(counts)
 
+    def _settle(self) -> None:
+        """Add to the total what it lacks of the closed panes, before the ring forgets them."""
+        first = self._series[0]
+        self._total += first.newest(first.closed - self._settled)
+        self._settled = first.closed
+
     def _flush(self) -> None:
         """Give the fresh rows to the open pane of every series."""
-        if not self._fresh_rows:
+        if self._alone or not self._fresh_rows:
             return
         for series in self._series:
-            series.add(self._fresh)
-        self._total += self._fresh
+            series.opened += self._fresh
         if self._on_fresh is not None:
             self._on_fresh(self._fresh, self._fresh_rows, self._now_ns)
         self._fresh[:] = 0
@@ -370,9 +398,9 @@ class PaneStore:
     def state(self) -> ArmState:
         """A copy of all counts but those of open panes; ``total`` and the rows have everything."""
         self._flush()
-        return ArmState(
-            self.rows, self.dropped, self.refused, self._total.copy(), [series.state() for series in self._series]
-        )
+        self._settle()
+        total = self._total + self._series[0].opened
+        return ArmState(self.rows, self.dropped, self.refused, total, [series.state() for series in self._series])
 
     def restore(self, state: ArmState) -> None:
         """Go on from a state of the same layout and windows. Raises StateError when it is of others."""
@@ -385,6 +413,7 @@ class PaneStore:
         self._total = state.total.astype("i8")
         for series, saved in zip(self._series, state.series, strict=True):
             series.restore(saved)
+        self._settled = self._series[0].closed
 
 
 class Seasonal:

@@ -103,8 +103,14 @@ def _stored(key: str, state: ArmState, arrays: dict[str, Array]) -> dict[str, An
     for place, one in enumerate(state.series):
         series.append({"unit": one.unit, "pane": one.pane, "closed": one.closed})
         arrays[f"{key}/{place}/facts"] = np.stack([getattr(one, name) for name in _FACTS])
-        arrays[f"{key}/{place}/counts"] = one.counts
+        arrays[f"{key}/{place}/counts"] = _narrowed(one.counts)
     return {"rows": state.rows, "dropped": state.dropped, "refused": state.refused, "series": series}
+
+
+def _narrowed(counts: Array) -> Array:
+    """In a byte each where all fit: they are most of a state, and packing them most of the work of saving it."""
+    fit = counts.size > 0 and counts.min() >= 0 and counts.max() <= np.iinfo("u1").max
+    return counts.astype("u1") if fit else counts
 
 
 def _segments(entries: Sequence[dict[str, Any]], arrays: dict[str, Array]) -> dict[str, dict[str, ArmState]]:
@@ -133,7 +139,8 @@ def _arm(arm: str, found: dict[str, Any], arrays: dict[str, Array]) -> ArmState:
             raise ValueError("series")
         index, rows, dropped, start_ns, end_ns = (np.ascontiguousarray(fact) for fact in facts)
         pane, closed = int(entry["pane"]), int(entry["closed"])
-        series.append(SeriesState(entry["unit"], pane, closed, index, rows, dropped, start_ns, end_ns, counts))
+        wide = counts.astype("i4") if counts.dtype == "u1" else counts
+        series.append(SeriesState(entry["unit"], pane, closed, index, rows, dropped, start_ns, end_ns, wide))
     return ArmState(int(found["rows"]), int(found["dropped"]), int(found["refused"]), arrays[f"{arm}/total"], series)
 
 

@@ -9,9 +9,10 @@ answered. Strings of BYTES tensors are immutable and only referred to.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from itertools import accumulate, compress
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
 from monitor.types import STABLE, HasData, Parts, Source
 
@@ -21,16 +22,72 @@ Key: TypeAlias = tuple[Source, str]
 _join: Final[Callable[[Any], bytes]] = b"".join
 #: What a string of a BYTES tensor costs beside its contents.
 _STRING_OVERHEAD: Final = 40
+#: Entries of the queue before a batch's contents: when, which arm, rows, bytes.
+_FIELDS: Final = 4
+_ROWS: Final = 2
+_SIZE: Final = 3
+
+Field = TypeVar("Field")
+#: What batches hold of one key: a tensor's bytes, or a BYTES tensor's strings in pieces, or None where an optional
+#: input was absent.
+Contents: TypeAlias = bytes | list[list[bytes]] | None
 
 
 class Item(NamedTuple):
-    """One batch. ``data[k]``: contents of the tap's ``keys[k]`` in pieces, None where an optional input was absent."""
+    """One batch by itself. ``data[k]``: contents of key k in pieces, None where an optional input was absent."""
 
     now_ns: int
     arm: str
     rows: int
     size: int
-    data: list[list[Any] | None]
+    data: Sequence[list[Any] | None]
+
+
+class Batches(NamedTuple):
+    """Batches in the order that they came, field by field.
+
+    When they were offered (ns), as which arm, their rows, their bytes in the queue, and the contents of each key.
+    """
+
+    times: Sequence[int]
+    arms: Sequence[str]
+    rows: Sequence[int]
+    sizes: Sequence[int]
+    data: Sequence[Sequence[Contents]]
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Batches:
+        """Batches that come from no tap."""
+        times, arms, rows, sizes, data = zip(*items, strict=True) if items else [()] * 5
+        return cls(
+            times, arms, rows, sizes, [[_whole(pieces) for pieces in column] for column in zip(*data, strict=True)]
+        )
+
+    def part(self, first: int, last: int) -> Batches:
+        """Those from place ``first`` to before ``last``."""
+        own = slice(first, last)
+        return Batches(
+            self.times[own], self.arms[own], self.rows[own], self.sizes[own], [column[own] for column in self.data]
+        )
+
+    def without(self, arm: str) -> Batches:
+        """Those that were not offered as ``arm``."""
+        if arm not in self.arms:
+            return self
+        kept = [own != arm for own in self.arms]
+
+        def of(column: Sequence[Field]) -> list[Field]:
+            return list(compress(column, kept))
+
+        return Batches(
+            of(self.times), of(self.arms), of(self.rows), of(self.sizes), [of(column) for column in self.data]
+        )
+
+
+def _whole(pieces: list[Any] | None) -> Contents:
+    if pieces is None or (pieces and isinstance(pieces[0], list)):
+        return pieces
+    return _join(pieces)
 
 
 class Tap:
@@ -50,6 +107,7 @@ class Tap:
         "_outputs",
         "_queue",
         "_refused",
+        "_stride",
         "_taken",
         "_texts",
         "_wake",
@@ -84,7 +142,10 @@ class Tap:
         )
         self._max_rows, self._max_bytes, self._wake = max_rows, max_bytes, wake
         self._half = max_rows // 2
-        self._queue: deque[Item] = deque()
+        #: Batch after batch: the four fields and the contents of each key. One flat list, so that what waits gives the
+        #: garbage collector nothing to look at, and its fields can be had by slices.
+        self._queue: list[Any] = []
+        self._stride = _FIELDS + len(self.keys)
         self._bytes_in = self._bytes_out = 0
         self.offered = self.dropped = self._taken = self._refused = self._failed = 0
         self.dropped_by_arm: dict[str, int] = {}
@@ -125,67 +186,64 @@ class Tap:
             self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
             return False
         try:
-            if self._texts:
-                data, size = self._copy_general(inputs, outputs)
-            else:
-                data, size = self._copy(inputs, outputs)
+            entry = [now_ns, arm, count, 0]
+            size = self._copy_general(entry, inputs, outputs) if self._texts else self._copy(entry, inputs, outputs)
         except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
             self._refused += count
             return False
+        entry[_SIZE] = size
         self._bytes_in += size
-        self._queue.append(Item(now_ns, arm, count, size, data))
+        self._queue.extend(entry)  # at once, as the consumer sees it
         if waiting > self._half and self._wake is not None:
             self._wake()
         return True
 
-    def _copy(self, inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> tuple[list[list[Any] | None], int]:
-        data: list[list[Any] | None] = []
+    def _copy(self, entry: list[Any], inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> int:
+        """Append the contents of each key; their bytes."""
         size = 0
         for place in self._inputs:
             parts = inputs[place]
             if parts is None:
-                data.append(None)
+                entry.append(None)
                 continue
             joined = _join(parts)
             size += len(joined)
-            data.append([joined])
+            entry.append(joined)
         for place in self._outputs:
             joined = _join((outputs[place].data,))
             size += len(joined)
-            data.append([joined])
-        return data, size
+            entry.append(joined)
+        return size
 
-    def _copy_general(
-        self, inputs: Sequence[Parts | None], outputs: Sequence[HasData]
-    ) -> tuple[list[list[Any] | None], int]:
-        data: list[list[Any] | None] = []
+    def _copy_general(self, entry: list[Any], inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> int:
         size = 0
         for of_output, place, text in self._texts:
             parts = [outputs[place].data] if of_output else inputs[place]
             if parts is None:
-                data.append(None)
+                entry.append(None)
             elif text:
                 lists = cast("list[list[bytes]]", list(parts))
                 size += sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in lists])
-                data.append(lists)
+                entry.append(lists)
             else:
                 joined = _join(parts)
                 size += len(joined)
-                data.append([joined])
-        return data, size
+                entry.append(joined)
+        return size
 
-    def take(self, max_rows: int) -> list[Item]:
+    def take(self, max_rows: int) -> Batches:
         """The oldest batches, until ``max_rows`` rows are reached; empty when none wait."""
-        taken: list[Item] = []
-        rows = size = 0
-        while rows < max_rows and self._queue:
-            item = self._queue.popleft()
-            taken.append(item)
-            rows += item.rows
-            size += item.size
-        self._taken += rows
-        self._bytes_out += size
-        return taken
+        queue, stride = self._queue, self._stride
+        end = len(queue)  # what comes from here on is left for the next time
+        if self.waiting > max_rows:
+            reached = list(accumulate(queue[_ROWS:end:stride]))
+            end = min(end, (bisect_left(reached, max_rows) + 1) * stride)
+        taken = queue[:end]
+        del queue[:end]
+        times, arms, rows, sizes, *data = [taken[field::stride] for field in range(stride)]
+        self._taken += sum(rows)
+        self._bytes_out += sum(sizes)
+        return Batches(times, arms, rows, sizes, data)
 
     def fail(self, rows: int) -> None:
         """Rows that were taken could not be counted: they are refused. For the thread that takes."""

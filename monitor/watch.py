@@ -25,8 +25,8 @@ from monitor.profile import ReferenceProfile
 from monitor.sample import RowSample
 from monitor.schema import marks
 from monitor.state import MonitorState
-from monitor.tap import Item, Key, Tap
-from monitor.types import BYTES, STABLE, Alarm, Array, DriftReport, Settings, Window, WindowCounts, WindowReport
+from monitor.tap import Batches, Contents, Item, Key, Tap
+from monitor.types import BYTES, STABLE, Alarm, Array, DriftReport, Parts, Settings, Window, WindowCounts, WindowReport
 
 #: Rows counted in one go.
 BLOCK_ROWS: Final = 4096
@@ -119,29 +119,32 @@ class Monitor:
         bounds = {"max_rows": self.settings.ring_rows, "max_bytes": self.settings.ring_bytes}
         return Tap(chosen["input"], chosen["output"], **bounds, wake=wake)
 
-    def ingest(self, keys: Sequence[Key], items: Sequence[Item], arm: str | None = None, offset_ns: int = 0) -> int:
-        """Count batches taken from a tap with these ``keys``, in order; rows counted. ``arm`` overrides the items'.
+    def ingest(self, keys: Sequence[Key], items: Sequence[Item]) -> int:
+        """``count`` of batches that come from no tap."""
+        return self.count(keys, Batches.of(items))
 
-        Item times are wall ns, when ``offset_ns`` is added. Raises ProfileMismatch when a monitored tensor is not among
-        the keys, and NotCounted after all items when some block of them failed; its rows are refused.
+    def count(self, keys: Sequence[Key], batches: Batches, arm: str | None = None, offset_ns: int = 0) -> int:
+        """Count batches taken from a tap with these ``keys``, in order; rows counted. ``arm`` overrides the batches'.
+
+        Their times are wall ns, when ``offset_ns`` is added. Raises ProfileMismatch when a monitored tensor is not
+        among the keys, and NotCounted after all batches when some run of them failed; its rows are refused.
         """
         order = self._order(keys)
         counted = failed = 0
         cause: Exception | None = None
         with self._lock:
-            for name, block in self._blocks(items, arm, offset_ns):
+            for name, run in self._runs(batches, arm, offset_ns):
                 try:
-                    counted += self._count(name, order, block, offset_ns)
-                except Exception as error:  # noqa: BLE001 - the boundary of a block: the others are counted
+                    counted += self._count(name, order, run, offset_ns)
+                except Exception as error:  # noqa: BLE001 - the boundary of a run: the others are counted
                     cause = cause or error
-                    failed += self._refuse(name, block)
+                    failed += self._refuse(name, sum(run.rows))
         if cause is not None:
             what = f"{failed} rows of {self.model}:{self.version} were not counted: {cause}"
             raise NotCounted(what, failed) from cause
         return counted
 
-    def _refuse(self, name: str, block: Sequence[Item]) -> int:
-        rows = sum([item.rows for item in block])
+    def _refuse(self, name: str, rows: int) -> int:
         arm = self._arm(name)
         if arm is not None:
             arm.store.refuse(rows)
@@ -158,64 +161,63 @@ class Monitor:
             raise ProfileMismatch(f"the traffic does not carry {', '.join(absent)} of the profile")
         return [found[key] for key in self.keys]
 
-    def _blocks(self, items: Sequence[Item], arm: str | None, offset_ns: int) -> Iterator[tuple[str, Sequence[Item]]]:
-        """Consecutive items of one arm and one pane of time, about ``BLOCK_ROWS`` rows at a time."""
-
-        def key(item: Item) -> tuple[str, int]:
-            return (arm or item.arm, (item.now_ns + offset_ns) // self._quantum_ns if self._quantum_ns else 0)
-
-        if self._is_one_block(items, arm, offset_ns):
-            yield arm or items[0].arm, items
+    def _runs(self, batches: Batches, arm: str | None, offset_ns: int) -> Iterator[tuple[str, Batches]]:
+        """Consecutive batches of one arm and one pane of time, about ``BLOCK_ROWS`` rows at a time."""
+        if not batches.rows:
             return
-        for (name, _), group in groupby(items, key):
-            block: list[Item] = []
-            rows = 0
-            for item in group:
-                block.append(item)
-                rows += item.rows
-                if rows >= BLOCK_ROWS:
-                    yield name, block
-                    block, rows = [], 0
-            if block:
-                yield name, block
+        if self._is_one(batches, arm, offset_ns):
+            yield arm or batches.arms[0], batches
+            return
 
-    def _is_one_block(self, items: Sequence[Item], arm: str | None, offset_ns: int) -> bool:
+        def key(place: int) -> tuple[str, int]:
+            pane = (batches.times[place] + offset_ns) // self._quantum_ns if self._quantum_ns else 0
+            return arm or batches.arms[place], pane
+
+        for (name, _), group in groupby(range(len(batches.rows)), key):
+            places = list(group)
+            first, rows = places[0], 0
+            for place in places:
+                if rows >= BLOCK_ROWS:
+                    yield name, batches.part(first, place)
+                    first, rows = place, 0
+                rows += batches.rows[place]
+            yield name, batches.part(first, places[-1] + 1)
+
+    def _is_one(self, batches: Batches, arm: str | None, offset_ns: int) -> bool:
         """Whether the usual holds: one arm, one pane of time, not too many rows. Cheaper than to find out by groups."""
-        if not items or (arm is None and len({item.arm for item in items}) > 1):
+        if arm is None and batches.arms.count(batches.arms[0]) < len(batches.arms):
             return False
         if self._quantum_ns:
-            times = [item.now_ns for item in items]
-            first, last = min(times) + offset_ns, max(times) + offset_ns
+            first, last = min(batches.times) + offset_ns, max(batches.times) + offset_ns
             if first // self._quantum_ns != last // self._quantum_ns:
                 return False
-        return sum([item.rows for item in items]) <= BLOCK_ROWS
+        return sum(batches.rows) <= BLOCK_ROWS
 
-    def _count(self, name: str, order: Sequence[int], block: Sequence[Item], offset_ns: int) -> int:
-        rows = sum([item.rows for item in block])
+    def _count(self, name: str, order: Sequence[int], run: Batches, offset_ns: int) -> int:
+        rows = sum(run.rows)
         arm = self._arm(name)
         if arm is None:
             self.refused_arms += rows
             return 0
-        contents = _contents(order, block)
+        contents = _contents(order, run.data)
         read = self.layout.read(contents, rows) if contents is not None else None
         if read is not None:
-            self._add(arm, read, block, offset_ns)
+            self._add(arm, read, run, offset_ns)
             return rows
-        if len(block) == 1:
+        if len(run.rows) == 1:
             arm.store.refuse(rows)
             return 0
-        return sum([self._count(name, order, [item], offset_ns) for item in block])
+        return sum([self._count(name, order, run.part(k, k + 1), offset_ns) for k in range(len(run.rows))])
 
-    def _add(self, arm: _Arm, block: Block, items: Sequence[Item], offset_ns: int) -> None:
-        times = [item.now_ns for item in items]
-        first_ns, last_ns = min(times) + offset_ns, max(times) + offset_ns
+    def _add(self, arm: _Arm, block: Block, run: Batches, offset_ns: int) -> None:
+        first_ns, last_ns = min(run.times) + offset_ns, max(run.times) + offset_ns
         rules = self.judge.rules
         marked = marks(rules, block) if rules else None
         arm.store.add(block.matrices, block.rows, last_ns, first_ns, marked)
         if self.judge.cutter is not None:
             self._add_segments(arm, block, last_ns, first_ns, self.judge.cutter.codes(block))
         if self._sample is not None:
-            stamps = np.repeat(np.array(times, "i8") + offset_ns, [item.rows for item in items])
+            stamps = np.repeat(np.array(run.times, "i8") + offset_ns, run.rows)
             self._sample.add(arm.name, stamps, block)
 
     def _add_segments(self, arm: _Arm, block: Block, now_ns: int, first_ns: int, codes: Array) -> None:
@@ -455,16 +457,22 @@ def _most_segments(settings: Settings, layout: Layout) -> int:
     return settings.segment.max_bytes // size
 
 
-def _contents(order: Sequence[int], block: Sequence[Item]) -> list[list[Any] | None] | None:
-    """The pieces of each tensor, None where it is absent throughout; None when only some items have it."""
-    contents: list[list[Any] | None] = []
-    for place in order:
-        parts = [item.data[place] for item in block]
-        absent = parts.count(None)
-        if absent and absent < len(parts):
+def _contents(order: Sequence[int], data: Sequence[Sequence[Contents]]) -> list[Parts | None] | None:
+    """The pieces of each tensor, None where it is absent throughout; None when only some batches have it."""
+    contents: list[Parts | None] = []
+    for parts in [data[place] for place in order]:
+        if None not in parts:
+            contents.append(_pieces(parts))
+        elif parts.count(None) == len(parts):
+            contents.append(None)
+        else:
             return None
-        contents.append(None if absent else [piece for part in parts if part is not None for piece in part])
     return contents
+
+
+def _pieces(parts: Sequence[Any]) -> Parts:
+    """Strings come in pieces from each batch, bytes in one."""
+    return parts if isinstance(parts[0], bytes) else [piece for part in parts for piece in part]
 
 
 def _newest(state: MonitorState) -> int:

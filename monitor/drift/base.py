@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Protocol
 
-import numpy as np
-
-from monitor.layout import Layout
+from monitor.layout import Layout, Sample
 from monitor.types import Array
 
 
 class Pair:
-    """Counts of two samples under one layout: a reference, and a window held against it. int64, by cell.
+    """Counts of two samples under one layout: a reference, and a window held against it.
 
-    Either may come from anywhere: the profile, a season, another arm.
+    Either may come from anywhere: the profile, a season, another arm. Of the profile everything is known beforehand.
+
+    All pairs are (reference, window), int64: ``bins`` are counts of the PSI bins, column after column
+    (``layout.bin_start``); ``rows`` rows per column, missing ones with them; ``missing`` missing values per column.
     """
 
     def __init__(self, layout: Layout, reference: Array, window: Array) -> None:
         self.layout = layout
-        self.reference = np.ascontiguousarray(reference, "i8")
-        self.window = np.ascontiguousarray(window, "i8")
+        self.expected = layout.profiled if reference is layout.reference else Sample(layout, reference)
+        self.found = Sample(layout, window)
+        self.bins = self.expected.bins, self.found.bins
+        self.rows = self.expected.rows, self.found.rows
+        self.missing = self.expected.missing, self.found.missing
 
-    @cached_property
-    def bins(self) -> tuple[Array, Array]:
-        """(reference, window) counts of the PSI bins, column after column (``layout.bin_start``)."""
-        window = self.layout.bins.fold(self.window)
-        if self.reference is self.layout.reference:
-            return self.layout.reference_bins, window
-        return self.layout.bins.fold(self.reference), window
+    @property
+    def reference(self) -> Array:
+        """int64 counts by cell."""
+        return self.expected.cells
 
-    @cached_property
+    @property
+    def window(self) -> Array:
+        """int64 counts by cell."""
+        return self.found.cells
+
+    @property
     def levels(self) -> tuple[Array, Array]:
-        """The same for levels (``layout.level_start``)."""
-        window = self.layout.levels.fold(self.window)
-        if self.reference is self.layout.reference:
-            return self.layout.reference_levels, window
-        return self.layout.levels.fold(self.reference), window
-
-    @cached_property
-    def rows(self) -> tuple[Array, Array]:
-        """(reference, window) rows per column, missing ones with them."""
-        starts = self.layout.bin_start[:-1]
-        return np.add.reduceat(self.bins[0], starts), np.add.reduceat(self.bins[1], starts)
-
-    @cached_property
-    def missing(self) -> tuple[Array, Array]:
-        """(reference, window) missing values per column."""
-        last = self.layout.start[1:] - 1
-        return self.reference[last], self.window[last]
+        """Counts of levels (``layout.level_start``)."""
+        return self.expected.levels, self.found.levels
 
 
 class DriftStatistic(Protocol):

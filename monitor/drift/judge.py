@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from monitor.calibration import Calibration, kolmogorov_log_p, psi_log_p
+from monitor.calibration import Calibration, critical_ks, critical_psi, effective
 from monitor.drift.base import Pair
 from monitor.drift.ks import KolmogorovSmirnov
 from monitor.drift.psi import Psi, PsiScores
+from monitor.kernels.tails import judge_columns
 from monitor.types import AlarmRules, Array, Verdict
 
 #: An alarm ends only where p is this many times over the level.
 _P_HYSTERESIS = math.log(10.0)
 _PSI = Psi()
 _KS = KolmogorovSmirnov()
+#: Looks of equal size ask for the same thresholds: so many sets of them are remembered, a few kB each.
+_REMEMBERED: Final = 128
 
 
 @dataclass(slots=True, frozen=True, eq=False)
+class Threshold:
+    """What one test of a look is held against, per column; not to be changed.
+
+    ``table``: as ``kernels.tails.judge_columns`` has it. ``critical``: the statistic from which on the test is over, by
+    its level, or its floor where that is higher.
+    """
+
+    table: Array
+    critical: Array
+
+    @property
+    def log_level(self) -> Array:
+        return np.asarray(self.table[1])
+
+
+@dataclass(frozen=True, eq=False)
 class Judgement:
     """Per column. ``real``: some test's p is under its level; ``over``: and that test's effect is over its floor;
-    ``quiet``: each test's p is well over its level or its effect well under its floor. ``ratio`` is ln p / ln level of
-    the stronger test (``by_ks``).
+    ``quiet``: each test's p is well over its level or its effect well under its floor.
     """
 
     ks_low: Array
-    ks_high: Array
     ks_log_p: Array
+    ks_threshold: Threshold
     psi: PsiScores
     psi_log_p: Array
-    ks_log_level: Array
-    psi_log_level: Array
+    psi_threshold: Threshold
     real: Array
     over: Array
     quiet: Array
-    ratio: Array
-    by_ks: Array
+
+    @cached_property
+    def _ratios(self) -> tuple[Array, Array]:
+        return self.ks_log_p / self.ks_threshold.log_level, self.psi_log_p / self.psi_threshold.log_level
+
+    @cached_property
+    def ratio(self) -> Array:
+        """ln p / ln level of the stronger test."""
+        return np.asarray(np.maximum(*self._ratios))
+
+    @cached_property
+    def by_ks(self) -> Array:
+        """Whether that is KS."""
+        ks, psi = self._ratios
+        return np.asarray(ks > psi)
 
     def verdict(self, place: int, column: str, rules: AlarmRules) -> Verdict:
         """One column's verdict, for people."""
-        level = self.ks_log_level if self.by_ks[place] else self.psi_log_level
+        threshold = self.ks_threshold if self.by_ks[place] else self.psi_threshold
         large = self.psi.value[place] >= rules.min_psi or self.ks_low[place] >= rules.min_ks
         return Verdict(
             column,
@@ -51,38 +84,61 @@ class Judgement:
             bool(self.quiet[place]),
             float(self.ratio[place]),
             "ks" if self.by_ks[place] else "psi",
-            math.exp(float(level[place])),
+            math.exp(float(threshold.log_level[place])),
         )
 
 
 def judge(pair: Pair, rules: AlarmRules, log_level: float, calibration: Calibration) -> Judgement:
     """``log_level``: ln of what one column of this look may have by chance (``calibration.log_level``)."""
-    m, n = pair.rows
-    missing_m, missing_n = pair.missing
-    low, high = _KS.interval(pair)
-    psi = _PSI.scores(pair)
-    ks_log_p = kolmogorov_log_p(low, n - missing_n, m - missing_m, calibration.ks)
-    degrees = np.maximum(psi.occupied - 1, 0) * calibration.psi_degrees
-    log_p = psi_log_p(psi.value, n, m, degrees, calibration.psi)
-    ordered = pair.layout.ordered
-    psi_level = np.where(ordered, log_level - math.log(2.0), log_level)
-    ks_level = np.where(ordered, log_level - math.log(2.0), -np.inf)
-    ks_real, psi_real = ks_log_p < ks_level, log_p < psi_level
-    over = (ks_real & (low >= rules.min_ks)) | (psi_real & (psi.value >= rules.min_psi))
-    ks_quiet = (ks_log_p > ks_level + _P_HYSTERESIS) | (low < rules.clear_ratio * rules.min_ks)
-    psi_quiet = (log_p > psi_level + _P_HYSTERESIS) | (psi.value < rules.clear_ratio * rules.min_psi)
-    ks_ratio, psi_ratio = ks_log_p / ks_level, log_p / psi_level
-    return Judgement(
-        low,
-        high,
-        ks_log_p,
-        psi,
-        log_p,
-        ks_level,
-        psi_level,
-        ks_real | psi_real,
-        over,
-        ks_quiet & psi_quiet,
-        np.maximum(ks_ratio, psi_ratio),
-        ks_ratio > psi_ratio,
+    low, psi = _KS.score(pair), _PSI.scores(pair)
+    to_ks, to_psi = _thresholds(pair, psi.occupied, rules, log_level, calibration)
+    floor = np.array([rules.min_ks, rules.min_psi], "f8")
+    log_p, flags = np.empty((2, len(low))), np.empty((3, len(low)), bool)
+    judge_columns(low, psi.value, to_ks.table, to_psi.table, floor, rules.clear_ratio * floor, log_p, flags)
+    return Judgement(low, log_p[0], to_ks, psi, log_p[1], to_psi, *flags)
+
+
+def _thresholds(
+    pair: Pair, occupied: Array, rules: AlarmRules, log_level: float, calibration: Calibration
+) -> tuple[Threshold, Threshold]:
+    """(KS, PSI). A column with an order has two tests, each at half the level."""
+    (m, n), (missing_m, missing_n) = pair.rows, pair.missing
+    ordered = pair.layout.ordered.tobytes()
+    present = (m - missing_m).tobytes(), (n - missing_n).tobytes()
+    bins = occupied.tobytes(), _floats(calibration.psi), _floats(calibration.psi_degrees)
+    return (
+        _ks_threshold(log_level, rules.min_ks, ordered, *present, _floats(calibration.ks)),
+        _psi_threshold(log_level, rules.min_psi, ordered, m.tobytes(), n.tobytes(), *bins),
     )
+
+
+def _floats(values: Array) -> bytes:
+    return np.asarray(values, "f8").tobytes()
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _ks_threshold(log_level: float, floor: float, ordered: bytes, m: bytes, n: bytes, inflation: bytes) -> Threshold:
+    sizes = np.frombuffer(n, "i8"), np.frombuffer(m, "i8")
+    level = np.where(np.frombuffer(ordered, bool), log_level - math.log(2.0), -np.inf)
+    known = np.frombuffer(inflation)
+    table = np.stack([np.sqrt(effective(*sizes) / known), level, level + _P_HYSTERESIS])
+    return Threshold(table, np.maximum(critical_ks(level, *sizes, known), floor))
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _psi_threshold(
+    log_level: float,
+    floor: float,
+    ordered: bytes,
+    m: bytes,
+    n: bytes,
+    occupied: bytes,
+    inflation: bytes,
+    psi_degrees: bytes,
+) -> Threshold:
+    sizes = np.frombuffer(n, "i8"), np.frombuffer(m, "i8")
+    level = np.where(np.frombuffer(ordered, bool), log_level - math.log(2.0), log_level)
+    known = np.frombuffer(inflation)
+    degrees = np.maximum(np.frombuffer(occupied, "i8") - 1, 0) * np.frombuffer(psi_degrees)
+    table = np.stack([effective(*sizes), level, level + _P_HYSTERESIS, known, degrees])
+    return Threshold(table, np.maximum(critical_psi(level, *sizes, degrees, known), floor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from monitor.drift.base import Pair
-from monitor.kernels.ks import ks_interval
+from monitor.kernels.ks import ks_distance, ks_interval
 from monitor.types import Array
 
 
@@ -16,10 +16,13 @@ class KolmogorovSmirnov:
 
     def score(self, pair: Pair) -> Array:
         """The certain lower end, equal to D when all distinct reference values are knots."""
-        return self.interval(pair)[0]
+        low = np.empty(len(pair.layout.columns))
+        ks_distance(pair.expected.cumulated, pair.found.counts, pair.layout.start, low)
+        low[pair.layout.discrete] = np.nan
+        return low
 
     def interval(self, pair: Pair) -> tuple[Array, Array]:
-        """(low, high) with low <= D <= high."""
+        """(low, high) with low <= D <= high; takes several times as long."""
         columns = pair.layout.columns
         low, high = np.empty(len(columns)), np.empty(len(columns))
         ks_interval(pair.reference, pair.window, pair.layout.start, low, high)

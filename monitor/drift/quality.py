@@ -49,8 +49,11 @@ class Checks:
     tolerated: Array
     #: Likewise: the one cell that its count is in, -1 where it is not in one cell.
     cells: Array
-    #: Likewise: what the profile's own reference leads one to expect; see ``_expected``.
+    #: Likewise: what the profile's own reference leads one to expect (see ``_expected``), and its share of the rows.
     expected: Array
+    allowed: Array
+    #: Likewise: is the count in no one cell, as places among the checks.
+    summed: Array
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,16 +72,21 @@ def checks_of(layout: Layout, rules: Sequence[tuple[int, str, float]]) -> Checks
         for place in range(len(layout.columns))
         if kind == 0 or bool(layout.discrete[place]) == (name == "new_category")
     ]
-    places = [*[place for _, place in found], *[place for place, _, _ in rules]]
+    own = np.array([place for _, place in found], "i8")
+    places = [*own.tolist(), *[place for place, _, _ in rules]]
     kinds = np.array([kind for kind, _ in found], "i8")
+    cells = np.array([_cell(layout, kind, place) for kind, place in found], "i8")
+    expected = _expected(layout, layout.reference)[kinds, own]
     return Checks(
         tuple([layout.names[place] for place in places]),
         np.array(places, "i8"),
         (*[REFERENCE_CHECKS[kind] for kind, _ in found], *[name for _, name, _ in rules]),
         kinds,
         np.array([share for _, _, share in rules], "f8"),
-        np.array([_cell(layout, kind, place) for kind, place in found], "i8"),
-        _expected(layout, layout.reference)[kinds, np.array([place for _, place in found], "i8")],
+        cells,
+        expected,
+        _ratio(expected, layout.profiled.rows[own]),
+        np.flatnonzero(cells < 0),
     )
 
 
@@ -140,18 +148,21 @@ def judge_quality(
     own, others = len(checks.kinds), checks.places[len(checks.kinds) :]
     at = checks.places[:own]
     count = _counts(checks, pair)
-    own_reference = pair.reference is pair.layout.reference
-    expected = checks.expected if own_reference else _expected(pair.layout, pair.reference)[checks.kinds, at]
-    m, n = reference_rows[at], rows[at]
-    share, allowed = _ratio(count, n), _ratio(expected, m)
+    expected, allowed = checks.expected, checks.allowed
+    if pair.expected is not pair.layout.profiled:
+        expected = _expected(pair.layout, pair.reference)[checks.kinds, at]
+        allowed = _ratio(expected, reference_rows[at])
+    n = rows[at]
+    share = _ratio(count, n)
     excess = share - allowed
     small = excess < rules.clear_ratio * rules.min_rate
-    large = np.flatnonzero(~small)
-    reference_log_p = np.zeros(own)
-    if len(large):
-        reference_log_p[large] = _two_shares(count[large], n[large], expected[large], m[large]) / inflation[at[large]]
-    quiet = small | (reference_log_p > log_level + _HYSTERESIS)
-    found = _Found(count, n, share, allowed, reference_log_p, excess >= rules.min_rate, quiet)
+    log_p, quiet = np.zeros(own), small
+    if np.count_nonzero(small) < own:
+        large = np.flatnonzero(~small)
+        m = reference_rows[at[large]]
+        log_p[large] = _two_shares(count[large], n[large], expected[large], m) / inflation[at[large]]
+        quiet = small | (log_p > log_level + _HYSTERESIS)
+    found = _Found(count, n, share, allowed, log_p, excess >= rules.min_rate, quiet)
     if len(others):
         found = _with_rules(found, marks, rows[others], checks.tolerated, inflation[others])
     log_p = np.maximum(found.log_p, _LEAST)
@@ -185,11 +196,11 @@ def _with_rules(found: _Found, marks: Array, rows: Array, tolerated: Array, infl
 
 def _counts(checks: Checks, pair: Pair) -> Array:
     """What ``amounts`` finds in the window, per check against the reference: most are read from one cell."""
-    count = pair.window[checks.cells]
-    summed = np.flatnonzero(checks.cells < 0)
+    count = pair.found.counts[checks.cells]
+    summed = checks.summed
     if len(summed):
         own = checks.places[: len(checks.kinds)]
-        count[summed] = _table(amounts(pair.layout, pair.window))[checks.kinds[summed], own[summed]]
+        count[summed] = _table(amounts(pair.layout, pair.found.counts))[checks.kinds[summed], own[summed]]
     return np.asarray(count)
 
 

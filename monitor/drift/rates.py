@@ -35,7 +35,7 @@ class Rates:
 
 
 def amounts(layout: Layout, cells: Array) -> Amounts:
-    """From int64 counts of the layout's cells."""
+    """From int64 or int32 counts of the layout's cells."""
     first, last = layout.start[:-1], layout.start[1:] - 1
     empty = last - first == 1
     new = np.zeros(len(first), "i8")

@@ -11,6 +11,7 @@ from monitor.drift.base import Pair
 from monitor.drift.chisquare import ChiSquare
 from monitor.drift.js import JensenShannon
 from monitor.drift.judge import Judgement
+from monitor.drift.ks import KolmogorovSmirnov
 from monitor.drift.linfinity import LInfinity
 from monitor.drift.psi import Psi
 from monitor.drift.rates import rates
@@ -18,7 +19,7 @@ from monitor.drift.wasserstein import Wasserstein
 from monitor.types import Array, ColumnScore
 
 _PRESENT = Psi(present_only=True)
-_JS, _LINF, _CHI, _W1 = JensenShannon(), LInfinity(), ChiSquare(), Wasserstein()
+_KS, _JS, _LINF, _CHI, _W1 = KolmogorovSmirnov(), JensenShannon(), LInfinity(), ChiSquare(), Wasserstein()
 
 
 def score_columns(pair: Pair, judged: Judgement, inflation: Array) -> tuple[ColumnScore, ...]:
@@ -28,6 +29,7 @@ def score_columns(pair: Pair, judged: Judgement, inflation: Array) -> tuple[Colu
     chi, chi_df = _CHI.scores(pair)
     chi_p = np.exp(log_tail_chi_square(chi, chi_df.astype("f8")))
     w1_low, w1, w1_high = _W1.bounds(pair)
+    _, ks_high = _KS.interval(pair)
     rate = rates(pair)
     reference_rows, rows = pair.rows
     scores = []
@@ -39,7 +41,7 @@ def score_columns(pair: Pair, judged: Judgement, inflation: Array) -> tuple[Colu
                 reference_rows=int(reference_rows[i]),
                 rows=int(rows[i]),
                 ks_low=float(judged.ks_low[i]),
-                ks_high=float(judged.ks_high[i]),
+                ks_high=float(ks_high[i]),
                 ks_p=math.exp(judged.ks_log_p[i]),
                 psi=float(judged.psi.value[i]),
                 psi_p=math.exp(judged.psi_log_p[i]),

@@ -1,4 +1,4 @@
-"""Counts of cells to counts of bins, and rates."""
+"""Counts of cells to counts of bins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numba import types
+from numpy import int64
 
 from monitor.kernels._jit import kernel, read_only
 
@@ -15,7 +16,9 @@ _I64 = read_only(types.int64)
 _OUT = types.Array(types.int64, 1, "C")
 
 
-@kernel((_I64, _I64, read_only(types.int32), _OUT))
+@kernel(
+    *[(read_only(counts), _I64, read_only(types.int32), _OUT) for counts in (types.int64, types.int32, types.uint16)]
+)
 def fold(cells: Array, start: Array, bin_of: Array, out: Array) -> None:
     """``out[b]`` = sum of the cells in bin b, which ``bin_of[r]`` is for cells ``start[r]`` to ``start[r + 1]``.
 
@@ -24,14 +27,7 @@ def fold(cells: Array, start: Array, bin_of: Array, out: Array) -> None:
     out[:] = 0
     for r in range(bin_of.size):
         run = cells[start[r] : start[r + 1]]
-        total = 0
+        total = int64(0)
         for c in range(run.size):
-            total += run[c]
+            total += int64(run[c])
         out[bin_of[r]] += total
-
-
-@kernel((_OUT, read_only(types.int32), types.int64))
-def accumulate(total: Array, pane: Array, sign: int) -> None:
-    """``total += sign * pane``: a pane enters a window, or leaves it."""
-    for c in range(total.size):
-        total[c] += sign * pane[c]

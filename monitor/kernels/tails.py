@@ -1,4 +1,5 @@
-"""Natural logarithms of tail probabilities, precise far out where the probability itself is no double any more."""
+"""Natural logarithms of tail probabilities, precise far out where the probability itself is no double any more; and the
+two tests of a look, which are held against them."""
 
 from __future__ import annotations
 
@@ -8,15 +9,69 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numba import types
 
-from monitor.kernels._jit import kernel, read_only
+from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _F64 = read_only(types.float64)
 _OUT = types.Array(types.float64, 1, "C")
+_TABLE = types.Array(types.float64, 2, "C", readonly=True)
+_LOG_P = types.Array(types.float64, 2, "C")
+_FLAGS = types.Array(types.boolean, 2, "C")
 _TINY: Final = 1e-300
 _EPSILON: Final = 1e-16
 _MOST_TERMS: Final = 100_000
+
+
+@helper
+def _kolmogorov(v: float) -> float:
+    if not v > 0.03:  # P is 1 to the last bit
+        return 0.0
+    if v < 1.0:
+        total = 0.0
+        for k in range(1, 8):
+            total += math.exp(-((2 * k - 1) ** 2) * math.pi**2 / (8 * v * v))
+        return math.log1p(-math.sqrt(2 * math.pi) / v * total)
+    total = 1.0
+    for k in range(2, 8):
+        sign = 1.0 if k % 2 == 1 else -1.0
+        total += sign * math.exp(-2.0 * (k * k - 1) * v * v)
+    return math.log(2.0) - 2.0 * v * v + math.log(total)
+
+
+@helper
+def _chi_square(x: float, degrees: float) -> float:
+    a = degrees / 2
+    v = x / 2
+    if not (v > 0 and a > 0):
+        return 0.0
+    front = a * math.log(v) - v - math.lgamma(a)
+    if v < a + 1:
+        term = 1.0 / a
+        total = term
+        k = a
+        for _ in range(_MOST_TERMS):
+            k += 1
+            term *= v / k
+            total += term
+            if term < total * _EPSILON:
+                break
+        return math.log1p(-min(total * math.exp(front), 1.0 - 1e-16))
+    b = v + 1 - a
+    c = 1 / _TINY
+    d = 1 / b
+    h = d
+    for i in range(1, _MOST_TERMS):
+        an = -i * (i - a)
+        b += 2
+        d = an * d + b
+        d = 1 / (d if abs(d) > _TINY else _TINY)
+        c = b + an / c
+        c = c if abs(c) > _TINY else _TINY
+        h *= d * c
+        if abs(d * c - 1) < _EPSILON * 4:
+            break
+    return min(front + math.log(h), 0.0)
 
 
 @kernel((_F64, _OUT))
@@ -26,20 +81,7 @@ def kolmogorov_log_tail(x: Array, out: Array) -> None:
     Below x = 1 that series converges badly; there its theta-function twin of P(K <= x) is summed.
     """
     for i in range(x.size):
-        v = x[i]
-        if not v > 0.03:  # P is 1 to the last bit
-            out[i] = 0.0
-        elif v < 1.0:
-            total = 0.0
-            for k in range(1, 8):
-                total += math.exp(-((2 * k - 1) ** 2) * math.pi**2 / (8 * v * v))
-            out[i] = math.log1p(-math.sqrt(2 * math.pi) / v * total)
-        else:
-            total = 1.0
-            for k in range(2, 8):
-                sign = 1.0 if k % 2 == 1 else -1.0
-                total += sign * math.exp(-2.0 * (k * k - 1) * v * v)
-            out[i] = math.log(2.0) - 2.0 * v * v + math.log(total)
+        out[i] = _kolmogorov(x[i])
 
 
 @kernel((_F64, _F64, _OUT))
@@ -50,36 +92,27 @@ def chi_square_log_tail(x: Array, degrees: Array, out: Array) -> None:
     or no degree of freedom, gives 0.
     """
     for i in range(x.size):
-        a = degrees[i] / 2
-        v = x[i] / 2
-        if not (v > 0 and a > 0):
-            out[i] = 0.0
-            continue
-        front = a * math.log(v) - v - math.lgamma(a)
-        if v < a + 1:
-            term = 1.0 / a
-            total = term
-            k = a
-            for _ in range(_MOST_TERMS):
-                k += 1
-                term *= v / k
-                total += term
-                if term < total * _EPSILON:
-                    break
-            out[i] = math.log1p(-min(total * math.exp(front), 1.0 - 1e-16))
-        else:
-            b = v + 1 - a
-            c = 1 / _TINY
-            d = 1 / b
-            h = d
-            for k in range(1, _MOST_TERMS):
-                an = -k * (k - a)
-                b += 2
-                d = an * d + b
-                d = 1 / (d if abs(d) > _TINY else _TINY)
-                c = b + an / c
-                c = c if abs(c) > _TINY else _TINY
-                h *= d * c
-                if abs(d * c - 1) < _EPSILON * 4:
-                    break
-            out[i] = min(front + math.log(h), 0.0)
+        out[i] = _chi_square(x[i], degrees[i])
+
+
+@kernel((_F64, _F64, _TABLE, _TABLE, _F64, _F64, _LOG_P, _FLAGS))
+def judge_columns(
+    distance: Array, index: Array, ks: Array, psi: Array, floor: Array, calm: Array, log_p: Array, flags: Array
+) -> None:
+    """Both tests of every column: ``log_p`` (KS, PSI) and ``flags`` (real, over, quiet), each by column.
+
+    KS ``distance`` and PSI ``index``. Of each test ``floor`` (KS, PSI) is the least effect to be over, ``calm`` the one
+    below which it is quiet, and its table has rows by column: size, log level, log p over which it is quiet; that of
+    PSI then inflation and degrees of freedom. ``drift.judge`` says what these are.
+    """
+    for f in range(distance.size):
+        ks_log_p = _kolmogorov(distance[f] * ks[0, f])
+        psi_log_p = _chi_square(index[f] * psi[0, f] / psi[3, f], psi[4, f])
+        ks_real = ks_log_p < ks[1, f]
+        psi_real = psi_log_p < psi[1, f]
+        log_p[0, f] = ks_log_p
+        log_p[1, f] = psi_log_p
+        flags[0, f] = ks_real or psi_real
+        flags[1, f] = (ks_real and distance[f] >= floor[0]) or (psi_real and index[f] >= floor[1])
+        ks_quiet = ks_log_p > ks[2, f] or distance[f] < calm[0]
+        flags[2, f] = ks_quiet and (psi_log_p > psi[2, f] or index[f] < calm[1])

@@ -21,7 +21,10 @@ from monitor.drift.psi import Psi
 from monitor.drift.rates import rates
 from monitor.drift.wasserstein import Wasserstein
 from monitor.kernels._jit import compile_all
-from monitor.kernels.folding import accumulate, fold
+from monitor.kernels.folding import fold
+from monitor.kernels.ks import cumulate, ks_distance, ks_interval
+from monitor.kernels.tails import judge_columns
+from monitor.kernels.windows import close_pane, span
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
 from tests.reference import naive_monitor as naive
@@ -262,14 +265,87 @@ def test_chi_square_tail_is_scipys() -> None:
     assert log_tail_chi_square(np.array([np.nan, 5.0]), np.array([9.0, 0.0])).tolist() == [0, 0]
 
 
-def test_fold_and_accumulate() -> None:
+def test_both_tests_of_every_column() -> None:
     compile_all()
-    cells, bins = np.array([3, 4, 5, 6], "i8"), np.array([1, 0, 1, 2], "i4")
+    rng = np.random.default_rng(3)
+    size = 4000
+    distance, index = rng.exponential(0.05, size), rng.exponential(0.02, size)
+    distance[::7] = index[::11] = np.nan
+    ks = np.stack([rng.choice([5.0, 30.0], size), rng.choice([-np.inf, -8.0, -2.0], size), rng.normal(-2, 2, size)])
+    psi = np.stack([rng.choice([50.0, 990.0], size), rng.choice([-8.0, -2.0], size), rng.normal(-2, 2, size)])
+    inflation, degrees = rng.choice([1.0, 1.7], size), rng.choice([0.0, 4.5, 9.0], size)
+    floor, calm = np.array([0.05, 0.02]), np.array([0.04, 0.016])
+    log_p, flags = np.empty((2, size)), np.empty((3, size), bool)
+    judge_columns(distance, index, ks, np.stack([*psi, inflation, degrees]), floor, calm, log_p, flags)
+    assert log_p[0].tolist() == log_tail_kolmogorov(distance * ks[0]).tolist()
+    assert log_p[1].tolist() == log_tail_chi_square(index * psi[0] / inflation, degrees).tolist()
+    by_ks, by_psi = log_p[0] < ks[1], log_p[1] < psi[1]
+    quiet = (log_p[0] > ks[2]) | (distance < 0.04), (log_p[1] > psi[2]) | (index < 0.016)
+    assert flags[0].tolist() == (by_ks | by_psi).tolist()
+    assert flags[1].tolist() == ((by_ks & (distance >= 0.05)) | (by_psi & (index >= 0.02))).tolist()
+    assert flags[2].tolist() == (quiet[0] & quiet[1]).tolist()
+    assert all(0 < found.sum() < size for found in flags)
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
+def test_fold(dtype: str) -> None:
+    compile_all()
+    cells, bins = np.array([3, 4, 5, 6], dtype), np.array([1, 0, 1, 2], "i4")
     out = np.full(3, 99, "i8")
     fold(cells, np.arange(5), bins, out)
     assert out.tolist() == [4, 8, 6]
-    accumulate(out, np.array([1, 2, 3], "i4"), -1)
-    assert out.tolist() == [3, 6, 3]
+
+
+@pytest.mark.parametrize("dtype", ["i4", "i8"])
+@pytest.mark.parametrize("cells", [2, 3, 4, 5, 6, 17, 64, 2051])
+def test_the_distance_of_looks_is_the_interval_s_lower_end(cells: int, dtype: str) -> None:
+    compile_all()
+    rng = np.random.default_rng(cells)
+    start = np.arange(4) * cells
+    for _ in range(20):
+        counts = [rng.poisson(rng.choice([0.01, 1.0, 300.0], 3 * cells)).astype("i8") for _ in range(2)]
+        counts[int(rng.integers(2))][cells : 2 * cells - 1] = 0
+        cumulated = np.full(3 * cells, np.nan)
+        cumulate(counts[0], start, cumulated)
+        columns = [counts[0][first : first + cells] for first in start[:3]]
+        assert cumulated.tolist() == [sum(c[: min(k, cells - 1)]) for c in columns for k in range(1, cells + 1)]
+        found, low, high = (np.full(3, -1.0) for _ in range(3))
+        ks_distance(cumulated, counts[1].astype(dtype), start, found)
+        ks_interval(counts[0], counts[1], start, low, high)
+        assert np.array_equal(found, low, equal_nan=True)
+        assert np.isnan(found[1])
+        for own, first in zip(found, start[:3], strict=True):
+            sides = [side[first : first + cells].tolist() for side in counts]
+            if sum(sides[0][:-1]) and sum(sides[1][:-1]):
+                assert own == pytest.approx(float(naive.ks_interval(*sides)[0]), abs=1e-15)
+
+
+@pytest.mark.parametrize(("pane", "window", "most"), [("i4", "i8", 2**30), ("u2", "i4", 2**16)])
+def test_a_pane_enters_all_windows_and_the_oldest_leaves_each(pane: str, window: str, most: int) -> None:
+    compile_all()
+    rng = np.random.default_rng(1)
+    lengths = np.array([1, 3, 5])
+    panes, sums, opened = np.zeros((5, 7), pane), np.zeros((3, 7), window), np.zeros(7, "i4")
+    past = []
+    for closed in range(23):
+        opened += rng.integers(0, most, 7, dtype="i4")
+        past.append(opened.astype("i8"))
+        close_pane(opened, panes, closed, lengths, sums)
+        assert not opened.any()
+        assert (panes[closed % 5] == past[-1]).all()
+        for length, total in zip(lengths, sums, strict=True):
+            assert total.tolist() == np.sum(past[-length:], axis=0).tolist()
+
+
+def test_what_spans_the_panes_of_a_window() -> None:
+    compile_all()
+    facts = np.array([[3, 1, 50, 70, 0], [0, 2, 0, 0, 1], [4, 0, 40, 60, 2]])
+    assert span(facts, 0, 2) == (0, 0, 0, 0)
+    assert span(facts, 2, 2) == (3, 3, 50, 70)
+    assert span(facts, 2, 1) == (0, 2, 0, 0)
+    assert span(facts, 3, 2) == (4, 2, 40, 60)
+    assert span(facts, 3, 3) == (7, 3, 40, 70)
+    assert span(facts, 4, 2) == (7, 1, 40, 70)  # the place of pane 0 holds pane 3 now
 
 
 def test_kernels_refuse_what_they_were_not_compiled_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from monitor.errors import StateError
 from monitor.layout import Layout
-from monitor.panes import PaneStore, Seasonal, merge_arms
+from monitor.panes import PaneStore, Seasonal, merge_arms, store_bytes
 from monitor.profile import ReferenceProfile
+from monitor.state import MonitorState
 from monitor.types import HOUR_NS, SECOND_NS, Window, WindowCounts, rows_window, time_window
 
 LAYOUT_VALUES = np.arange(50.0)
@@ -97,6 +99,74 @@ def test_a_long_silence_empties_the_window() -> None:
     assert counts.rows == 1
     assert (counts.cells == recount(one, [3])).all()
     assert store.state().total.sum() == 3
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [rows_window(6, 3)],
+        [rows_window(4, 2), rows_window(8, 2)],
+        [time_window(10, 5)],
+        [time_window(10, 2), rows_window(3, 3)],
+        [rows_window(70_000, 70_000)],
+    ],
+    ids=repr,
+)
+def test_the_total_is_everything_whenever_it_is_asked_for(windows: list[Window]) -> None:
+    one = layout()
+    rng = np.random.default_rng(4)
+    seen: list[float] = []
+    store, now_ns = PaneStore(one, windows), 0
+    for step in range(60):
+        now_ns += int(rng.choice([0, 1, 7, 100])) * SECOND_NS
+        values = rng.integers(-5, 60, int(rng.integers(1, 9))).astype(float).tolist()
+        seen += values
+        store.add(matrix(values), len(values), now_ns)
+        if step % 7 == 3:
+            assert (store.state().total == recount(one, seen)).all()
+        if step % 20 == 19:  # what is restored lacks the open panes, the total does not
+            state, store = store.state(), PaneStore(one, windows)
+            store.restore(state)
+            assert (store.state().total == recount(one, seen)).all()
+    assert (store.state().total == recount(one, seen)).all()
+
+
+def test_panes_of_more_rows_than_two_bytes_count() -> None:
+    one, window, looks = layout(), rows_window(140_000, 70_000), []
+    store = PaneStore(one, [window], on_look=lambda counts: looks.append(counts.cells.copy()))
+    values = np.full(70_000, 7.0)
+    for second in range(4):
+        store.add(matrix(values + second), len(values), second)
+    assert [found.max() for found in looks] == [70_000] * 3
+    assert (looks[-1] == recount(one, np.repeat([9.0, 10.0], 70_000))).all()
+    assert (store.state().window(window).cells == looks[-1]).all()
+
+
+@pytest.mark.parametrize("most", [200, 300])
+def test_counts_are_saved_in_as_many_bytes_as_they_take(most: int) -> None:
+    one, window = layout(), rows_window(most, most)
+    store = PaneStore(one, [window])
+    store.add(matrix([1.0] * most), most, 0)
+    kept = store.state()
+    found = MonitorState.from_bytes(MonitorState("m", "1", one.sha256, {"stable": kept}).to_bytes()).arms["stable"]
+    assert found.series[0].counts.dtype == kept.series[0].counts.dtype
+    assert (found.series[0].counts == kept.series[0].counts).all()
+    assert (found.window(window).cells == recount(one, [1.0] * most)).all()
+
+
+@pytest.mark.parametrize(
+    "windows", [[rows_window(9, 3), rows_window(6, 3)], [rows_window(9, 3), time_window(10, 2)], [time_window(60)]]
+)
+def test_a_store_takes_the_memory_that_it_says(windows: list[Window]) -> None:
+    one = Layout(ReferenceProfile.from_arrays({"x": np.arange(100_000.0)}, knots=None))
+    tracemalloc.start()
+    try:
+        store = PaneStore(one, windows)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert store.rows == 0
+    assert taken == pytest.approx(store_bytes(one.cells, windows), rel=0.01)
 
 
 def test_rows_and_time_are_counted_once_for_both() -> None:

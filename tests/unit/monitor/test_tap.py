@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from monitor.tap import Item, Tap
+from monitor.tap import Batches, Tap
 
 
 @dataclass
@@ -20,38 +20,28 @@ def tap(**bounds: int) -> Tap:
     return Tap([("x", 1, False)], [("y", 0, False)], **{"max_rows": 100, "max_bytes": 1 << 20, **bounds})
 
 
-def contents(item: Item) -> bytes:
-    found = item.data[0]
-    assert found is not None
-    return bytes(found[0])
-
-
 def test_contents_are_copied_in_order() -> None:
     one = tap()
     first, second = bytearray(b"abcd"), bytearray(b"efgh")
     assert one.offer(2, [None, [first, memoryview(second)]], [Output(b"yy")], 7, "canary")
     first[:] = b"...."
-    (item,) = one.take(10)
-    assert (item.now_ns, item.arm, item.rows) == (7, "canary", 2)
-    assert item.data == [[b"abcdefgh"], [b"yy"]]
+    assert one.take(10) == Batches([7], ["canary"], [2], [10], [[b"abcdefgh"], [b"yy"]])
     assert one.keys == (("input", "x"), ("output", "y"))
 
 
 def test_absent_input_and_unbatched_model() -> None:
     one = tap()
     assert one.offer(0, [[b"?"], None], [Output(b"y")], 0)
-    (item,) = one.take(10)
-    assert item.rows == 1
-    assert item.data == [None, [b"y"]]
+    assert one.take(10) == Batches([0], ["stable"], [1], [1], [[None], [b"y"]])
 
 
 def test_strings_are_referred_to_and_weighed() -> None:
     one = Tap([("s", 0, True), ("x", 1, False)], [("t", 0, True)], max_rows=100, max_bytes=10_000)
     strings = [b"a" * 3000, b"b"]
     assert one.offer(2, [[strings], [b"12345678"]], [Output([b"c", b"d"])], 0)
-    (item,) = one.take(10)
-    assert item.data == [[strings], [b"12345678"], [[b"c", b"d"]]]
-    assert 3000 < item.size < 3400
+    taken = one.take(10)
+    assert taken.data == [[[strings]], [b"12345678"], [[[b"c", b"d"]]]]
+    assert 3000 < taken.sizes[0] < 3400
 
 
 def test_a_full_ring_drops_whole_batches_and_counts_them() -> None:
@@ -60,7 +50,7 @@ def test_a_full_ring_drops_whole_batches_and_counts_them() -> None:
     assert taken == [True, True, True, False]
     assert (one.offered, one.dropped, one.waiting) == (120, 30, 90)
     assert one.dropped_by_arm == {"canary": 30}
-    assert sum(item.rows for item in one.take(1000)) == 90
+    assert sum(one.take(1000).rows) == 90
     assert one.offer(30, [None, [b"x"]], [Output(b"y")], 0)
     assert (one.offered, one.taken, one.dropped, one.waiting) == (150, 90, 30, 30)
 
@@ -78,15 +68,39 @@ def test_strange_batches_are_refused_not_raised() -> None:
     for inputs, outputs in [([], [Output(b"")]), ([None, [b""]], []), ([None, ["text"]], [Output(b"")]), (None, None)]:
         assert not one.offer(5, inputs, outputs, 0)
     assert (one.offered, one.refused, one.waiting) == (20, 20, 0)
-    assert one.take(10) == []
+    assert one.take(10) == Batches([], [], [], [], [[], []])
 
 
 def test_take_stops_after_enough_rows() -> None:
     one = tap()
     for _ in range(5):
         one.offer(4, [None, [b"x"]], [Output(b"y")], 0)
-    assert [item.rows for item in one.take(5)] == [4, 4]
+    assert one.take(5).rows == [4, 4]
     assert one.waiting == 12
+    assert one.take(12).rows == [4, 4, 4]
+    assert one.take(12).rows == []
+
+
+def test_a_batch_larger_than_asked_for_is_taken_whole() -> None:
+    one = tap()
+    one.offer(40, [None, [b"x"]], [Output(b"y")], 1)
+    one.offer(1, [None, [b"z"]], [Output(b"y")], 2)
+    assert one.take(5) == Batches([1], ["stable"], [40], [2], [[b"x"], [b"y"]])
+    assert one.take(5).times == [2]
+
+
+def test_a_batch_that_is_refused_midway_leaves_nothing_behind() -> None:
+    one = Tap([("x", 0, False)], [("y", 0, False), ("z", 1, False)], max_rows=100, max_bytes=1000)
+    assert not one.offer(1, [[b"x"]], [Output(b"y")], 1)
+    assert one.offer(1, [[b"X"]], [Output(b"Y"), Output(b"Z")], 2)
+    assert one.take(5) == Batches([2], ["stable"], [1], [3], [[b"X"], [b"Y"], [b"Z"]])
+
+
+def test_batches_in_parts() -> None:
+    some = Batches([1, 2, 3], ["a", "b", "a"], [4, 5, 6], [7, 8, 9], [[b"p", None, b"q"]])
+    assert some.part(1, 3) == Batches([2, 3], ["b", "a"], [5, 6], [8, 9], [[None, b"q"]])
+    assert some.without("a") == Batches([2], ["b"], [5], [8], [[None]])
+    assert some.without("c") is some
 
 
 def test_wakes_when_half_full() -> None:
@@ -104,7 +118,9 @@ def test_counters_are_exact_with_a_consumer_beside() -> None:
 
     def consume() -> None:
         while not done.is_set() or one.waiting:
-            seen.extend(int(np.frombuffer(contents(item), "i8")[0]) for item in one.take(16))
+            seen.extend(
+                int(np.frombuffer(found, "i8")[0]) for found in one.take(16).data[0] if isinstance(found, bytes)
+            )
 
     thread = threading.Thread(target=consume)
     thread.start()
