@@ -125,13 +125,16 @@ class Event:
 
 @dataclass(slots=True, frozen=True)
 class Message:
-    """An event as it is sent. ``body``: its structured JSON in UTF-8, the same at every attempt."""
+    """An event as it is sent. ``body``: its structured JSON in UTF-8, the same at every attempt.
+
+    ``since_ns``: since when it is tried, which is since it was written or since an operator had it tried again.
+    """
 
     id: str
     key: str
     type: str
     subject: str
-    created_ns: int
+    since_ns: int
     body: bytes
 
 
@@ -208,7 +211,7 @@ _FORGET_OLD: Final = f"""
 """  # noqa: S608
 _WAITING: Final = f"SELECT count(DISTINCT seq) FROM outbox_delivery WHERE {_OPEN}"  # noqa: S608
 _DUE: Final = f"""
-    SELECT d.seq, d.attempts, e.id, e.idempotency_key, e.type, e.subject, e.created_ns, e.body,
+    SELECT d.seq, d.attempts, e.id, e.idempotency_key, e.type, e.subject, coalesce(d.retried_ns, e.created_ns), e.body,
         d.error {_JOINED}
     WHERE d.sink = :sink AND d.{_OPEN} AND (d.due_ns <= :now OR d.due_ns > :horizon) ORDER BY d.due_ns LIMIT 1
 """
@@ -323,7 +326,7 @@ class Outbox:
             until = _after(now, lease_s)
             due = {"sink": sink, "now": now, "horizon": _after(now, horizon_s)}
             while (row := connection.execute(_DUE, due).fetchone()) is not None:
-                seq, attempts, event_id, key, kind, subject, created_ns, body, error = row
+                seq, attempts, event_id, key, kind, subject, since_ns, body, error = row
                 if attempts >= max_attempts:
                     self._bury(connection, seq, sink, f"no attempt is left; the last one: {error or 'no outcome'}", now)
                     continue
@@ -332,7 +335,7 @@ class Outbox:
                     "WHERE seq = ? AND sink = ?",
                     (attempts + 1, until, owner, seq, sink),
                 )
-                message = Message(event_id, key, kind, subject, created_ns, body.encode())
+                message = Message(event_id, key, kind, subject, since_ns, body.encode())
                 return Lease(seq, sink, owner, attempts + 1, until, message)
         return None
 
@@ -385,7 +388,7 @@ class Outbox:
         return held
 
     def retry(self, event_id: str | None, *, actor: str) -> int:
-        """Make the deliveries of one event, or of all events that have dead ones, due now and count anew.
+        """Make the deliveries of one event, or of all events that have dead ones, due now; attempts count anew.
 
         Of one event those in back-off are meant too; what is leased or delivered stays as it is. Audited as
         ``hook.retried``. Returns how many there were; raises NotFound when there is no such event.
@@ -446,10 +449,11 @@ class Outbox:
         self._audit.append(connection, AuditEvent("tidegate", "hook.dead", f"hook:{event_id}", detail))
 
     def _revive(self, connection: sqlite3.Connection, seq: int, sink: str) -> None:
+        now = self._clock()
         connection.execute(
-            "UPDATE outbox_delivery SET state = 'pending', attempts = 0, due_ns = ?, settled_ns = NULL "
+            "UPDATE outbox_delivery SET state = 'pending', attempts = 0, due_ns = ?, retried_ns = ?, settled_ns = NULL "
             "WHERE seq = ? AND sink = ?",
-            (self._clock(), seq, sink),
+            (now, now, seq, sink),
         )
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from server.config import units
 from server.config.capture_options import CaptureSettings, CaptureSpec, ColumnRule, EventOptions
-from server.config.kinds import FilePath, Many, ModelName, PositiveInt, Secret, Share, Text, default, parse_share
+from server.config.kinds import (
+    DURATION_SCHEMA,
+    SIZE_SCHEMA,
+    FilePath,
+    Many,
+    ModelName,
+    PositiveInt,
+    Secret,
+    Share,
+    Text,
+    bounded_duration,
+    bounded_size,
+    default,
+    parse_share,
+)
 from server.config.problems import Contradiction
 from server.config.section import Section
 
@@ -19,18 +33,6 @@ _ACTIONS: Final = ("keep", "drop", "hmac")
 _URL_PATTERN: Final = r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[!-~]*)?"
 _URL: Final = re.compile(_URL_PATTERN, re.ASCII)
 _MIN_SECRET: Final = 16
-
-
-def _bounded(parse: Any, low: str, high: str) -> BeforeValidator:
-    lowest, highest = parse(low), parse(high)
-
-    def check(value: object) -> int:
-        amount: int = parse(value)
-        if not lowest <= amount <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return amount
-
-    return BeforeValidator(check)
 
 
 class Column(Section):
@@ -86,12 +88,10 @@ def _long_enough(value: str) -> str:
     return value
 
 
-_SIZE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.SIZE_PATTERN})
-_DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
-SegmentSize = Annotated[int, _bounded(units.parse_size, "64KiB", "1GiB"), _SIZE_SCHEMA]
-DiskSize = Annotated[int, _bounded(units.parse_size, "1MiB", "1024GiB"), _SIZE_SCHEMA]
-SegmentAge = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATION_SCHEMA]
-SendTime = Annotated[int, _bounded(units.parse_duration, "100ms", "1m"), _DURATION_SCHEMA]
+SegmentSize = Annotated[int, bounded_size("64KiB", "1GiB"), SIZE_SCHEMA]
+DiskSize = Annotated[int, bounded_size("1MiB", "1024GiB"), SIZE_SCHEMA]
+SegmentAge = Annotated[int, bounded_duration("100ms", "1d"), DURATION_SCHEMA]
+SendTime = Annotated[int, bounded_duration("100ms", "1m"), DURATION_SCHEMA]
 #: Keys the hashes of ``hmac``.
 HashSecret = Annotated[Secret, AfterValidator(_long_enough)]
 EventsUrl = Annotated[

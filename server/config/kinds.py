@@ -281,6 +281,16 @@ def _bounded(parse: Callable[[object], int], low: str, high: str) -> BeforeValid
     return BeforeValidator(check)
 
 
+def bounded_duration(low: str, high: str) -> BeforeValidator:
+    """A duration from ``low`` to ``high`` as nanoseconds; goes with ``DURATION_SCHEMA``."""
+    return _bounded(units.parse_duration, low, high)
+
+
+def bounded_size(low: str, high: str) -> BeforeValidator:
+    """A size from ``low`` to ``high`` as bytes; goes with ``SIZE_SCHEMA``."""
+    return _bounded(units.parse_size, low, high)
+
+
 def _pattern(pattern: str, **more: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": pattern, **more})
 
@@ -340,19 +350,19 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
-_DURATION_SCHEMA: Final = _pattern(units.DURATION_PATTERN)
-_SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
-Delay = Annotated[int, _bounded(units.parse_duration, "0s", "60s"), _DURATION_SCHEMA]
-Timeout = Annotated[int, _bounded(units.parse_duration, "0s", "1h"), _DURATION_SCHEMA]
-Span = Annotated[int, _bounded(units.parse_duration, "1s", "1d"), _DURATION_SCHEMA]
-ConnectionAge = Annotated[int, _bounded(units.parse_duration, "0s", "7d"), _DURATION_SCHEMA]
-Interval = Annotated[int, _bounded(units.parse_duration, "100ms", "1d"), _DURATION_SCHEMA]
-AttemptTime = Annotated[int, _bounded(units.parse_duration, "1ms", "1h"), _DURATION_SCHEMA]
-Window = Annotated[int, _bounded(units.parse_duration, "100ms", "1h"), _DURATION_SCHEMA]
-WarmTime = Annotated[int, _bounded(units.parse_duration, "0s", "7d"), _DURATION_SCHEMA]
-StepTime = Annotated[int, _bounded(units.parse_duration, "100ms", "30d"), _DURATION_SCHEMA]
-OutcomeWindow = Annotated[int, _bounded(units.parse_duration, "1s", "90d"), _DURATION_SCHEMA]
-CopySize = Annotated[int, _bounded(units.parse_size, "1B", "2GiB"), _SIZE_SCHEMA]
-BodySize = Annotated[int, _bounded(units.parse_size, "1KiB", "2GiB"), _SIZE_SCHEMA]
-HeaderSize = Annotated[int, _bounded(units.parse_size, "1KiB", "1MiB"), _SIZE_SCHEMA]
-IdSize = Annotated[int, _bounded(units.parse_size, "1B", "64KiB"), _SIZE_SCHEMA]
+DURATION_SCHEMA: Final = _pattern(units.DURATION_PATTERN)
+SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
+Delay = Annotated[int, bounded_duration("0s", "60s"), DURATION_SCHEMA]
+Timeout = Annotated[int, bounded_duration("0s", "1h"), DURATION_SCHEMA]
+Span = Annotated[int, bounded_duration("1s", "1d"), DURATION_SCHEMA]
+ConnectionAge = Annotated[int, bounded_duration("0s", "7d"), DURATION_SCHEMA]
+Interval = Annotated[int, bounded_duration("100ms", "1d"), DURATION_SCHEMA]
+AttemptTime = Annotated[int, bounded_duration("1ms", "1h"), DURATION_SCHEMA]
+Window = Annotated[int, bounded_duration("100ms", "1h"), DURATION_SCHEMA]
+WarmTime = Annotated[int, bounded_duration("0s", "7d"), DURATION_SCHEMA]
+StepTime = Annotated[int, bounded_duration("100ms", "30d"), DURATION_SCHEMA]
+OutcomeWindow = Annotated[int, bounded_duration("1s", "90d"), DURATION_SCHEMA]
+CopySize = Annotated[int, bounded_size("1B", "2GiB"), SIZE_SCHEMA]
+BodySize = Annotated[int, bounded_size("1KiB", "2GiB"), SIZE_SCHEMA]
+HeaderSize = Annotated[int, bounded_size("1KiB", "1MiB"), SIZE_SCHEMA]
+IdSize = Annotated[int, bounded_size("1B", "64KiB"), SIZE_SCHEMA]

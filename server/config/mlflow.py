@@ -6,15 +6,28 @@ It knows nothing of the rest of the file, which holds it; ``compile_mlflow`` tur
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
 
 from router.registry.taking import Limits
 from server.config import units
-from server.config.kinds import FilePath, HeaderSecret, Interval, Many, ModelName, Text, UpstreamUrl, default
+from server.config.kinds import (
+    DURATION_SCHEMA,
+    SIZE_SCHEMA,
+    FilePath,
+    HeaderSecret,
+    Interval,
+    Many,
+    ModelName,
+    Text,
+    UpstreamUrl,
+    bounded_duration,
+    bounded_size,
+    default,
+)
 from server.config.problems import Contradiction
 from server.config.section import Section
 from server.config.tree import KeyPath
@@ -23,25 +36,9 @@ from server.mlflow.options import MlflowOptions
 
 _TERABYTE: Final = "1024GiB"
 
-
-def _bounded(parse: Callable[[object], int], low: str, high: str) -> BeforeValidator:
-    """A duration or a size from ``low`` to ``high``."""
-    lowest, highest = parse(low), parse(high)
-
-    def bounded(value: object) -> int:
-        found = parse(value)
-        if not lowest <= found <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return found
-
-    return BeforeValidator(bounded)
-
-
-_DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
-_SIZE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.SIZE_PATTERN})
-RequestTime = Annotated[int, _bounded(units.parse_duration, "100ms", "1m"), _DURATION_SCHEMA]
-LongTime = Annotated[int, _bounded(units.parse_duration, "1m", "365d"), _DURATION_SCHEMA]
-TakenSize = Annotated[int, _bounded(units.parse_size, "1KiB", _TERABYTE), _SIZE_SCHEMA]
+RequestTime = Annotated[int, bounded_duration("100ms", "1m"), DURATION_SCHEMA]
+LongTime = Annotated[int, bounded_duration("1m", "365d"), DURATION_SCHEMA]
+TakenSize = Annotated[int, bounded_size("1KiB", _TERABYTE), SIZE_SCHEMA]
 
 
 class Mlflow(Section):

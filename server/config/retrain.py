@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from monitor.errors import SettingsError
 from monitor.retrain.rules import MAX_BUDGET, RetrainRules, Schedule, SignalRule
 from server.config import units
-from server.config.kinds import Many, PositiveInt, Text, default
+from server.config.kinds import DURATION_SCHEMA, Many, PositiveInt, Text, bounded_duration, default
 from server.config.problems import Contradiction
 from server.config.section import Section
 from server.config.sinks import SinkName
@@ -28,19 +28,6 @@ _CLOCK_PATTERN: Final = "([01][0-9]|2[0-3]):([0-5][0-9]) UTC"
 _CLOCK: Final = re.compile(_CLOCK_PATTERN, re.ASCII)
 _BUDGET_PATTERN: Final = "([1-9][0-9]{0,3}) per day"
 _BUDGET: Final = re.compile(_BUDGET_PATTERN, re.ASCII)
-
-
-def _duration(low: str, high: str) -> BeforeValidator:
-    """A duration from ``low`` to ``high``, as nanoseconds."""
-    lowest, highest = units.parse_duration(low), units.parse_duration(high)
-
-    def parse(value: object) -> int:
-        length = units.parse_duration(value)
-        if not lowest <= length <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return length
-
-    return BeforeValidator(parse)
 
 
 def _schedule(value: object) -> Schedule:
@@ -66,12 +53,11 @@ def _budget(value: object) -> int:
     return int(found[1])
 
 
-_DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
 #: Hysteresis and the windows that reasons are collected in.
-HoldTime = Annotated[int, _duration("0s", "7d"), _DURATION_SCHEMA]
-Cooldown = Annotated[int, _duration("0s", "366d"), _DURATION_SCHEMA]
+HoldTime = Annotated[int, bounded_duration("0s", "7d"), DURATION_SCHEMA]
+Cooldown = Annotated[int, bounded_duration("0s", "366d"), DURATION_SCHEMA]
 #: Ages, and how long a job may be silent.
-LongTime = Annotated[int, _duration("1m", "3650d"), _DURATION_SCHEMA]
+LongTime = Annotated[int, bounded_duration("1m", "3650d"), DURATION_SCHEMA]
 ScheduleTime = Annotated[
     Schedule,
     BeforeValidator(_schedule),

@@ -6,14 +6,26 @@ It knows nothing of the rest of the file, which holds it; ``compile_alerts`` tur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from server.config import units
-from server.config.kinds import FilePath, Interval, Many, PositiveInt, Secret, Text, default
+from server.config.kinds import (
+    DURATION_SCHEMA,
+    SIZE_SCHEMA,
+    FilePath,
+    Interval,
+    Many,
+    PositiveInt,
+    Secret,
+    Text,
+    bounded_duration,
+    bounded_size,
+    default,
+)
 from server.config.problems import Contradiction
 from server.config.section import Section
 from server.config.tree import KeyPath
@@ -70,32 +82,6 @@ def _target(value: str) -> str:
     return value
 
 
-def _duration(low: str, high: str) -> Callable[[object], int]:
-    """A parser of durations from ``low`` to ``high``."""
-    lowest, highest = units.parse_duration(low), units.parse_duration(high)
-
-    def parse(value: object) -> int:
-        length = units.parse_duration(value)
-        if not lowest <= length <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return length
-
-    return parse
-
-
-def _size(low: str, high: str) -> Callable[[object], int]:
-    """A parser of sizes from ``low`` to ``high``."""
-    lowest, highest = units.parse_size(low), units.parse_size(high)
-
-    def parse(value: object) -> int:
-        size = units.parse_size(value)
-        if not lowest <= size <= highest:
-            raise ValueError(f"wanted {low} to {high}, got {value}")
-        return size
-
-    return parse
-
-
 SinkName = Annotated[
     str, BeforeValidator(_sink_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"})
 ]
@@ -104,17 +90,15 @@ WebhookUrl = Annotated[
 ]
 SigningKey = Annotated[Secret, AfterValidator(_signing_secret)]
 AllowedTarget = Annotated[Text, AfterValidator(_target), WithJsonSchema({"type": "string", "minLength": 1})]
-_DURATION_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN})
 #: A lease and a thread are held that long: a receiver that needs longer has to answer before it works.
-SendTime = Annotated[int, BeforeValidator(_duration("100ms", "1m")), _DURATION_SCHEMA]
-CommandTime = Annotated[int, BeforeValidator(_duration("1s", "23h")), _DURATION_SCHEMA]
-GraceTime = Annotated[int, BeforeValidator(_duration("0s", "10m")), _DURATION_SCHEMA]
-_SIZE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": units.SIZE_PATTERN})
-MemorySize = Annotated[int, BeforeValidator(_size("16MiB", "1024GiB")), _SIZE_SCHEMA]
-LogSize = Annotated[int, BeforeValidator(_size("4KiB", "1GiB")), _SIZE_SCHEMA]
+SendTime = Annotated[int, bounded_duration("100ms", "1m"), DURATION_SCHEMA]
+CommandTime = Annotated[int, bounded_duration("1s", "23h"), DURATION_SCHEMA]
+GraceTime = Annotated[int, bounded_duration("0s", "10m"), DURATION_SCHEMA]
+MemorySize = Annotated[int, bounded_size("16MiB", "1024GiB"), SIZE_SCHEMA]
+LogSize = Annotated[int, bounded_size("4KiB", "1GiB"), SIZE_SCHEMA]
 _VARIABLE_PATTERN: Final = "[A-Za-z_][A-Za-z0-9_]{0,127}"
 VariableName = Annotated[str, Field(pattern=f"^{_VARIABLE_PATTERN}$")]
-KeepTime = Annotated[int, BeforeValidator(_duration("1m", "3650d")), _DURATION_SCHEMA]
+KeepTime = Annotated[int, bounded_duration("1m", "3650d"), DURATION_SCHEMA]
 
 
 class Webhook(Section):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Final
 
 import structlog
 
 from server.config.routing import RoutingSpec
 from server.config.settings import ReloadSettings
 from server.control.loading import Loader
+from server.control.mending import Mending
 from server.control.publishing import Loaded, Publisher
 from server.control.retiring import CLOSE_SECONDS, Retired, Retirement
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
@@ -25,10 +24,13 @@ from server.control.versions import (
     UNAVAILABLE,
     IndexEntry,
     KnownVersion,
-    by_number,
+    Prepared,
+    index_rows,
     is_unchanged,
     loaded_version,
     serving,
+    stable_version,
+    warm_rows,
 )
 from server.errors import (
     FailedPrecondition,
@@ -44,22 +46,6 @@ from server.runtime.upstream_options import UpstreamOptions
 from server.types import ModelSpec, ParameterValue
 
 log = structlog.get_logger("control")
-
-#: Between tries of an upstream that could not be reached: the first wait, the longest, and how many times as long as a
-#: try took it is at least, for loads wait for it.
-_FIRST_TRY_S: Final = 1.0
-_LAST_TRY_S: Final = 60.0
-_WAIT_PER_TRY: Final = 10.0
-
-
-@dataclass(slots=True)
-class Prepared:
-    """A configuration to be: its source and plans, and the versions that were loaded, or found warm, for it."""
-
-    source: ModelSource
-    plans: dict[str, ModelPlan]
-    fresh: dict[str, dict[str, KnownVersion]] = field(default_factory=dict)
-    taken_back: list[Retired] = field(default_factory=list)
 
 
 class ModelControl:
@@ -88,12 +74,11 @@ class ModelControl:
         self._plans: dict[str, ModelPlan] = {}
         self._versions: dict[str, dict[str, KnownVersion]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        #: Held by whoever changes what is wanted: one poll, load, unload or reconfiguration at a time.
+        #: Held by whoever changes what is wanted: the start, or one poll, load, unload or reconfiguration at a time.
         self.turn = asyncio.Lock()
         self._retirement = Retirement(reload or ReloadSettings(), self._gone, close_seconds=close_seconds)
         self._loader = Loader(runtime, serve, self._retirement.make_room)
-        #: Set when an upstream could not be reached.
-        self._unreached = asyncio.Event()
+        self._mending = Mending(self._unreached_models, self._try_again)
         #: Versions that stay loaded although no plan wants them any more.
         self._held: dict[str, set[str]] = {}
         #: Models that were to be loaded at start.
@@ -122,26 +107,8 @@ class ModelControl:
 
         Versions that are kept warm come last, as unavailable: nobody can ask for them.
         """
-        rows = self._rows()
-        return [row for row in rows if row.state == READY] if ready_only else rows + self._warm_rows()
-
-    def _rows(self) -> list[IndexEntry]:
-        rows: list[IndexEntry] = []
-        for name in sorted(self._plans):
-            versions = self._versions.get(name, {})
-            # What serves although the source makes no sense any more says so.
-            error = self._plans[name].error
-            rows += [IndexEntry(name, number, v.state, v.reason or error) for number, v in by_number(versions)]
-            if not versions:
-                rows.append(IndexEntry(name, "", UNAVAILABLE, error or "not loaded"))
-        return rows
-
-    def _warm_rows(self) -> list[IndexEntry]:
-        rows = []
-        for version, until in self._retirement.warm():
-            why = f"replaced, kept warm until {until.isoformat(timespec='seconds')}"
-            rows.append(IndexEntry(version.model, version.number, UNAVAILABLE, why))
-        return rows
+        rows = index_rows(self._plans, self._versions)
+        return [row for row in rows if row.state == READY] if ready_only else rows + warm_rows(self._retirement.warm())
 
     def ready(self, model: str, version: str) -> bool:
         """Is this version (or, for "", the model) ready? Raises ModelNotFound or VersionNotFound for unknown ones."""
@@ -158,7 +125,8 @@ class ModelControl:
 
     def failures(self) -> list[IndexEntry]:
         """Versions of wanted models that could not be loaded."""
-        return [row for row in self._rows() if row.state == UNAVAILABLE and row.name in self._wanted]
+        rows = index_rows(self._plans, self._versions)
+        return [row for row in rows if row.state == UNAVAILABLE and row.name in self._wanted]
 
     def hold(self, model: str, version: str) -> None:
         """Keep a loaded version loaded, whether a plan wants it or not, as long as its model is there."""
@@ -172,18 +140,19 @@ class ModelControl:
 
     async def start(self, names: tuple[str, ...] = ()) -> None:
         """Scan, and load what the mode says: everything, or in explicit mode ``names`` (``*`` for everything)."""
-        await self._scan()
-        wanted = set(names)
-        if self._mode == "explicit" and "*" not in wanted:
-            for name in sorted(wanted - set(self._plans)):
-                raise ModelNotFound(f"model '{name}' asked for at start-up is not in the repository")
-        else:
-            wanted = set(self._plans)
-        self._wanted = wanted
-        for name in sorted(wanted):
-            self._gateway.unready[name] = "loading"
-        for name in sorted(wanted):
-            await self._apply(name)
+        async with self.turn:
+            await self._scan()
+            wanted = set(names)
+            if self._mode == "explicit" and "*" not in wanted:
+                for name in sorted(wanted - set(self._plans)):
+                    raise ModelNotFound(f"model '{name}' asked for at start-up is not in the repository")
+            else:
+                wanted = set(self._plans)
+            self._wanted = wanted
+            for name in sorted(wanted):
+                self._gateway.unready[name] = "loading"
+            for name in sorted(wanted):
+                await self._apply(name)
 
     async def poll(self, interval_s: float) -> None:
         """Follow the source until cancelled. A scan that fails is logged and tried again."""
@@ -195,15 +164,8 @@ class ModelControl:
                 log.warning("poll_failed", error=str(error))
 
     async def mend(self) -> None:
-        """Try upstreams that could not be reached again until they can be, more and more rarely. Until cancelled."""
-        while True:
-            await self._unreached.wait()
-            self._unreached.clear()
-            wait_s = _FIRST_TRY_S
-            while models := self._unreached_models():
-                await asyncio.sleep(wait_s)
-                took_s = await self._try_again(models)
-                wait_s = min(max(2 * wait_s, _WAIT_PER_TRY * took_s), _LAST_TRY_S)
+        """Try upstreams that could not be reached again until they can be. Until cancelled."""
+        await self._mending.run()
 
     def _unreached_models(self) -> list[str]:
         return [name for name in self._plans if self._unreached_versions(name)]
@@ -259,17 +221,28 @@ class ModelControl:
             raise ModelLoadError(f"failed to load '{model}': {self._plans[model].error or 'it has no version to load'}")
 
     async def unload(self, model: str, unload_dependents: bool = False) -> None:
-        """Stop serving one model. Requests that hold it finish; memory is given back after the last, none is warm."""
-        if model not in self._versions:
-            self.plan(model)
-        self._require_explicit("unload", model)
-        async with self.turn, self._lock(model):
-            gone = self._forget(model, "unloaded")
+        """Stop serving one model. Requests that hold it finish; memory is given back after the last, none is warm.
+
+        Of a model of the repository that is not loaded nothing is left to do. Raises ModelNotFound for any other.
+        """
+        async with self.turn:
+            if model not in self._versions and model not in self._plans:
+                await self._scan()  # it may have come since the last look
+                self.plan(model)
+            self._require_explicit("unload", model)
+            async with self._lock(model):
+                self._unload(model)
+
+    def _unload(self, model: str) -> None:
+        self._retirement.cool(model)
+        for version in self._versions.get(model, {}).values():
+            version.unreached = False  # nobody waits for it any more
+        gone = self._forget(model, "unloaded")
+        if gone:
             self._audit("model.unloaded", model, {"versions": [version.number for version in gone]})
             self._publish(model)
             self._retire(gone)
-            self._retirement.cool(model)
-        log.info("model_unloaded", model=model)
+            log.info("model_unloaded", model=model)
 
     def _require_explicit(self, what: str, model: str) -> None:
         if self._mode != "explicit":
@@ -530,7 +503,7 @@ class ModelControl:
             version.state = UNAVAILABLE
             version.unreached = isinstance(wanted.origin, UpstreamOptions)
         if version.unreached:
-            self._unreached.set()
+            self._mending.wake()
         log.error(
             "model_load_failed",
             model=plan.name,
@@ -564,17 +537,9 @@ class ModelControl:
 
     def loaded(self, model: str) -> Loaded:
         """What of one model is ready now."""
-        ready, plan = self._ready(model), self._plans.get(model)
-        return Loaded(ready, self._stable(model, ready), {} if plan is None else plan.aliases)
-
-    def _stable(self, model: str, ready: Mapping[str, Served]) -> str:
-        """The version that the plan names, and while that is not ready the one that answered before; "": nobody."""
-        plan, current = self._plans.get(model), self._gateway.table.models.get(model)
-        if plan is None or plan.stable is None:
-            return max(ready, key=int, default="")
-        if plan.stable in ready:
-            return plan.stable
-        return current.stable if plan.stable and current is not None and current.stable in ready else ""
+        ready, plan, current = self._ready(model), self._plans.get(model), self._gateway.table.models.get(model)
+        stable = stable_version(plan, "" if current is None else current.stable, ready)
+        return Loaded(ready, stable, {} if plan is None else plan.aliases)
 
     def _why_not(self, model: str) -> str:
         reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]

@@ -10,7 +10,8 @@ one is asked for, once.
 
 What no time mends is refused: a password that is not taken (asking on would lock the account), and a request that
 Airflow says is wrong in itself (400, 422). A DAG that is not known (404) or not permitted (403) may be parsed, and its
-permissions synced, in a moment: that is refused from ``PATIENCE_S`` after the event on. Everything else may pass.
+permissions synced, in a moment: that is refused from ``PATIENCE_S`` after the event on, or after an operator had it
+tried again. Everything else may pass.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class AirflowSink:
             return Refused(f"answered {status}: Airflow does not take the request{words}")
         now = self._clock()
         problem = self._problem(status)
-        if problem and now - message.created_ns / NS_PER_S >= PATIENCE_S:
+        if problem and now - message.since_ns / NS_PER_S >= PATIENCE_S:
             return Refused(f"answered {status}: {problem}{words}")
         return Failed(f"answered {status}{problem and f': {problem}'}{words}", seconds(answer.retry_after, now))
 

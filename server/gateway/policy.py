@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from typing import Final
 
 from router.breaker import Breaker, BreakerPolicy, Outcome
 from router.experiment import ExperimentBooks
@@ -26,6 +26,9 @@ NO_VERDICT = OWN_FAULT | {"queue_full", "queue_timeout"}
 
 _NO_RETRY = RetryPolicy()
 
+#: Kept for one version; one more takes the place of the oldest, whose name then starts with clean counts.
+_MAX_BREAKERS: Final = 256
+
 
 class Breakers:
     """The breakers of one public name: one for each version that it leads to, as long as that is loaded.
@@ -33,17 +36,18 @@ class Breakers:
     Another name that leads to the same version has others, by a policy of its own, or none.
     """
 
-    __slots__ = ("_of", "policy")
+    __slots__ = ("policy",)
 
     def __init__(self, policy: BreakerPolicy) -> None:
         self.policy = policy
-        self._of: WeakKeyDictionary[Served, Breaker] = WeakKeyDictionary()
 
     def of(self, served: Served) -> Breaker:
-        """The breaker of one version."""
-        breaker = self._of.get(served)
+        """The breaker of one version. It is kept with the version, and goes with it."""
+        breaker = served.breakers.get(self)
         if breaker is None:
-            breaker = self._of[served] = Breaker(self.policy)
+            if len(served.breakers) >= _MAX_BREAKERS:  # of names and policies that are gone, most likely
+                del served.breakers[next(iter(served.breakers))]
+            breaker = served.breakers[self] = Breaker(self.policy)
         return breaker
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from router.errors import BadRolloutState
 from router.rollout.evidence import OneArm, TwoArms
@@ -21,14 +21,8 @@ from router.rollout.gates import Keys
 from router.rollout.latency import TailThreshold
 from router.rollout.spec import ERROR, EVENTS, SLOW, TIMEOUT
 from server.batching.batcher import Work
+from server.gateway.ends import LATE, NO_ERROR, NOTHING
 from server.gateway.rollout_outcomes import MAX_KEYS, STORED_KEYS, OutcomeBooks, Outcomes
-
-#: Ends that say nothing of the version at all, and are no attempts.
-_NOTHING: Final = frozenset({"draining"})
-#: Ends that are no error of the version: the request was wrong for every version, or its caller has left.
-_NO_ERROR: Final = frozenset({"ok", "cancelled", "invalid_argument"})
-#: Ends by some limit of time; a caller who leaves has waited long enough.
-_LATE: Final = frozenset({"cancelled", "deadline_exceeded", "queue_timeout", "version_timeout"})
 
 
 @dataclass(slots=True)
@@ -123,17 +117,17 @@ class RolloutBooks:
     def attempt(self, arm: str, key: int, code: str, work: Work | None) -> None:
         """The first attempt of a counted request has ended. ``key`` 0: it had none."""
         book = self._arms.get(arm)
-        if book is None or code in _NOTHING:
+        if book is None or code in NOTHING:
             return
         tally = book.keyed if key else book.keyless
         tally.attempts += 1
         if key and key not in self._keys:
             self._new_key(book, key)
         if code != "ok":
-            if code not in _NO_ERROR:
+            if code not in NO_ERROR:
                 tally.errors += 1
                 self._event(ERROR, book, key)
-            if code in _LATE:
+            if code in LATE:
                 tally.timeouts += 1
                 self._event(TIMEOUT, book, key)
         elif work is not None and work.computed_ns:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.breaker import Breaker
 from server.batching.batcher import Batcher
+from server.gateway.ends import NO_ERROR, NOTHING
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
 from server.telemetry.metrics import Counter
@@ -82,7 +84,7 @@ class CapturePort(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Served:
     """One loaded version as the gateway uses it. ``calls`` counts the requests that hold it.
 
@@ -98,6 +100,8 @@ class Served:
     labels: Labels | None = None
     calls: int = 0
     on_idle: Callable[[], None] | None = None
+    #: Breakers of the names that lead here, by whatever keeps their policy (``server.gateway.policy.Breakers``).
+    breakers: dict[object, Breaker] = field(default_factory=dict)
     _routes: dict[tuple[str, str], Counter] = field(default_factory=dict)
     _attempts: dict[tuple[str, str], Counter] = field(default_factory=dict)
 
@@ -118,12 +122,9 @@ class Served:
         counter.inc()
 
     def attempts(self) -> tuple[int, int]:
-        """How many attempts have ended, and how many of them by anything but an answer."""
-        ended = {code: 0 for _, code in self._attempts}
-        for (_, code), counter in self._attempts.items():
-            ended[code] += int(counter.value)
-        total = sum(ended.values())
-        return total, total - ended.get("ok", 0)
+        """How many attempts have ended, and how many of them in an error of the version, as gates of rollouts count."""
+        ended = [(code, int(counter.value)) for (_, code), counter in self._attempts.items() if code not in NOTHING]
+        return sum(count for _, count in ended), sum(count for code, count in ended if code not in NO_ERROR)
 
     def release(self) -> None:
         """One request less; tells whoever waits for the last one."""

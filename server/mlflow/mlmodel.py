@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import date, datetime
+from types import NoneType
 from typing import Any, Final
 
 import yaml
@@ -28,6 +30,20 @@ _DATATYPES: Final = {
     "str": "BYTES",
     "bytes": "BYTES",
     **{name.lower(): name for name in sorted(DATATYPES) if "INT" in name},
+}
+
+#: What SafeLoader makes of YAML, mappings aside.
+_KINDS: Final[dict[type, str]] = {
+    NoneType: "nothing",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    bytes: "binary data",
+    date: "a date",
+    datetime: "a date",
+    list: "a list",
+    set: "a set",
 }
 
 
@@ -81,7 +97,7 @@ def read_mlmodel(text: bytes) -> MlModel:
 
 def _mapping(value: object, what: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise Unusable(f"{what} must be a mapping, got {type(value).__name__}")
+        raise Unusable(f"{what} must be a mapping, got {_KINDS[type(value)]}")
     return value
 
 

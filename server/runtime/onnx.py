@@ -203,8 +203,7 @@ class OnnxRuntime:
         engine.release()
         engine.spec = with_gathering(engine.spec, gathering, tuple(notes))
         self._warm(request, engine)
-        if engine.spec.batching_note:
-            _log.info("model_note", model=request.name, version=request.version, note=engine.spec.batching_note)
+        _log_batching(request, engine.spec)
         return engine
 
     def _warm(self, request: LoadRequest, engine: OnnxEngine) -> None:
@@ -250,6 +249,16 @@ def _engine(
         Lane(sessions[index % len(sessions)], found, rebind=on_device, allocate=allocate) for index in range(count)
     ]
     return OnnxEngine(spec, lanes, inspected)
+
+
+def _log_batching(request: LoadRequest, spec: ModelSpec) -> None:
+    """What an operator may not expect of how rows are gathered."""
+    about = {"model": request.name, "version": request.version}
+    if spec.batching_note:
+        _log.info("model_note", **about, note=spec.batching_note)
+    wanted, used = request.options.batching.max_rows, spec.learned_batch_size
+    if request.options.batching.enabled and 0 < spec.max_batch_size == used < wanted:
+        _log.warning("max_rows_lowered", **about, wanted=wanted, used=used, remedy="give batching.max_batch_size")
 
 
 def _require_rows(outputs: list[Tensor], rows: int) -> None:

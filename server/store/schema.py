@@ -183,6 +183,11 @@ _ROLLOUTS_5: Final = (
     """,
 )
 
+_OUTBOX_7: Final = (
+    # When an operator had it tried again: what a receiver may need time for is counted from there on.
+    "ALTER TABLE outbox_delivery ADD COLUMN retried_ns INTEGER",
+)
+
 Migration = tuple[str, ...]
 
 #: Each is one transaction, statement by statement.
@@ -193,4 +198,5 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     _RETRAIN_4,
     _ROLLOUTS_5,
     PINS_1,
+    _OUTBOX_7,
 )

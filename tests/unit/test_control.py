@@ -471,6 +471,49 @@ def test_explicit_control(tmp_path: Path) -> None:
     run(tmp_path, body, "explicit")
 
 
+def test_an_unload_of_what_is_not_loaded_leaves_it_so(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.unload("m")  # before anybody has looked
+        await rig.control.start()
+        rig.put("late", "1", "1")
+        for name in ("m", "late"):  # the second came since the last look
+            await rig.control.unload(name)
+            with pytest.raises(ModelNotReady, match="not loaded"):
+                rig.gateway.served(name, "")
+        assert rig.rows() == {(name, ""): ("UNAVAILABLE", "not loaded") for name in ("m", "late")}
+        assert rig.audited == []
+        with pytest.raises(ModelNotFound, match="'nobody'"):
+            await rig.control.unload("nobody")
+
+    run(tmp_path, body, "explicit")
+
+
+def test_an_unload_before_the_first_look_knows_the_names_of_others(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        with pytest.raises(ModelNotFound, match="'nobody'"):
+            await rig.control.unload("nobody")
+
+    run(tmp_path, body, "explicit")
+
+
+def test_an_unload_while_the_server_starts_comes_after_the_load(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("a", "1", "1")
+        rig.put("b", "1", "1")
+        rig.runtime.hold.clear()
+        start = asyncio.ensure_future(rig.control.start(("*",)))
+        await asyncio.to_thread(rig.runtime.loading.wait, 10)
+        unload = asyncio.ensure_future(rig.control.unload("b"))  # a is loading, and b was not yet begun
+        await asyncio.sleep(0)
+        rig.runtime.hold.set()
+        await asyncio.gather(start, unload)
+        assert rig.stable("a") == "1"
+        assert rig.rows()["b", "1"] == ("UNAVAILABLE", "unloaded")
+
+    run(tmp_path, body, "explicit")
+
+
 @pytest.mark.parametrize("mode", ["none", "poll"])
 def test_load_and_unload_need_explicit_control(tmp_path: Path, mode: str) -> None:
     async def body(rig: Rig) -> None:
@@ -686,14 +729,18 @@ def test_a_configuration_takes_back_what_the_one_before_it_had(tmp_path: Path) -
     run(tmp_path, body)
 
 
+@dataclass
+class Elsewhere:
+    """A model on another server, which ``FileRuntime`` takes from the folder ``root``."""
+
+    root: Path
+
+    def scan(self) -> dict[str, ModelPlan]:
+        origin = UpstreamOptions("http://127.0.0.1:9")
+        return {"m": ModelPlan("m", versions=(VersionPlan("1", self.root / "m.onnx", 1, origin),))}
+
+
 def test_an_upstream_that_was_down_is_tried_again_until_it_is_there(tmp_path: Path) -> None:
-    class Elsewhere:
-        """A model on another server."""
-
-        def scan(self) -> dict[str, ModelPlan]:
-            origin = UpstreamOptions("http://127.0.0.1:9")
-            return {"m": ModelPlan("m", versions=(VersionPlan("1", tmp_path / "m.onnx", 1, origin),))}
-
     async def body(rig: Rig) -> None:
         (tmp_path / "m.onnx").write_text("1")
         rig.runtime.unreachable = True
@@ -710,4 +757,23 @@ def test_an_upstream_that_was_down_is_tried_again_until_it_is_there(tmp_path: Pa
         assert rig.audited == [("model.refused", "m:1"), ("model.ready", "m:1")]
         assert rig.rows() == {("m", "1"): ("READY", "")}
 
-    run(tmp_path, body, source=Elsewhere())
+    run(tmp_path, body, source=Elsewhere(tmp_path))
+
+
+def test_an_upstream_that_was_down_is_not_tried_again_when_it_was_unloaded(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        (tmp_path / "m.onnx").write_text("1")
+        rig.runtime.unreachable = True
+        await rig.control.start(("m",))
+        await rig.control.unload("m")
+        rig.runtime.unreachable = False
+        rig.runtime.loading.clear()
+        mending = asyncio.ensure_future(rig.control.mend())
+        try:
+            assert not await asyncio.to_thread(rig.runtime.loading.wait, 1.5)  # the first try comes after a second
+        finally:
+            mending.cancel()
+        await rig.control.load("m", {})
+        assert rig.stable("m") == "1"
+
+    run(tmp_path, body, "explicit", source=Elsewhere(tmp_path))

@@ -25,7 +25,7 @@ from server.errors import (
     TooManyRequests,
     VersionNotFound,
 )
-from server.gateway import AdmissionLimits, Gateway, GatewayPermit, Served
+from server.gateway import AdmissionLimits, Gateway, GatewayPermit, RolloutBooks, Served
 from server.runtime.base import BatchingOptions, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.telemetry.instruments import Telemetry
@@ -164,6 +164,37 @@ def test_refusals_reach_the_reply() -> None:
         await rig.close()
 
     run(body)
+
+
+def test_attempts_and_errors_of_a_version_are_those_that_gates_count() -> None:
+    async def body() -> None:
+        rig, books = Rig(), RolloutBooks()
+        books.enter("candidate", "stable", 0.5)
+        requests: list[dict[str, Any]] = [{}, {"inputs": []}, {"parameters": {"priority": "high"}}]
+        for request in requests:
+            answer, _, permit = rig.ask(request=request)
+            await answer.error()
+            permit.release()
+        assert rig.served.attempts() == (3, 0)  # wrong requests are no errors of the version
+        for code in sorted(codes()):
+            before = rig.served.attempts()
+            rig.served.attempted("candidate", code)
+            books.attempt("candidate", 0, code, None)
+            attempts, errors = (now - then for now, then in zip(rig.served.attempts(), before, strict=True))
+            taken = books.take()
+            assert (code, attempts, float(errors)) == (code, taken.attempts, taken.alone["error"].total)
+        assert rig.served.attempts()[1] > 5
+        await rig.close()
+
+    run(body)
+
+
+def codes() -> set[str]:
+    """How an attempt may end."""
+    kinds = [TidegateError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {"ok", *(kind.code for kind in kinds)}
 
 
 def test_while_the_server_starts_what_is_unknown_is_not_ready() -> None:

@@ -16,6 +16,7 @@ from server.audit import AuditLog, Verified
 from server.errors import InvalidArgument, NotFound
 from server.outbox import HORIZON_S, MAX_EVENT_BYTES, Delivery, Event, Lease, Limits, Outbox, OutboxFull
 from server.store.base import StoreError
+from server.store.schema import MIGRATIONS
 from server.store.sqlite import SqliteStore, get_meta, put_meta
 
 NS = 1_000_000_000
@@ -378,6 +379,40 @@ def test_a_retry_takes_what_is_in_back_off_and_leaves_the_rest(store: SqliteStor
         "dead": "pending", "delivered": "delivered", "leased": "leased", "waiting": "pending",
     }  # fmt: skip
     assert outbox.next_due_s("waiting") == 0.0
+
+
+def test_an_event_is_tried_since_it_was_written_or_since_somebody_had_it_tried_again(
+    store: SqliteStore, clock: Clock
+) -> None:
+    outbox = make(store, clock, "ops", "other")
+    outbox.publish(event())
+    written = clock.now
+    clock.pass_s(HORIZON_S / 2)
+    first = claimed(outbox)
+    outbox.failed(first, "x", 0.0)
+    second = claimed(outbox)
+    outbox.dead(second, "x")
+    assert first.message.since_ns == second.message.since_ns == written
+    clock.pass_s(10 * HORIZON_S)
+    outbox.retry(None, actor="a")
+    retried = clock.now
+    third = claimed(outbox)
+    outbox.failed(third, "x", 5.0)
+    clock.pass_s(5)
+    assert third.message.since_ns == claimed(outbox).message.since_ns == retried
+    assert claimed(outbox, "other").message.since_ns == written  # it was never given up
+    assert {d.created_ns for d in outbox.list(10)} == {written}
+
+
+def test_the_events_of_an_older_file_are_tried_since_they_were_written(tmp_path: Path, clock: Clock) -> None:
+    place = tmp_path / "older.db"
+    before = next(n for n, steps in enumerate(MIGRATIONS) if any("retried_ns" in step for step in steps))
+    with closing(SqliteStore(place, MIGRATIONS[:before])) as older, older.transaction() as connection:
+        make(older, clock).put(connection, event())
+    written = clock.now
+    clock.pass_s(60)
+    with closing(SqliteStore(place)) as newer:
+        assert claimed(make(newer, clock)).message.since_ns == written
 
 
 def test_all_the_dead_can_be_tried_again_at_once(outbox: Outbox) -> None:

@@ -14,7 +14,7 @@ _EVERY_NS: Final = _WINDOW_NS // _NOTES
 
 
 class Served(Protocol):
-    """A version that answers. ``attempts``: how many have ended, and how many of them by anything but an answer."""
+    """A version that answers. ``attempts``: how many have ended, and how many of them in an error of the version."""
 
     def attempts(self) -> tuple[int, int]: ...
 
@@ -55,7 +55,7 @@ class Meter:
             found.notes.append((now_ns, sum(total for total, _ in counts), *counts[0]))
 
     def read(self, name: str) -> tuple[float, float]:
-        """(attempts per second, share of stable's that failed) of about the last minute; zeros when too little was
+        """(attempts per second, share of stable's that were errors) of about the last minute; zeros when too little was
         seen."""
         found = self._names.get(name)
         if found is None or len(found.notes) < 2:

@@ -7,9 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
+from server.config.load import parse_config
 from server.config.model import Config
+from server.config.problems import InvalidConfig
 from server.config.schema import DIALECT, config_schema
 
 _KEYWORDS = {
@@ -90,6 +93,48 @@ def test_defaults_are_what_the_file_would_say() -> None:
             assert re.search(part["pattern"], part["default"])
             checked += 1
     assert checked > 10
+
+
+_HEAD = "apiVersion: tidegate/v1\n"
+_TRACES = _HEAD + "telemetry: {{traces: {{endpoint: {}}}}}\n"
+_HOLDOUT = _HEAD + "gates: {{g: {{holdout: {{path: h.csv, label: y, sha256: {}}}}}}}\n"
+_WARMUP = (
+    _HEAD + "models: {{m: {{source: m.onnx, warmup: [{{inputs: {{x: {{datatype: FP32, dims: [1], file: {}}}}}}}]}}}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "text", "right", "wrong"),
+    [
+        (
+            "Traces",
+            "endpoint",
+            _TRACES,
+            ("http://127.0.0.1:4318", "https://otel.example.com/v1/traces", "http://[::1]:4318/"),
+            ("", "127.0.0.1:4318", "grpc://collector:4317", "http://", "http:///v1", "http://a b", "HTTP://a"),
+        ),
+        (
+            "Holdout",
+            "sha256",
+            _HOLDOUT,
+            ("0" * 64, "0123456789abcdef" * 4),
+            ("", "0" * 63, "0" * 65, "A" * 64, "g" * 64, f"sha256:{'0' * 64}"),
+        ),
+        ("WarmupTensor", "file", _WARMUP, ("x", "a-b_c.1", "_x"), ("", ".x", "../x", "a/b", "a b", "\u0436")),
+    ],
+)
+def test_texts_of_a_form_are_those_that_the_loader_takes(
+    section: str, key: str, text: str, right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    described = config_schema()["$defs"][section]["properties"][key]
+    assert described["type"] == "string"
+    for value in right:
+        assert re.search(described["pattern"], value), value
+        parse_config(text.format(json.dumps(value)))
+    for value in wrong:
+        assert not re.search(described["pattern"], value), value
+        with pytest.raises(InvalidConfig, match=f"{key}: wanted"):
+            parse_config(text.format(json.dumps(value)))
 
 
 def test_null_is_offered_nowhere() -> None:

@@ -6,20 +6,24 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import pytest
 
+from server.audit import AuditLog
 from server.delivery.airflow import PATIENCE_S, AirflowOptions, AirflowSink, run_id
 from server.delivery.base import Delivered, Failed, Refused
 from server.delivery.exchange import Endpoint
 from server.delivery.targets import AllowList
 from server.errors import ConfigError
-from server.outbox import NS_PER_S
+from server.outbox import NS_PER_S, Event, Outbox
+from server.store.sqlite import SqliteStore
 from tests.contracts.sink_contract import Case, SinkContract, message
 from tests.support.receiver import Answer, Received, Receiver, receiving, scripted
 
@@ -229,9 +233,34 @@ def test_what_may_yet_come_is_waited_for_so_long_and_no_longer(status: int) -> N
         options = AirflowOptions(Endpoint(receiver.url.partition("?")[0], LOOPBACK), "retrain", USER, PASSWORD)
         sent = message()
         for age_s, outcome in ((-60.0, Failed), (PATIENCE_S - 1, Failed), (PATIENCE_S, Refused)):
-            now = sent.created_ns / NS_PER_S + age_s
+            now = sent.since_ns / NS_PER_S + age_s
             to = AirflowSink("ops", options, clock=partial(float, now))
             assert type(to.send(sent)) is outcome
+
+
+def test_an_old_event_that_is_tried_again_has_its_patience_again(url: str, tmp_path: Path) -> None:
+    options = AirflowOptions(Endpoint(url, LOOPBACK), "nobody", USER, PASSWORD)
+    now = [time.time_ns()]
+    to = AirflowSink("ops", options, clock=lambda: now[0] / NS_PER_S)
+    with closing(SqliteStore(tmp_path / "tidegate.db")) as store:
+        outbox = Outbox(store, AuditLog(store), sinks=["ops"], clock=lambda: now[0])
+        outbox.publish(Event("io.tidegate.test", "/models/m", "m:1", "k"))
+
+        def outcome(age_s: float) -> type:
+            now[0] += int(age_s * NS_PER_S)
+            lease = outbox.claim("ops", "me", 30.0, max_attempts=9)
+            assert lease is not None
+            found = to.send(lease.message)
+            if isinstance(found, Refused):
+                outbox.dead(lease, "given up")
+            else:
+                outbox.failed(lease, "again", 0.0)
+            return type(found)
+
+        assert [outcome(0), outcome(PATIENCE_S)] == [Failed, Refused]
+        now[0] += 7 * 86_400 * NS_PER_S
+        assert outbox.retry(None, actor="ann") == 1
+        assert [outcome(0), outcome(PATIENCE_S - 1), outcome(1)] == [Failed, Failed, Refused]
 
 
 def test_reasons_hold_no_secret(url: str) -> None:

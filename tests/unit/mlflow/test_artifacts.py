@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from server.errors import ConfigError
 from server.mlflow.artifacts import Listed, Places
 from server.mlflow.options import MlflowOptions
 from server.mlflow.wire import Wire
+from tests.support.rights import permissions_hold
 
 URL = "http://127.0.0.1:9"
 LIMIT = 1000
@@ -149,6 +151,24 @@ def test_a_disk_that_is_away_is_an_outage(allowed: Path) -> None:
     allowed.rename(allowed.with_name("unmounted"))
     with pytest.raises(Unreachable, match=r"the artifact folder .* cannot be read: No such file"):
         found.at(f"{allowed}/1").listed(f"{allowed}/1")
+
+
+def test_a_folder_whose_files_may_not_be_looked_at_is_an_outage(allowed: Path) -> None:
+    deep = allowed / "1" / "deep"
+    deep.chmod(0o444)  # the names can be read, what they stand for cannot
+    found = places(allowed)
+    with permissions_hold(), pytest.raises(Unreachable, match=r"/1/deep' cannot be read: Permission denied"):
+        found.at(str(deep)).listed(str(deep))
+    deep.chmod(0o755)
+    assert found.at(str(deep)).listed(str(deep)) == [Listed("weights", False, 7)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="wants a file of Linux that cannot be read")
+def test_a_file_that_a_disk_cannot_read_is_an_outage() -> None:
+    own = Path(os.path.realpath("/proc/self"))
+    found = places(own)
+    with pytest.raises(Unreachable, match=r"/mem' cannot be read: Input/output error"):  # at 0 lies no memory
+        found.at(str(own)).text(f"{own}/mem", LIMIT)
 
 
 @pytest.mark.parametrize("folder", ["relative", "/a/../b"])

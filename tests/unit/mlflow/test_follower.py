@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router.registry.origin import Unreachable
 from server.audit import AuditLog
 from server.mlflow.build import MlflowPart, open_mlflow
 from server.mlflow.options import MlflowOptions
 from tests.contracts.registry_contract import Case, Files, RegistryContract
-from tests.support.mlflow_server import Asked, Mlflow, Reply, running
+from tests.support.mlflow_server import MLMODEL, Asked, Mlflow, Reply, running
 from tests.support.pinned_store import pinned_store
+from tests.support.rights import permissions_hold
 
 V1, V2 = ({"model.onnx": b"graph" + bytes([seed]), "weights": bytes(2000)} for seed in (1, 2))
 
@@ -117,6 +120,25 @@ def test_an_outage_ends_by_itself(mlflow: Mlflow, tmp_path: Path) -> None:
         assert place.registry.standing().reachable
     finally:
         place.close()
+
+
+def test_a_folder_that_cannot_be_read_holds_up_its_own_model_only(mlflow: Mlflow, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    (shared / "deep").mkdir(parents=True)
+    for name, content in {**V1, "MLmodel": MLMODEL, "deep/notes": b"n"}.items():
+        (shared / name).write_bytes(content)
+    for model in ("a", "b"):
+        mlflow.point(model, "champion", mlflow.add(model, V1))
+    mlflow.places["a", 1] = f"file://{shared}"  # looked at before b
+    (shared / "deep").chmod(0o444)
+    with closing(Place(tmp_path, mlflow, artifact_folders=(shared.parent,))) as place:
+        with permissions_hold():
+            place.registry.poll()
+            settled = {step.model: step.error for step in place.registry.settle()}
+        (shared / "deep").chmod(0o755)
+        assert isinstance(settled["a"], Unreachable)
+        assert settled["b"] is None
+        assert [place.registry.aliases(model) for model in ("a", "b")] == [{}, {"champion": 1}]
 
 
 def test_the_poll_goes_on_while_a_version_is_downloaded(place: Place) -> None:

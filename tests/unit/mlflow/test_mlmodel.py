@@ -89,3 +89,27 @@ def test_anything_else_is_refused(text: bytes, reason: str) -> None:
         return
     with pytest.raises(Unusable, match=reason):
         read_mlmodel(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("", "nothing"),
+        ("[1]", "a list"),
+        ("!!omap [{a: 1}]", "a list"),
+        ("!!pairs [{a: 1}]", "a list"),
+        ("model.onnx", "a text"),
+        ("1", "a number"),
+        ("1.5", "a number"),
+        ("yes", "a boolean"),
+        ("2026-01-01", "a date"),
+        ("2026-01-01 00:00:00", "a date"),
+        ("!!binary AAAA", "binary data"),
+        ("!!set {a, b}", "a set"),
+    ],
+)
+def test_what_stands_in_place_of_a_mapping_is_named(value: str, got: str) -> None:
+    with pytest.raises(Unusable, match=rf"^flavors\.onnx must be a mapping, got {got}$"):
+        read_mlmodel(f"flavors:\n  onnx: {value}\n".encode())
+    with pytest.raises(Unusable, match=rf"^MLmodel must be a mapping, got {got}$"):
+        read_mlmodel(value.encode())

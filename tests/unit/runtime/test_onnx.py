@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import structlog
 from skl2onnx import to_onnx
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
@@ -292,6 +293,30 @@ def test_the_operator_sets_the_rows_gathered(path: Path) -> None:
     affine(path)
     assert load(path, batching=BatchingOptions(max_rows=5)).spec.learned_batch_size == 5
     assert load(path, batching=BatchingOptions(enabled=False)).spec.learned_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "lowered"),
+    [
+        ({"batching": BatchingOptions(max_rows=65)}, [(65, 64)]),
+        ({"batching": BatchingOptions(max_rows=64)}, []),
+        ({"batching": BatchingOptions(max_rows=9), "max_batch_size": 8}, [(9, 8)]),
+        ({"batching": BatchingOptions(max_rows=65), "max_batch_size": 65}, []),
+        ({"batching": BatchingOptions(max_rows=65), "max_batch_size": 0}, []),
+        ({"batching": BatchingOptions(max_rows=65, enabled=False)}, []),
+        ({}, []),
+    ],
+)
+def test_rows_over_the_largest_batch_are_lowered_with_a_line_in_the_log(
+    path: Path, options: dict[str, Any], lowered: list[tuple[int, int]]
+) -> None:
+    affine(path)
+    with structlog.testing.capture_logs() as logs:
+        spec = load(path, **options).spec
+    found = [line for line in logs if line["event"] == "max_rows_lowered"]
+    assert [(line["wanted"], line["used"]) for line in found] == lowered
+    assert all((line["model"], line["version"], line["log_level"]) == ("m", "1", "warning") for line in found)
+    assert all(spec.learned_batch_size == used for _, used in lowered)
 
 
 def test_warm_up_samples_are_run_and_may_fail_the_load(path: Path) -> None:
