@@ -13,6 +13,11 @@ DEMO := .venv/.demo-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv-clients/.installed
 DRIFT_PEERS := .venv-drift-peers/.installed
+# A copy of the packages with the request path compiled, as a wheel has it. Found first by whatever runs with AS_WHEEL;
+# where it cannot be made (no C compiler), the source is.
+COMPILED := build/.compiled
+PRODUCT := $(shell find server router monitor -name '*.py')
+AS_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR)
 SOURCES := server router monitor tests loadtests scripts
 
 .PHONY: help
@@ -31,15 +36,22 @@ endif
 .PHONY: gone
 gone:
 
-$(DEMO): pyproject.toml constraints.txt
-	@echo "== set-up: .venv with what the demo needs (the first time: a minute or more, downloads about 350 MB)"
-	@bash scripts/venv.sh .venv -c constraints.txt -e '.[demo]'
+# In an environment for development the product stays editable; else it is what users get, compiled.
+$(DEMO): pyproject.toml constraints.txt $(PRODUCT)
+	@echo "== set-up: .venv with what the demo needs (the first time: two minutes or more, downloads about 350 MB)"
+	@bash scripts/venv.sh .venv -c constraints.txt $$([ ! -e $(DEV) ] || echo -e) '.[demo]'
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt
 	@echo "== set-up: .venv with what development and tests need (the first time: a minute or more, downloads about 350 MB)"
 	@bash scripts/venv.sh .venv -c constraints.txt -e '.[dev]'
 	@touch $@ $(DEMO)
+
+$(COMPILED): $(DEV) $(PRODUCT) scripts/compiling.py
+	@echo "== compiling the request path into build/compiled (about a minute and a half)"
+	@mkdir -p build && rm -rf build/compiled
+	@$(PY) -m scripts.compiling build/compiled || echo "== left uncompiled: what follows runs the source"
+	@touch $@
 
 $(CLIENTS): requirements-clients.txt constraints-clients.txt
 	@echo "== set-up: .venv-clients with the public Triton client, kept apart from ours"
@@ -60,10 +72,15 @@ test: $(DEV) $(CLIENTS) ## all tests but the slow and the GPU ones
 	@echo "== tests (without slow and gpu)"
 	@$(PYTEST) -m "not slow and not gpu"
 
+.PHONY: test-compiled
+test-compiled: $(COMPILED) $(CLIENTS) ## the tests that pass through the compiled request path, on it
+	@echo "== tests, compiled"
+	@$(AS_WHEEL) $(PYTEST) -o pythonpath= -m "not slow and not gpu" $(THROUGH_COMPILED)
+
 .PHONY: test-slow
-test-slow: $(DEV) $(CLIENTS) ## the slow tests
+test-slow: $(COMPILED) $(CLIENTS) ## the slow tests, on the compiled request path
 	@echo "== slow tests"
-	@$(PYTEST) -m "slow and not gpu"
+	@$(AS_WHEEL) $(PYTEST) -o pythonpath= -m "slow and not gpu"
 
 .PHONY: test-gpu
 test-gpu: $(DEV) $(CLIENTS) ## the tests that need a CUDA device
@@ -99,7 +116,7 @@ proto-fresh: $(DEV)
 
 # --- tools ---
 
-.PHONY: fmt proto bench bench-quick bench-peers bench-drift reference constraints clean
+.PHONY: fmt proto compiled bench bench-quick bench-peers bench-drift reference constraints clean
 fmt: $(DEV) ## format and mend what can be mended by itself
 	@echo "== formatting"
 	@$(PY) -m ruff format $(SOURCES)
@@ -112,15 +129,17 @@ proto: $(DEV) ## generate the protobuf code again
 reference: $(DEV) ## write docs/configuration.md anew
 	@$(PY) -m scripts.config_reference
 
-bench: $(DEV) ## cost per request beside the usual stacks and floors (under 10 minutes)
+compiled: $(COMPILED) ## the request path compiled, in build/compiled
+
+bench: $(COMPILED) ## cost per request beside the usual stacks and floors (under 10 minutes)
 	@echo "== bench"
 	@$(PY) -m loadtests.bench $(BENCH)
 
-bench-quick: $(DEV) ## the same, shorter and less sure (under 2 minutes)
+bench-quick: $(COMPILED) ## the same, shorter and less sure (under 2 minutes)
 	@echo "== bench, quick"
 	@$(PY) -m loadtests.bench --quick $(BENCH)
 
-bench-peers: $(DEV) ## other model servers beside ours (under 10 minutes after the set-up)
+bench-peers: $(COMPILED) ## other model servers beside ours (under 10 minutes after the set-up)
 	@echo "== bench, peers"
 	@$(PY) -m loadtests.peers $(BENCH)
 

@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from loadtests import product
+
 _PROC: Final = Path("/proc")
 _LOOK_S: Final = 0.02
 #: A process that was killed is gone after this long.
@@ -172,6 +174,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: found for name in (*_PACKAGES, *_SERVER_PACKAGES) if (found := _version(name))},
         "commit": _commit(),
+        "compiled": product.compiled(),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from loadtests import product
 from loadtests.machine import pinned
 from loadtests.requests import Request
 from server.errors import InvalidArgument
@@ -74,7 +75,8 @@ def serving(
     state, log = source.parent / f"state-{transport}", source.parent / f"log-{transport}"
     command = [sys.executable, "-m", "server", "serve", str(source), *flags, "--state-dir", str(state)]
     with log.open("wb") as file:
-        process = _start([*command, "--transport", transport, "--log-format", "json"], cores, stderr=file)
+        command += ["--transport", transport, "--log-format", "json"]
+        process = _start(command, cores, product.python_path(), stderr=file)
     try:
         yield process.pid, _ready_event(process, log)
     finally:
@@ -96,8 +98,10 @@ def floor(name: str, folder: Path, cores: set[int] | None = None) -> Iterator[Ta
         _stop(process)
 
 
-def _start(command: list[str], cores: set[int] | None, **streams: Any) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+def _start(
+    command: list[str], cores: set[int] | None, path: str = str(ROOT), **streams: Any
+) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     with pinned(cores or os.sched_getaffinity(0)):
         return subprocess.Popen(command, env=environment, **streams)
 

@@ -8,9 +8,9 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# Our own distribution and the tools that a venv brings are not constrained.
+# Our own distribution and pip are not constrained.
 pins() {
-    "$1/bin/python" -m pip --disable-pip-version-check freeze --exclude tidegate --exclude pip --exclude setuptools |
+    "$1/bin/python" -m pip --disable-pip-version-check freeze --all --exclude tidegate --exclude pip |
         grep -E '^[A-Za-z0-9._-]+==[^ ]+$'
 }
 

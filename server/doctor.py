@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from server import __version__
@@ -30,6 +32,7 @@ def examine(state_dir: Path, describe_runtime: Callable[[], Mapping[str, object]
     """Every check, in the order in which they are shown. Nothing is changed; a probe file is written and goes."""
     return [
         Finding("tidegate", "ok", f"{__version__} on Python {platform.python_version()}, {platform.platform()}"),
+        Finding("request path", "ok", _request_path()),
         Finding("processors", "ok", f"{len(os.sched_getaffinity(0))} usable"),
         *_runtime(describe_runtime),
         *_names(),
@@ -38,6 +41,13 @@ def examine(state_dir: Path, describe_runtime: Callable[[], Mapping[str, object]
         _locale(),
         _otlp(),
     ]
+
+
+def _request_path() -> str:
+    spec = importlib.util.find_spec("server.gateway.core")
+    if spec is not None and spec.origin is not None and spec.origin.endswith(tuple(EXTENSION_SUFFIXES)):
+        return "compiled"
+    return "interpreted, at a higher cost per request: a wheel built where a C compiler is has it compiled"
 
 
 def _runtime(describe: Callable[[], Mapping[str, object]]) -> list[Finding]:

@@ -246,6 +246,6 @@ def _fill(where: str, datatype: str, value: float) -> np.generic:
         whole = int(value) if float(value).is_integer() else None
         low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         if whole is None or not low <= whole <= high:
-            raise ConfigError(f"{where}: pad value {value} does not fit datatype {datatype}")
+            raise ConfigError(f"{where}: pad value {value:g} does not fit datatype {datatype}")
         return cast("np.generic", dtype.type(whole))
     return cast("np.generic", dtype.type(value))

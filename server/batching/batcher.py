@@ -201,7 +201,7 @@ class Batcher:
         self._layout = Layout(engine.spec, options)
         self._planner: Planner[Work] = Planner(limits_for(engine.spec, options, engine.instances))
         self._run_ns = engine.run_ns
-        self._inline = engine.instances == 1 and engine.run_ns < INLINE_NS
+        self._runs_inline = engine.instances == 1 and engine.run_ns < INLINE_NS
         self._workers: list[Thread] = []
         #: Batches for whichever worker is free next; never more than two for each.
         self._executions: SimpleQueue[_Execution | None] = SimpleQueue()
@@ -214,7 +214,7 @@ class Batcher:
         self._acting = False
         self._timer: TimerHandle | None = None
         self._closed = False
-        if not self._inline:
+        if not self._runs_inline:
             self._start_workers()
             self._look_ahead(engine.run_ns)
 
@@ -278,7 +278,7 @@ class Batcher:
 
     def inline(self) -> bool:
         """Whether batches are run on the loop at present."""
-        return self._inline
+        return self._runs_inline
 
     def is_idle(self) -> bool:
         """Nothing waits, nothing runs, nothing is unanswered."""
@@ -351,7 +351,7 @@ class Batcher:
 
     def _run(self, run: Run[Work]) -> None:
         execution = self._begin(run)
-        if self._inline:
+        if self._runs_inline:
             self._execute(execution, 0)
             self._answer_all(execution, self._release(execution))
             self._flush_soon()
@@ -434,7 +434,7 @@ class Batcher:
 
     def _look_ahead(self, compute_ns: int) -> None:
         """Have full batches handed out before their time, or not."""
-        worthwhile = self._may_look_ahead and not self._inline and INLINE_NS <= compute_ns < AHEAD_NS
+        worthwhile = self._may_look_ahead and not self._runs_inline and INLINE_NS <= compute_ns < AHEAD_NS
         self._planner.ahead = self._engine.instances if worthwhile else 0
 
     def _learn(self, compute_ns: int) -> None:
@@ -443,14 +443,14 @@ class Batcher:
         A run counts as at most 4 ms, so that one pause of the whole process does not move a short model.
         """
         self._run_ns += (min(compute_ns, 4 * THREAD_NS) - self._run_ns) // 8
-        if self._inline and self._run_ns > THREAD_NS:
+        if self._runs_inline and self._run_ns > THREAD_NS:
             try:
                 self._start_workers()
             except RuntimeError:
                 return  # the system has no thread to spare: stay on the loop
-            self._inline = False
-        elif not self._inline and self._run_ns < INLINE_NS and not self._planner.running():
-            self._inline = self._engine.instances == 1
+            self._runs_inline = False
+        elif not self._runs_inline and self._run_ns < INLINE_NS and not self._planner.running():
+            self._runs_inline = self._engine.instances == 1
         self._look_ahead(compute_ns)
 
     # --- answering -------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ A plain ``Batcher`` runs short batches on the loop, where a run that never ends 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
-from server.batching.batcher import Batcher
+from server.batching.batcher import Batcher, BatchRecord, CallLater, CallSoon
+from server.runtime.base import BatchingOptions, Engine
+from server.types import Clock
 
 #: How long ``close`` waits for runs that are going on.
 CLOSE_SECONDS: Final = 5.0
@@ -18,10 +21,29 @@ CLOSE_SECONDS: Final = 5.0
 class OffLoopBatcher(Batcher):
     """As ``Batcher``, with every run on a thread of the engine's instance."""
 
-    def __init__(self, *arguments: Any, close_seconds: float = CLOSE_SECONDS, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        engine: Engine,
+        options: BatchingOptions,
+        *,
+        clock: Clock,
+        call_soon: CallSoon,
+        call_soon_threadsafe: CallSoon,
+        call_later: CallLater,
+        on_batch: Callable[[BatchRecord], None] | None = None,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
+        super().__init__(
+            engine,
+            options,
+            clock=clock,
+            call_soon=call_soon,
+            call_soon_threadsafe=call_soon_threadsafe,
+            call_later=call_later,
+            on_batch=on_batch,
+        )
         self._close_seconds = close_seconds
-        self._inline = False
+        self._runs_inline = False
         self._planner.ahead = 0  # a call may be cancelled or expire until the moment it is sent
         self._start_workers()
 

@@ -76,20 +76,24 @@ class Reason(Enum):
     TIMEOUT = "timeout"
 
 
-@dataclass(slots=True)
 class Run(Generic[M]):
     """Run these members, in order of runs, when an instance is free; then call ``finish(slot)`` or ``fail(slot)``."""
 
-    slot: int
-    members: list[M]
+    __slots__ = ("members", "slot")
+
+    def __init__(self, slot: int, members: list[M]) -> None:
+        self.slot = slot
+        self.members = members
 
 
-@dataclass(slots=True)
 class Expire(Generic[M]):
     """This member has left the queue; its owner answers it."""
 
-    member: M
-    reason: Reason
+    __slots__ = ("member", "reason")
+
+    def __init__(self, member: M, reason: Reason) -> None:
+        self.member = member
+        self.reason = reason
 
 
 @dataclass(slots=True)

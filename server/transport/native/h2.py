@@ -142,7 +142,7 @@ class Http2Connection(asyncio.Protocol):
         self._stalled_at = 0
         self._opened = self._seen = self._stalled_since = server.now
         self._pinged = 0.0
-        self._idle_frames: float = _IDLE_FRAMES[0]
+        self._idle_frames: float = float(_IDLE_FRAMES[0])
         self._idle_counted = server.now
         self._greeted = False  # its first SETTINGS has come
         self._announced = False  # the first GOAWAY is out
@@ -161,6 +161,7 @@ class Http2Connection(asyncio.Protocol):
         if transport.get_extra_info("sslcontext") is not None:
             self.scheme = "https"
         if len(self.server.live) > self.server.settings.max_connections:
+            self.server.refused += 1
             self.end(ENHANCE_YOUR_CALM)
         elif self.server.draining:
             self.drain()
