@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ssl import SSLContext
 from typing import Final
@@ -15,6 +16,7 @@ from server.control.reload import ConfigControl
 from server.gateway import Gateway
 from server.lifecycle import Listener
 from server.telemetry.instruments import Telemetry
+from server.telemetry.snapshot import FamilySnapshot, Points
 from server.transport.admin import AdminViews, admin_app, is_loopback
 from server.transport.answers import HttpSettings
 from server.transport.app import build_app
@@ -103,8 +105,8 @@ def listeners(
             keepalive_timeout_s=settings.ping_timeout_s,
             max_age_s=settings.max_connection_age_s,
         )
-        native = [
-            NativeServer(
+        native = {
+            name: NativeServer(
                 served,
                 limits=settings.limits,
                 settings=http,
@@ -113,11 +115,11 @@ def listeners(
                 tls=context,
                 unsent=gateway.unsent,
             )
-            for _ in range(2)
-        ]
-        inference_listeners = [Bound("http", native[0], settings.http), Bound("grpc", native[1], settings.grpc)]
-        if settings.single_port:
-            del inference_listeners[1]
+            for name in (("http",) if settings.single_port else ("http", "grpc"))
+        }
+        telemetry.metrics.collect(lambda: _connections(native))
+        addresses = {"http": settings.http, "grpc": settings.grpc}
+        inference_listeners = [Bound(name, server, addresses[name]) for name, server in native.items()]
     else:
         grpc_settings = GrpcSettings(
             max_streams_per_connection=min(settings.max_concurrent_streams, _CORE_STREAMS),
@@ -148,3 +150,19 @@ def listeners(
         Bound("metrics", listen(metrics), settings.metrics),
         Bound("admin", listen(operators), settings.admin),
     ]
+
+
+def _connections(servers: Mapping[str, NativeServer]) -> Iterator[FamilySnapshot]:
+    """What ``max_connections`` bounds, by listener."""
+    opened: Points = {(name,): server.connections for name, server in servers.items()}
+    yield FamilySnapshot(
+        "tidegate_connections", "Open connections, TLS handshakes included.", "gauge", ("listener",), opened
+    )
+    refused: Points = {(name,): server.refused for name, server in servers.items()}
+    yield FamilySnapshot(
+        "tidegate_connections_refused_total",
+        "Connections that found no place: over server.limits.max_connections.",
+        "counter",
+        ("listener",),
+        refused,
+    )

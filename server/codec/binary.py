@@ -13,7 +13,11 @@ from server.codec.checks import check_byte_size, dims, shown
 from server.errors import InvalidArgument
 from server.types import BYTES, DATATYPES, Buffer, InferenceRequest, ModelSpec, Tensor, TensorSpec, element_count
 
-_PREFIX: Final = 4
+#: The length in front of an element of BYTES.
+PREFIX_BYTES: Final = 4
+#: What is read or written at once, in elements of BYTES and in bytes: about a millisecond. See ``server.codec.pieces``.
+PIECE_ELEMENTS: Final = 4096
+PIECE_BYTES: Final = 1024 * 1024
 #: Decimal digits that any acceptable length has at most; longer text is refused before it becomes a number.
 _MAX_LENGTH_DIGITS: Final = 19
 
@@ -38,41 +42,57 @@ def encode_bytes(elements: Sequence[bytes]) -> bytes:
     """The wire form of a BYTES tensor."""
     parts: list[bytes] = []
     for element in elements:
-        parts += (len(element).to_bytes(_PREFIX, "little"), element)
+        parts += (len(element).to_bytes(PREFIX_BYTES, "little"), element)
     return b"".join(parts)
 
 
 def decode_bytes(name: str, data: Buffer, count: int) -> list[bytes]:
     """Exactly ``count`` elements that fill ``data``; InvalidArgument naming the input otherwise."""
     raw = bytes(data)
-    if count * _PREFIX > len(raw):
-        raise InvalidArgument(
-            f"input {shown(name)}: {count} BYTES elements need at least {count * _PREFIX} bytes, got {len(raw)}"
-        )
+    check_room(name, len(raw), count)
     elements: list[bytes] = []
     position = 0
     for index in range(count):
-        start = position + _PREFIX
+        start = position + PREFIX_BYTES
         # Near the end the slice is short: then `start` is past the end, whatever length it reads as.
         position = start + int.from_bytes(raw[position:start], "little")
         if position > len(raw):
-            raise InvalidArgument(
-                f"input {shown(name)}: BYTES element {index} goes past the end of the data of {len(raw)} bytes"
-            )
+            raise past_the_end(name, index, len(raw))
         elements.append(raw[start:position])
     if position != len(raw):
-        raise InvalidArgument(
-            f"input {shown(name)}: {len(raw) - position} bytes are left over after {count} BYTES elements"
-        )
+        raise left_over(name, len(raw) - position, count)
     return elements
 
 
-def input_tensor(name: str, datatype: str, shape: tuple[int, ...], data: Buffer) -> Tensor:
-    """A tensor over raw contents, which stay a view for fixed-size datatypes. The shape has been checked before."""
+def check_room(name: str, size: int, count: int) -> None:
+    """``count`` elements of BYTES have their lengths, at least, in ``size`` bytes."""
+    if count * PREFIX_BYTES > size:
+        raise InvalidArgument(
+            f"input {shown(name)}: {count} BYTES elements need at least {count * PREFIX_BYTES} bytes, got {size}"
+        )
+
+
+def past_the_end(name: str, index: int, size: int) -> InvalidArgument:
+    return InvalidArgument(f"input {shown(name)}: BYTES element {index} goes past the end of the data of {size} bytes")
+
+
+def left_over(name: str, size: int, count: int) -> InvalidArgument:
+    return InvalidArgument(f"input {shown(name)}: {size} bytes are left over after {count} BYTES elements")
+
+
+def input_tensor(name: str, datatype: str, shape: tuple[int, ...], data: Buffer, *, whole: bool = True) -> Tensor:
+    """A tensor over raw contents, which stay a view for fixed-size datatypes. The shape has been checked before.
+
+    Unless it is to be done as a ``whole``, what is more than one piece of BYTES or BOOL is left, still in wire form and
+    not looked at, to :func:`server.codec.pieces.finish`.
+    """
     if datatype == BYTES:
-        return Tensor(name, datatype, shape, decode_bytes(name, data, element_count(shape)))
+        count = element_count(shape)
+        if not whole and (count > PIECE_ELEMENTS or len(data) > PIECE_BYTES):
+            return Tensor(name, datatype, shape, data)
+        return Tensor(name, datatype, shape, decode_bytes(name, data, count))
     check_byte_size(name, datatype, shape, len(data))
-    if datatype == "BOOL":
+    if datatype == "BOOL" and (whole or len(data) <= PIECE_BYTES):
         check_bools(name, data)
     return Tensor(name, datatype, shape, data)
 
@@ -91,11 +111,12 @@ def raw_contents(tensor: Tensor) -> Buffer:
 # --- A body that is nothing but one tensor -------------------------------------------------------------------------
 
 
-def decode_raw(body: Buffer, *, model: str, version: str, spec: ModelSpec) -> InferenceRequest:
+def decode_raw(body: Buffer, *, model: str, version: str, spec: ModelSpec, whole: bool = True) -> InferenceRequest:
     """The request that a body without a JSON part stands for; all outputs are to be answered in binary.
 
     The model must have exactly one input. A batching model gets one row. At most one other dimension may be free: it
-    follows from the body's size. For BYTES the whole body, without length prefix, is the one element.
+    follows from the body's size. For BYTES the whole body, without length prefix, is the one element. ``whole``: see
+    :func:`input_tensor`.
     """
     if len(spec.inputs) != 1:
         names = ", ".join(shown(declared.name) for declared in spec.inputs)
@@ -108,7 +129,8 @@ def decode_raw(body: Buffer, *, model: str, version: str, spec: ModelSpec) -> In
     if declared.datatype == BYTES:
         tensor = Tensor(declared.name, BYTES, _one_element(declared, wanted), [bytes(body)])
     else:
-        tensor = input_tensor(declared.name, declared.datatype, _deduced(declared, wanted, len(body)), body)
+        shape = _deduced(declared, wanted, len(body))
+        tensor = input_tensor(declared.name, declared.datatype, shape, body, whole=whole)
     return InferenceRequest(model, version, "", [tensor], binary_output=True)
 
 

@@ -77,14 +77,22 @@ class Forms:
         return len(self._known)
 
     def request(
-        self, form: Form, text: bytes, binary: memoryview, model: str, version: str, limits: RequestLimits
+        self,
+        form: Form,
+        text: bytes,
+        binary: memoryview,
+        model: str,
+        version: str,
+        limits: RequestLimits,
+        *,
+        whole: bool = True,
     ) -> InferenceRequest | None:
         """The request, when its form is known and all else is as it should be. ``text`` is its JSON."""
         known = self._known.get(form)
         if known is None or (known.limits is not limits and known.limits != limits):
             return None
         if binary:
-            inputs = _from_binary(known, binary)
+            inputs = _from_binary(known, binary, whole)
         else:
             inputs = _from_json(known, text[len(form[0]) : len(text) - len(form[1])])
         return None if inputs is None else known.request(model, version, inputs)
@@ -132,14 +140,14 @@ def _from_json(known: _Known, values_text: bytes) -> list[Tensor] | None:
         return None
 
 
-def _from_binary(known: _Known, binary: memoryview) -> list[Tensor] | None:
+def _from_binary(known: _Known, binary: memoryview, whole: bool) -> list[Tensor] | None:
     inputs = known.inputs
     if inputs[-1].stop != len(binary):
         return None
     return [
         Tensor(given.name, given.datatype, given.shape, binary[given.start : given.stop])
         if given.datatype != "BOOL"
-        else input_tensor(given.name, given.datatype, given.shape, binary[given.start : given.stop])
+        else input_tensor(given.name, given.datatype, given.shape, binary[given.start : given.stop], whole=whole)
         for given in inputs
     ]
 
@@ -169,7 +177,7 @@ def _layout(inputs: list[Tensor], binary_size: int) -> tuple[_Input, ...] | None
     found: list[_Input] = []
     stop = 0
     for tensor in inputs:
-        size = _size(tensor.data)
+        size = None if tensor.datatype == BYTES else _size(tensor.data)
         if size is None:
             return None
         start, stop = stop, stop + size

@@ -57,13 +57,13 @@ _INT: Final[frozenset[type]] = frozenset({int})
 
 
 def decode_infer(
-    body: Buffer, *, model: str, version: str, limits: RequestLimits, json_size: int | None
+    body: Buffer, *, model: str, version: str, limits: RequestLimits, json_size: int | None, whole: bool = True
 ) -> InferenceRequest:
     """The request in ``body``: JSON, then, when ``json_size`` says where the JSON ends, binary tensor contents.
 
     ``json_size`` comes from :func:`server.codec.binary.parse_header_length`; for 0 see
     :func:`server.codec.binary.decode_raw`. Tensors with binary contents are views on ``body``. Anything wrong raises
-    InvalidArgument, shared memory too.
+    InvalidArgument, shared memory too. ``whole``: see :func:`server.codec.binary.input_tensor`.
     """
     size = len(body) if json_size is None else json_size
     if size > len(body):
@@ -72,15 +72,15 @@ def decode_infer(
     binary = memoryview(body)[size:]
     form = form_of(text, has_binary=len(binary) > 0) if size <= LONGEST else None
     if form is not None:
-        known = _FORMS.request(form, text, binary, model, version, limits)
+        known = _FORMS.request(form, text, binary, model, version, limits, whole=whole)
         if known is not None:
             return known
     _check_depth(text, limits.max_json_depth)
     try:
         document, exact = parse(text)
-        request = _Decoder(binary, limits, exact=exact).request(document, model, version)
+        request = _Decoder(binary, limits, exact=exact, whole=whole).request(document, model, version)
     except InexactIntegerError:
-        return _Decoder(binary, limits, exact=True).request(parse_exactly(text), model, version)
+        return _Decoder(binary, limits, exact=True, whole=whole).request(parse_exactly(text), model, version)
     if form is not None and not exact:
         _FORMS.learn(form, request, len(binary), limits)
     return request
@@ -156,12 +156,13 @@ class _Decoder:
     ``binary`` is what follows the JSON part; ``exact`` says that the document's integers are exact at any size.
     """
 
-    __slots__ = ("_binary", "_exact", "_limits", "_taken")
+    __slots__ = ("_binary", "_exact", "_limits", "_taken", "_whole")
 
-    def __init__(self, binary: memoryview, limits: RequestLimits, *, exact: bool) -> None:
+    def __init__(self, binary: memoryview, limits: RequestLimits, *, exact: bool, whole: bool) -> None:
         self._binary = binary
         self._limits = limits
         self._exact = exact
+        self._whole = whole
         self._taken = 0
 
     def request(self, document: Any, model: str, version: str) -> InferenceRequest:
@@ -250,7 +251,7 @@ class _Decoder:
             )
         start = self._taken
         self._taken = start + size
-        return input_tensor(name, datatype, shape, self._binary[start : self._taken])
+        return input_tensor(name, datatype, shape, self._binary[start : self._taken], whole=self._whole)
 
     def _outputs(self, items: Any) -> list[RequestedOutput]:
         if items is None:
@@ -356,6 +357,12 @@ def encode_infer(
             entries.append(b'%b,"data":%b}' % (head, _data(tensor, strict_json)))
     document = b'%b,"outputs":[%b]}' % (_response_head(response), b",".join(entries))
     return ([document, *tail], len(document)) if tail else ([document], None)
+
+
+def binary_outputs(response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool) -> frozenset[str]:
+    """Those that :func:`encode_infer` does not write as JSON."""
+    chosen = {output.name: output.binary for output in outputs if output.binary is not None}
+    return frozenset(tensor.name for tensor in response.outputs if chosen.get(tensor.name, binary_default))
 
 
 def _response_head(response: InferenceResponse) -> bytes:

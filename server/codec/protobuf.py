@@ -67,16 +67,16 @@ _STREAM_ANSWER: Final = 0x12
 # --- Requests ------------------------------------------------------------------------------------------------------
 
 
-def decode_infer(raw: bytes, limits: RequestLimits) -> InferenceRequest:
+def decode_infer(raw: bytes, limits: RequestLimits, *, whole: bool = True) -> InferenceRequest:
     """The request in ``raw``; raw contents may stay views on it.
 
     Ordinary requests are read by :func:`server.codec.scan.scan`, all others by :func:`decode_message`. Anything wrong
-    raises InvalidArgument, shared memory too.
+    raises InvalidArgument, shared memory too. ``whole``: see :func:`server.codec.binary.input_tensor`.
     """
-    return scan(raw, limits) or decode_message(raw, limits)
+    return scan(raw, limits, whole=whole) or decode_message(raw, limits, whole=whole)
 
 
-def decode_message(raw: bytes, limits: RequestLimits) -> InferenceRequest:
+def decode_message(raw: bytes, limits: RequestLimits, *, whole: bool = True) -> InferenceRequest:
     """As :func:`decode_infer`, by protobuf alone."""
     try:
         message = pb.ModelInferRequest.FromString(raw)
@@ -87,13 +87,13 @@ def decode_message(raw: bytes, limits: RequestLimits) -> InferenceRequest:
         message.model_name,
         message.model_version,
         message.id,
-        _inputs(message, limits),
+        _inputs(message, limits, whole),
         _outputs(message, limits),
         _parameters("request", message.parameters, limits),
     )
 
 
-def _inputs(message: pb.ModelInferRequest, limits: RequestLimits) -> list[Tensor]:
+def _inputs(message: pb.ModelInferRequest, limits: RequestLimits, whole: bool) -> list[Tensor]:
     check_limit("inputs", len(message.inputs), limits.max_inputs)
     check_unique("input", [entry.name for entry in message.inputs])
     raws = message.raw_input_contents
@@ -108,7 +108,7 @@ def _inputs(message: pb.ModelInferRequest, limits: RequestLimits) -> list[Tensor
             f"raw_input_contents must have one entry per input: wanted {len(shapes)}, got {len(raws)}"
         )
     return [
-        input_tensor(entry.name, entry.datatype, shape, raw)
+        input_tensor(entry.name, entry.datatype, shape, raw, whole=whole)
         for entry, shape, raw in zip(message.inputs, shapes, raws, strict=True)
     ]
 

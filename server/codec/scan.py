@@ -40,10 +40,13 @@ class _UnusualError(Exception):
 _Fields: TypeAlias = tuple[bytes, bytes, bytes, list[bytes], list[bytes], list[memoryview]]
 
 
-def scan(raw: bytes, limits: RequestLimits) -> InferenceRequest | None:
-    """The request, its tensors views on ``raw``; None when protobuf must judge. Never raises."""
+def scan(raw: bytes, limits: RequestLimits, *, whole: bool = True) -> InferenceRequest | None:
+    """The request, its tensors views on ``raw``; None when protobuf must judge. Never raises.
+
+    ``whole``: see :func:`server.codec.binary.input_tensor`.
+    """
     try:
-        return _request(_fields(raw), limits)
+        return _request(_fields(raw), limits, whole)
     except (_UnusualError, IndexError, UnicodeDecodeError, DecodeError, TidegateError):
         return None
 
@@ -92,12 +95,12 @@ def _long_length(raw: bytes, position: int) -> tuple[int, int]:
     raise _UnusualError
 
 
-def _request(fields: _Fields, limits: RequestLimits) -> InferenceRequest:
+def _request(fields: _Fields, limits: RequestLimits, whole: bool) -> InferenceRequest:
     model, version, raw_id, inputs, requested, contents = fields
     count = len(inputs)
     if not 0 < count <= limits.max_inputs or count != len(contents) or len(requested) > limits.max_outputs:
         raise _UnusualError
-    tensors = [_input(entry, data, limits.max_dims) for entry, data in zip(inputs, contents, strict=True)]
+    tensors = [_input(entry, data, limits.max_dims, whole) for entry, data in zip(inputs, contents, strict=True)]
     outputs = [RequestedOutput(_output_entry(_key(entry))) for entry in requested] if requested else []
     if count > 1:
         check_unique("input", [tensor.name for tensor in tensors])
@@ -110,12 +113,12 @@ def _request(fields: _Fields, limits: RequestLimits) -> InferenceRequest:
     return InferenceRequest(model.decode(), version.decode(), identifier, tensors, outputs)
 
 
-def _input(entry: bytes, data: memoryview, max_dims: int) -> Tensor:
+def _input(entry: bytes, data: memoryview, max_dims: int, whole: bool) -> Tensor:
     """The size that the entry's shape asks for is kept with it, so the usual input is checked by one comparison."""
     name, datatype, shape, size = _input_entry(_key(entry), max_dims)
     if len(data) == size:
         return Tensor(name, datatype, shape, data)
-    return input_tensor(name, datatype, shape, data)
+    return input_tensor(name, datatype, shape, data, whole=whole)
 
 
 def _key(entry: bytes) -> bytes:

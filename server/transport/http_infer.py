@@ -17,10 +17,11 @@ from urllib.parse import unquote_to_bytes
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.codec import binary, compression
+from server.codec import binary, compression, pieces
 from server.codec import json as json_codec
 from server.codec.process.client import CodecProcess
 from server.codec.process.link import Unavailable
+from server.codec.process.steps import Turns
 from server.errors import Cancelled, DeadlineExceeded, InvalidArgument, TidegateError
 from server.transport.answers import (
     JSON,
@@ -56,6 +57,8 @@ _OCTETS: Final = (b"content-type", b"application/octet-stream")
 _PREFIX: Final = b"/v2/models/"
 _SUFFIX: Final = b"/infer"
 _T = TypeVar("_T")
+DECODED_LATE: Final = "the deadline passed before the request body was decoded"
+ANSWERED_LATE: Final = "the deadline passed before the answer was written"
 
 
 class _Options(TypedDict):
@@ -143,6 +146,8 @@ class InferApp:
         self._codec = codec
         self._reader = BodyReader(settings)
         self._offload = asyncio.Semaphore(settings.offload_threads)
+        #: Of whatever is read or written in ``pieces``, by all listeners.
+        self.turns = Turns()
         self._log = structlog.get_logger("tidegate.http")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -228,17 +233,23 @@ class InferApp:
         json_size = binary.parse_header_length(metadata.get(LENGTH_HEADER), len(body))
         if json_size == 0:
             spec, _ = self._catalog.metadata(head.model, head.version)
-            return binary.decode_raw(body, model=head.model, version=head.version, spec=spec)
+            request = binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=False)
+            return await self._finished(request, receive, head.deadline_ns)
         decode = partial(
             json_codec.decode_infer, body, model=head.model, version=head.version, limits=limits, json_size=json_size
         )
         if (len(body) if json_size is None else json_size) <= offload:
-            return decode()
+            return await self._finished(decode(whole=False), receive, head.deadline_ns)
         if self._codec is not None:
             work = self._codec.decode(body, model=head.model, version=head.version, limits=limits, json_size=json_size)
             with suppress(Unavailable):
                 return await _while_wanted(work, receive, head.deadline_ns)
         return await self._off_loop(decode)
+
+    async def _finished(self, request: InferenceRequest, receive: Receive, deadline_ns: int) -> InferenceRequest:
+        if pieces.unfinished(request):
+            await _while_wanted(self.turns.take(pieces.finish(request)), receive, deadline_ns)
+        return request
 
     async def encode(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> Answer:
         """The answer, compressed as the head asks for; made off the loop when it is large."""
@@ -246,12 +257,16 @@ class InferApp:
         options = _Options(
             outputs=request.outputs, binary_default=request.binary_output, strict_json=self._settings.strict_json
         )
+        if pieces.has_many(response):
+            wired = pieces.wired(response, json_codec.binary_outputs(response, request.outputs, request.binary_output))
+            response = await by_deadline(self.turns.take(wired), head.deadline_ns, ANSWERED_LATE)
         encode = partial(json_codec.encode_infer, response, **options)
         if sum(len(tensor.data) for tensor in response.outputs) <= offload:
             return self._packed(encode(), accept)
         if self._codec is not None and _json_bytes(request, response) > offload:
             with suppress(Unavailable):
-                encoded = await _by_deadline(self._codec.encode(response, **options), head.deadline_ns)
+                work = self._codec.encode(response, **options)
+                encoded = await by_deadline(work, head.deadline_ns, ANSWERED_LATE)
                 return await self._off_loop(partial(self._packed, encoded, accept))
         return await self._off_loop(lambda: self._packed(encode(), accept))
 
@@ -274,8 +289,8 @@ class InferApp:
 
 def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:
     """How much of the outputs is to be written as JSON, in bytes of the tensors (elements of BYTES)."""
-    binary = {output.name: output.binary for output in request.outputs if output.binary is not None}
-    return sum(len(t.data) for t in response.outputs if not binary.get(t.name, request.binary_output))
+    binary = json_codec.binary_outputs(response, request.outputs, request.binary_output)
+    return sum(len(t.data) for t in response.outputs if t.name not in binary)
 
 
 async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadline_ns: int) -> _T:
@@ -288,19 +303,19 @@ async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadlin
             return working.result()
         if leaving.done():
             raise Cancelled("the client closed the connection")
-        raise DeadlineExceeded("the deadline passed before the request body was decoded")
+        raise DeadlineExceeded(DECODED_LATE)
     finally:
         leaving.cancel()
         working.cancel()
 
 
-async def _by_deadline(work: Coroutine[Any, Any, _T], deadline_ns: int) -> _T:
-    """The result of ``work``, which is ended when it comes too late: DeadlineExceeded."""
+async def by_deadline(work: Coroutine[Any, Any, _T], deadline_ns: int, late: str) -> _T:
+    """The result of ``work``, which is ended when it comes too late: DeadlineExceeded, saying ``late``."""
     try:
         async with asyncio.timeout(_seconds_left(deadline_ns)):
             return await work
     except TimeoutError:
-        raise DeadlineExceeded("the deadline passed before the answer was written") from None
+        raise DeadlineExceeded(late) from None
 
 
 def _seconds_left(deadline_ns: int) -> float | None:

@@ -6,6 +6,8 @@ Times are bounds, not measurements: the server's own limit on a handshake is a s
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import socket
 import ssl
@@ -30,8 +32,10 @@ from server.transport.native.server import GrpcMethods, NativeServer, Served
 from server.transport.reference.asgi import HttpServer
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.tls import grpc_credentials, tls_context
-from tests.support import http2, pki
+from tests.support import http2, models, pki
 from tests.support.echo import Running, running
+from tests.support.metrics import samples
+from tests.support.server import Server, serving
 from tests.support.wire import post
 
 HANDSHAKE_S = 1.0
@@ -233,6 +237,77 @@ def test_silence_after_the_handshake(http_listener: Listener, alpn: str) -> None
     """Not asked of the reference's gRPC: an idle channel is an honest one there, and is pinged."""
     with http_listener.secured(alpn) as connection:
         assert ended(connection)
+
+
+PLACES = 20
+
+
+@pytest.fixture(scope="module")
+def process(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With few places and much patience: no handshake ends by itself while a test runs."""
+    folder = tmp_path_factory.mktemp("served")
+    models.affine(folder / "affine.onnx", width=2)
+    path = folder / "tidegate.yaml"
+    path.write_text(
+        "apiVersion: tidegate/v1\nmodels: {affine: {source: affine.onnx}}\nstate: {dir: state}\nserver:\n"
+        f"  limits: {{max_connections: {PLACES}}}\n"
+        f"  tls: {{certificate: {root}/server.pem, private_key: {root}/server.key}}\n"
+    )
+    with serving(str(path), "--transport", "native") as server:
+        yield server
+
+
+def flooding(server: Server, stack: ExitStack, count: int) -> list[socket.socket]:
+    """Connections whose handshake is never begun."""
+    address = server.http.rpartition(":")
+    return [
+        stack.enter_context(socket.create_connection((address[0], int(address[2])), timeout=CLOSED_WITHIN_S))
+        for _ in range(count)
+    ]
+
+
+def descriptors(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
+def served_again(root: Path, process: Server) -> None:
+    """Those who left are noticed within moments, and a caller who is turned away comes again."""
+    until, host = time.monotonic() + CLOSED_WITHIN_S, process.http.rpartition(":")
+    trusting = context(root, certificate="")
+    answer = b""
+    while not answer.startswith(b"HTTP/1.1 200 "):
+        assert time.monotonic() < until, answer
+        with (
+            suppress(OSError),
+            socket.create_connection((host[0], int(host[2])), timeout=CLOSED_WITHIN_S) as plain,
+            trusting.wrap_socket(plain, server_hostname="localhost") as connection,
+        ):
+            answer = exchange(connection)
+
+
+def test_a_flood_of_connections_holds_few_descriptors(root: Path, process: Server) -> None:
+    """Those over the limit are closed at once, but for 64 that would be told so."""
+    before = descriptors(process)
+    with ExitStack() as stack:
+        flood = flooding(process, stack, 300)
+        assert ended(flood[-1])
+        assert descriptors(process) <= before + PLACES + 64
+        assert samples(process, "tidegate_connections")['{listener="http"}'] == PLACES + 64
+        refused = samples(process, "tidegate_connections_refused_total")
+        assert refused == {'{listener="http"}': 300 - PLACES - 64, '{listener="grpc"}': 0}
+    served_again(root, process)
+
+
+def test_without_descriptors_connections_wait(root: Path, process: Server) -> None:
+    """They keep their place in the kernel's queue, and are taken when there is room."""
+    pid = process.process.pid
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, usual)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(process) + 8, usual[1]))
+        flooding(process, stack, 40)
+        process.wait_for("accept_failed", error="Too many open files")
+    served_again(root, process)
 
 
 # --- protocols ----------------------------------------------------------------------------------------------------

@@ -217,6 +217,42 @@ def test_a_deadline_ends_the_wait(transport: str) -> None:
     on_loop(main)
 
 
+def test_a_deadline_ends_the_wait_for_an_answer(transport: str) -> None:
+    """The request is decoded in place, so that only its answer can be what waits."""
+    values = np.arange(8000, dtype="<f4").reshape(1, -1)
+    entry = {"name": "x", "datatype": "FP32", "shape": [1, 8000], "parameters": {"binary_data_size": values.nbytes}}
+    text = json.dumps({"inputs": [entry]}).encode()
+    headers = {"inference-header-content-length": str(len(text))}
+    expected = (2 * values + 1).ravel().tolist()
+
+    async def main() -> None:
+        http = HttpSettings(offload_bytes=1000, drain_idle_s=0.05)
+        async with serving(transport, http=http) as server, client(server) as ask:
+            pid = server.codec.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            hurried = {**headers, "x-tidegate-timeout-ms": "300"}
+            waiting = [
+                asyncio.ensure_future(ask.post(AFFINE, content=text + values.tobytes(), headers=hurried))
+                for _ in range(3)
+            ]
+            await until_depth(server, 3)
+            for answer in await asyncio.gather(*waiting):
+                assert answer.status_code == 504
+                assert answer.json() == {"error": "the deadline passed before the answer was written"}
+            await until_depth(server, 0)
+            assert len(server.gateway.released) == len(server.gateway.admitted)
+            os.kill(pid, signal.SIGCONT)
+            for _ in range(5):
+                answer = await ask.post(AFFINE, content=text + values.tobytes(), headers=headers)
+                assert answer.json()["outputs"][0]["data"] == expected
+            # Those that were given up were not done, none fell back, and the process is the same.
+            assert counts(server) == {"tidegate_codec_jobs_total encode": 5}
+            assert server.codec.pid == pid
+
+    on_loop(main)
+
+
 def test_a_client_that_leaves_frees_its_place(transport: str) -> None:
     body = tensor_body(np.zeros((1, 4), "<f4"))
     head = f"POST {AFFINE} HTTP/1.1\r\nHost: t\r\nContent-Length: {len(body)}\r\n\r\n".encode()

@@ -463,7 +463,7 @@ def test_metrics_in_documents_are_served() -> None:
     # Those that collectors make of what is monitored and delivered, which here is nothing.
     served |= metrics_named_in(
         "server/monitoring", "server/delivery", "server/control/rollouts", "server/capture", "server/retraining.py",
-        "server/wiring.py", "server/codec/process",
+        "server/wiring.py", "server/listening.py", "server/codec/process",
     )  # fmt: skip
     for path in documents():
         for name in re.findall(r"\b((?:tidegate|nv_inference)_[a-z_]*[a-z])\b", code_in(path)):

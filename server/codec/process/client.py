@@ -97,10 +97,10 @@ class CodecProcess:
         self, response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool, strict_json: bool
     ) -> tuple[list[Buffer], int | None]:
         link = self._running()
-        job, chunks = await by_turns(encode_job(response, outputs, binary_default, strict_json))
+        job, chunks, kept = await by_turns(encode_job(response, outputs, binary_default, strict_json))
         head, data = await link.do(job, chunks)
         _check(head)
-        return _cut(data, head["sizes"]), head["json_size"]
+        return [data, *kept], head["json_size"]
 
     async def _counted(self, kind: str, job: Coroutine[Any, Any, _T]) -> _T:
         self._depth += 1
@@ -211,13 +211,3 @@ class CodecProcess:
 def _check(head: dict[str, Any]) -> None:
     if "refused" in head:
         raise InvalidArgument(head["refused"])
-
-
-def _cut(data: memoryview, sizes: list[int]) -> list[Buffer]:
-    """The chunks that lie in ``data`` one behind the other."""
-    chunks: list[Buffer] = []
-    position = 0
-    for size in sizes:
-        chunks.append(data[position : position + size])
-        position += size
-    return chunks

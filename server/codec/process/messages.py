@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
+from server.codec.binary import raw_contents
+from server.codec.json import binary_outputs
 from server.codec.process.steps import Steps
 from server.types import Buffer, InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 
@@ -65,11 +67,26 @@ def parted(notice: Notice, message: memoryview) -> tuple[dict[str, Any], memoryv
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
+class Elsewhere:
+    """Stands for contents in wire form that stay with the gateway: their length is all that an answer's JSON says."""
+
+    __slots__ = ("_size",)
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
 def pack_tensors(tensors: Iterable[Tensor]) -> Steps[tuple[list[Any], list[Buffer]]]:
     """What a head says of ``tensors``, and their bytes. Raises Unfit for BYTES that are no text."""
     entries: list[Any] = []
     chunks: list[Buffer] = []
     for tensor in tensors:
+        if isinstance(tensor.data, Elsewhere):
+            entries.append((tensor.name, tensor.datatype, tensor.shape, len(tensor.data)))
+            continue
         if isinstance(tensor.data, list):
             pieces: list[Buffer] = yield from _joined(tensor.data)
         else:
@@ -97,8 +114,10 @@ def unpack_tensors(entries: list[Any], data: memoryview) -> Steps[list[Tensor]]:
     tensors: list[Tensor] = []
     position = 0
     for name, datatype, shape, sizes in entries:
-        contents: memoryview | list[bytes]
-        if datatype == "BYTES":
+        contents: Any
+        if isinstance(sizes, int):
+            contents = Elsewhere(sizes)
+        elif datatype == "BYTES":
             contents = []
             for size in sizes:
                 contents += bytes(data[position : position + size]).split(_PART)
@@ -144,10 +163,32 @@ def request_of(head: dict[str, Any], data: memoryview, model: str, version: str)
     return InferenceRequest(model, version, head["id"], inputs, outputs, head["parameters"], head["binary_output"])
 
 
+def _stripped(
+    response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool
+) -> tuple[InferenceResponse, list[Buffer]]:
+    """The answer without the contents that follow its JSON in binary, and those contents, in their order."""
+    binary = binary_outputs(response, outputs, binary_default)
+    if not binary:
+        return response, []
+    kept: list[Buffer] = []
+    tensors = list(response.outputs)
+    for i, tensor in enumerate(tensors):
+        if tensor.name in binary:
+            raw = raw_contents(tensor)
+            kept.append(raw)
+            absent: Any = Elsewhere(len(raw))
+            tensors[i] = replace(tensor, data=absent)
+    return replace(response, outputs=tensors), kept
+
+
 def encode_job(
     response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool, strict_json: bool
-) -> Steps[tuple[dict[str, Any], list[Buffer]]]:
-    """Write an answer, whose tensors follow. Raises Unfit."""
+) -> Steps[tuple[dict[str, Any], list[Buffer], list[Buffer]]]:
+    """Write the JSON of an answer: the job, the tensors that are to be in it, and the contents that are to follow it.
+
+    Raises Unfit.
+    """
+    response, kept = _stripped(response, outputs, binary_default)
     entries, chunks = yield from pack_tensors(response.outputs)
     head = {
         "job": "encode",
@@ -158,7 +199,7 @@ def encode_job(
         "binary_default": binary_default,
         "strict_json": strict_json,
     }
-    return head, chunks
+    return head, chunks, kept
 
 
 def response_of(head: dict[str, Any], data: memoryview) -> Steps[InferenceResponse]:

@@ -22,6 +22,20 @@ def at_once(steps: Steps[_T]) -> _T:
         return result
 
 
+class Turns:
+    """Long works by turns with the event loop, one after the other: however many come, one step at a time holds it."""
+
+    __slots__ = ("_one",)
+
+    def __init__(self) -> None:
+        self._one = asyncio.Lock()
+
+    async def take(self, steps: Steps[_T]) -> _T:
+        """The result of ``steps``, which begin when those that came before are over."""
+        async with self._one:
+            return await by_turns(steps)
+
+
 async def by_turns(steps: Steps[_T]) -> _T:
     """The result; the event loop takes a turn after each step. Work of a single step never gives up the loop."""
     try:

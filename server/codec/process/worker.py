@@ -97,7 +97,7 @@ def _encode(head: dict[str, Any], data: memoryview) -> tuple[dict[str, Any], lis
         binary_default=head["binary_default"],
         strict_json=head["strict_json"],
     )
-    return {"json_size": json_size, "sizes": [len(chunk) for chunk in chunks]}, chunks
+    return {"json_size": json_size}, chunks[:1]  # what follows the JSON is elsewhere
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -23,7 +23,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from server.codec import binary
+from server.codec import binary, pieces
 from server.codec import json as json_codec
 from server.errors import DeadlineExceeded, TidegateError, Unimplemented
 from server.transport.answers import (
@@ -36,7 +36,15 @@ from server.transport.answers import (
     too_large,
 )
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
-from server.transport.http_infer import LENGTH_HEADER, TIMEOUT_HEADER, deadline_of, decoded, match_infer
+from server.transport.http_infer import (
+    DECODED_LATE,
+    LENGTH_HEADER,
+    TIMEOUT_HEADER,
+    by_deadline,
+    deadline_of,
+    decoded,
+    match_infer,
+)
 from server.transport.reference.asgi import HttpProtocol
 from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
 
@@ -59,6 +67,7 @@ class InferCycle:
     __slots__ = (
         "_answers",
         "_decision",
+        "_finishing",
         "_head",
         "_parts",
         "_permit",
@@ -80,6 +89,7 @@ class InferCycle:
         self._head: RequestHead | None = None
         self._permit: Permit | None = None
         self._ticket: Ticket | None = None
+        self._finishing: asyncio.Task[None] | None = None
         self._request: InferenceRequest | None = None
         self._response: InferenceResponse | None = None
         self._decision: Decision | None = None
@@ -142,11 +152,28 @@ class InferCycle:
             return
         parts, self._parts = self._parts, []
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        server = self._protocol.server_side
-        request = self._request = _decode(head, body, server)
-        ticket = server.port.handle(permit, request, self)
+        large = len(body) > pieces.SMALL_BODY_BYTES
+        request = self._request = _decode(head, body, self._protocol.server_side, whole=not large)
+        if large and pieces.unfinished(request):
+            self._finishing = self._protocol.later(self._finish_later(head, permit, request))
+        else:
+            self._submit(permit, request)
+
+    def _submit(self, permit: Permit, request: InferenceRequest) -> None:
+        ticket = self._protocol.server_side.port.handle(permit, request, self)
         if not self.response_complete:
             self._ticket = ticket
+
+    async def _finish_later(self, head: RequestHead, permit: Permit, request: InferenceRequest) -> None:
+        """Contents that take long to read are read by turns with other requests."""
+        work = self._protocol.server_side.infer.turns.take(pieces.finish(request))
+        try:
+            await by_deadline(work, head.deadline_ns, DECODED_LATE)
+            self._submit(permit, request)
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(error)
 
     def seconds_left(self) -> float:
         """Until the deadline."""
@@ -193,7 +220,7 @@ class InferCycle:
         server = self._protocol.server_side
         size = sum([len(tensor.data) for tensor in response.outputs])
         if size > server.settings.compress_over_bytes and (
-            size > server.settings.offload_bytes or "accept-encoding" in head.metadata
+            size > server.settings.offload_bytes or "accept-encoding" in head.metadata or pieces.has_many(response)
         ):
             self._protocol.later(self._answer_later(head, request, response))
             return
@@ -290,6 +317,8 @@ class InferCycle:
     def abandon(self) -> None:
         """The client is gone."""
         self.disconnected = True
+        if self._finishing is not None:
+            self._finishing.cancel()
         if not self.response_complete:
             self._over()
 
@@ -352,6 +381,8 @@ class NativeHttp1(HttpProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.app is not self.config.loaded_app:  # over the limit
+            self.server_side.refused += 1
         if self.client:
             self._peer = f"{self.client[0]}:{self.client[1]}"
 
@@ -521,11 +552,12 @@ class NativeHttp1(HttpProtocol):
             if not self._head_open:
                 self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
 
-    def later(self, work: Any) -> None:
-        """An answer that is made off the loop."""
+    def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A request or an answer that takes long to read or write."""
         task = self.loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     # --- timers: none of their own, the server looks at them once in a while ---------------------------------
 
@@ -555,13 +587,13 @@ def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeSer
     return header is None or not header.isdecimal() or len(header) > 20 or int(header) > server.settings.offload_bytes
 
 
-def _decode(head: RequestHead, body: Buffer, server: NativeServer) -> InferenceRequest:
+def _decode(head: RequestHead, body: Buffer, server: NativeServer, *, whole: bool) -> InferenceRequest:
     json_size = binary.parse_header_length(head.metadata.get(LENGTH_HEADER), len(body))
     if json_size == 0:
         spec, _ = server.catalog.metadata(head.model, head.version)
-        return binary.decode_raw(body, model=head.model, version=head.version, spec=spec)
+        return binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=whole)
     return json_codec.decode_infer(
-        body, model=head.model, version=head.version, limits=server.limits, json_size=json_size
+        body, model=head.model, version=head.version, limits=server.limits, json_size=json_size, whole=whole
     )
 
 

@@ -17,6 +17,7 @@ from server.transport.answers import Headers, HttpSettings, error_answer
 from server.transport.faults import HeadersTooLarge
 from server.transport.http_infer import InferApp
 from server.transport.native import asgi, streams
+from server.transport.native.accepting import SecureListener, Undecided
 from server.transport.native.asgi import AsgiStream
 from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
 from server.transport.native.http1 import KnownHeads, NativeHttp1
@@ -33,11 +34,8 @@ from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
 from server.transport.status import StatusTable
 from server.types import Port, RequestLimits, Unsent
 
-PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER_OVERHEAD: Final = 32
 _TICK_S: Final = 0.5
-#: Connections over their maximum that are told so; more are closed without a word.
-_TOLD: Final = 64
 _T = TypeVar("_T")
 _INFER: Final = f"/{SERVICE}/ModelInfer".encode()
 
@@ -93,6 +91,9 @@ class NativeServer(HttpServer):
         self.no_event = asyncio.Event()
         self.status_ok = b""
         self.heads = KnownHeads()
+        #: Connections that found no place.
+        self.refused = 0
+        self._secure: SecureListener | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._offload = asyncio.Semaphore(self.settings.offload_threads)
         self._log: Any = structlog.get_logger("tidegate.native")
@@ -115,11 +116,19 @@ class NativeServer(HttpServer):
         return self._state.default_headers
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
-        self._sweep(asyncio.get_running_loop())
-        return await super().start(host, port)
+        loop = asyncio.get_running_loop()
+        self._sweep(loop)
+        if self._tls is None:
+            return await super().start(host, port)
+        self._config.load()
+        self._tick(loop)
+        self._secure = SecureListener(self, self._tls)
+        return await self._secure.start(host, port)
 
     async def drain(self, timeout_s: float) -> bool:
         self._grpc.health.close()
+        if self._secure is not None:
+            self._secure.close()
         clean = await super().drain(timeout_s)
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -199,58 +208,3 @@ class NativeServer(HttpServer):
 def _is_grpc(content_type: bytes) -> bool:
     """``application/grpc``, with or without a subtype; ``application/grpc-web`` is another protocol."""
     return content_type == b"application/grpc" or content_type.startswith((b"application/grpc+", b"application/grpc;"))
-
-
-class Undecided(asyncio.Protocol):
-    """A connection until it is known what it speaks: by ALPN, or else by its first bytes."""
-
-    def __init__(self, server: NativeServer) -> None:
-        self._server = server
-        self._transport: Any = None
-        self._seen = b""
-        self._until = server.now + server.settings.head_s
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        server = self._server
-        server.live.add(self)
-        tls = transport.get_extra_info("ssl_object")
-        alpn = None if tls is None else tls.selected_alpn_protocol()
-        if len(server.live) > server.settings.max_connections + _TOLD:
-            transport.abort()
-        elif alpn is not None:
-            self._become(alpn == "h2", b"")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._server.live.discard(self)
-        self._server.connection_lost()
-
-    def data_received(self, data: bytes) -> None:
-        seen = self._seen = self._seen + data
-        if len(seen) >= len(PREFACE) or not PREFACE.startswith(seen):
-            self._become(seen.startswith(PREFACE), seen)
-
-    def _become(self, http2: bool, data: bytes) -> None:
-        self._server.live.discard(self)
-        protocol: Any = Http2Connection(self._server) if http2 else self._server.http1()
-        self._transport.set_protocol(protocol)
-        protocol.connection_made(self._transport)
-        if data:
-            protocol.data_received(data)
-
-    # What the listener says to its connections:
-
-    @property
-    def transport(self) -> Any:
-        return self._transport
-
-    def sweep(self, now: float) -> None:
-        """A connection that says nothing is not kept."""
-        if now > self._until:
-            self._transport.close()
-
-    def announce_close(self) -> None:
-        """Nothing was said yet."""
-
-    def shutdown(self) -> None:
-        self._transport.close()

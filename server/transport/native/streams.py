@@ -201,7 +201,12 @@ async def infer(call: StreamCall) -> None:
     )
     call.send_head(tuple(decision_headers(permit.tidegate_id, None, getattr(permit, "traceresponse", None))))
     session = StreamSession(
-        server.port, permit, call.read, call.write, max_in_flight=server.http2.max_in_flight_per_stream
+        server.port,
+        permit,
+        call.read,
+        call.write,
+        max_in_flight=server.http2.max_in_flight_per_stream,
+        turns=server.infer.turns,
     )
     await session.run()
 

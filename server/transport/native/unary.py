@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from server.codec import protobuf
+from server.codec import pieces, protobuf
 from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
 from server.transport.answers import decision_headers, header_value
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
+from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE, by_deadline
 from server.transport.native import wire
 from server.transport.native.metadata import Metadata
 from server.transport.native.session import Header
 from server.transport.rpc.unary import Method
 from server.transport.status import safe_text
-from server.types import Decision, InferenceResponse, Permit, RequestHead, Ticket
+from server.types import Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
 
 if TYPE_CHECKING:
     from server.transport.native.h2 import Http2Connection
@@ -68,7 +69,7 @@ class UnaryCall:
         "_parts",
         "_seen",
         "_size",
-        "_unpacking",
+        "_working",
     )
 
     def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead) -> None:
@@ -80,7 +81,7 @@ class UnaryCall:
         self._declared = -1
         self._began = self._seen = connection.server.now
         self._ended = False  # the peer has said everything
-        self._unpacking: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[None] | None = None  # on its message or its answer
 
     # --- the message -----------------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class UnaryCall:
         parts[0] = parts[0][wire.PREFIX_BYTES :]
         message = b"".join(parts) if len(parts) > 1 else parts[0]
         if compressed:
-            self._unpacking = self._connection.loop.create_task(self._unpack(message))
+            self._working = self._connection.loop.create_task(self._unpack(message))
         else:
             self._start(message)
 
@@ -203,8 +204,8 @@ class UnaryCall:
         return new_id()
 
     def gone(self) -> None:
-        if self._unpacking is not None:
-            self._unpacking.cancel()
+        if self._working is not None:
+            self._working.cancel()
         self._over()
 
     def full(self) -> bool:
@@ -257,13 +258,31 @@ class InferCall(UnaryCall):
         server, permit = self._connection.server, self._permit
         if permit is None:  # an empty message is admitted like any other
             raise Internal(new_id())
-        request = protobuf.decode_infer(message, server.limits)
+        large = len(message) > pieces.SMALL_BODY_BYTES
+        request = protobuf.decode_infer(message, server.limits, whole=not large)
         if request.version:
             check_version(request.version)
         self._connection.windows.forget(self._id)
-        ticket = server.port.handle(permit, request, self)
+        if large and pieces.unfinished(request):
+            self._working = self._connection.loop.create_task(self._finish_later(permit, request))
+        else:
+            self._submit(permit, request)
+
+    def _submit(self, permit: Permit, request: InferenceRequest) -> None:
+        ticket = self._connection.server.port.handle(permit, request, self)
         if self._permit is not None:
             self._ticket = ticket
+
+    async def _finish_later(self, permit: Permit, request: InferenceRequest) -> None:
+        """Contents that take long to read are read by turns with other requests."""
+        work = self._connection.server.infer.turns.take(pieces.finish(request))
+        try:
+            await by_deadline(work, self._head.deadline_ns, DECODED_LATE)
+            self._submit(permit, request)
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one call
+            self.fail(error)
 
     # Reply:
 
@@ -285,10 +304,27 @@ class InferCall(UnaryCall):
     def _answer(self) -> None:
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
-        if self._response is None:
+        response = self._response
+        if response is None:
             raise Internal(self._tidegate_id())
+        if pieces.has_many(response):
+            self._working = self._connection.loop.create_task(self._answer_later(response))
+        else:
+            self._send(response)
+
+    async def _answer_later(self, response: InferenceResponse) -> None:
+        """Contents that take long to write are written by turns with other requests."""
+        work = self._connection.server.infer.turns.take(pieces.wired(response))
+        try:
+            self._send(await by_deadline(work, self._head.deadline_ns, ANSWERED_LATE))
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one call
+            self.fail(error)
+
+    def _send(self, response: InferenceResponse) -> None:
         connection = self._connection
-        body = wire.framed_parts(protobuf.infer_parts(self._response))
+        body = wire.framed_parts(protobuf.infer_parts(response))
         head = self._answer_head()
         self._over()
         connection.done(self._id, len(body) if connection.session.unary(self._id, head, body, _OK) else 0)

@@ -14,7 +14,8 @@ from typing import Final
 
 import structlog
 
-from server.codec import protobuf
+from server.codec import pieces, protobuf
+from server.codec.process.steps import Turns
 from server.errors import TidegateError
 from server.transport.faults import Internal, check_version
 from server.transport.status import safe_text
@@ -52,7 +53,10 @@ class _Slot:
 
 
 class StreamSession:
-    """Takes messages from ``read`` (None: no more) and gives answers to ``write`` until every one is out."""
+    """Takes messages from ``read`` (None: no more) and gives answers to ``write`` until every one is out.
+
+    ``turns``: of what takes long to read or write, here and wherever else they were given to.
+    """
 
     def __init__(
         self,
@@ -62,12 +66,14 @@ class StreamSession:
         write: Callable[[bytes], Awaitable[None]],
         *,
         max_in_flight: int,
+        turns: Turns | None = None,
     ) -> None:
         self._port = port
         self._permit = permit
         self._read = read
         self._write = write
         self._max_in_flight = max_in_flight
+        self._turns = turns or Turns()
         self._max_bytes = port.limits.max_body_bytes
         self._slots: deque[_Slot] = deque()
         self._bytes = 0
@@ -92,20 +98,23 @@ class StreamSession:
 
     async def _read_all(self) -> None:
         while (raw := await self._read()) is not None:
-            self._take(raw)
+            await self._take(raw)
             del raw
             while len(self._slots) >= self._max_in_flight or self._bytes >= self._max_bytes:
                 self._room.clear()
                 await self._room.wait()
 
-    def _take(self, raw: bytes) -> None:
+    async def _take(self, raw: bytes) -> None:
         slot = _Slot(self._changed.set, len(raw))
         self._slots.append(slot)
         self._bytes += slot.size
         try:
-            request = protobuf.decode_infer(raw, self._port.limits)
+            large = len(raw) > pieces.SMALL_BODY_BYTES
+            request = protobuf.decode_infer(raw, self._port.limits, whole=not large)
             slot.id, slot.model = request.id, request.model
             check_version(request.version)
+            if large and pieces.unfinished(request):
+                await self._turns.take(pieces.finish(request))
             slot.empty_final = request.parameters.pop(_EMPTY_FINAL, False) is True
             ticket = self._port.handle(self._permit, request, slot)
             if not slot.finished:
@@ -130,6 +139,8 @@ class StreamSession:
         while slot.answers:
             response = slot.answers.popleft()
             slot.final_sent = slot.finished and slot.error is None and not slot.answers
+            if pieces.has_many(response):
+                response = await self._turns.take(pieces.wired(response))
             marked = replace(response, parameters={**response.parameters, _FINAL: slot.final_sent})
             await self._write(protobuf.encode_stream_infer(marked))
         if not slot.finished:

@@ -21,7 +21,7 @@ from server.codec.json import decode_infer, encode_infer
 from server.codec.process.client import CodecProcess, CodecSettings
 from server.codec.process.link import Unavailable
 from server.errors import InvalidArgument
-from server.types import InferenceRequest, InferenceResponse, RequestLimits, Tensor
+from server.types import InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 from tests.support.codec import codec_process, on_loop, tensor_body
 
 LIMITS = RequestLimits()
@@ -102,6 +102,20 @@ def test_bytes_that_json_cannot_carry_stay_here() -> None:
                 await codec.encode(response, outputs=[], binary_default=False)
             assert numbers(codec) == {"fallbacks_total unfit": 1, "starts_total": 1}
             assert (await decode(codec)).id == "a"
+
+    on_loop(main)
+
+
+def test_bytes_that_follow_the_json_may_be_anything() -> None:
+    tensors = [Tensor("y", "BYTES", (1,), [b"\xff"]), Tensor("z", "FP32", (1, 40_000), VALUES.tobytes())]
+    response = InferenceResponse("m", "2", "a", tensors)
+    options: dict[str, Any] = {"outputs": [RequestedOutput("y", True)], "binary_default": False}
+
+    async def main() -> None:
+        async with codec_process() as codec:
+            chunks, json_size = await codec.encode(response, **options)
+            assert ([bytes(chunk) for chunk in chunks], json_size) == encode_infer(response, **options)
+            assert numbers(codec) == {"jobs_total encode": 1, "starts_total": 1}
 
     on_loop(main)
 

@@ -81,8 +81,10 @@ def test_a_request() -> None:
 
 def test_an_answer() -> None:
     response = InferenceResponse("m", "3", "a", [Tensor("y", "FP32", (1,), b"abcd")], {"p": math.nan})
-    outputs = [RequestedOutput("y", True)]
-    head, data = sent(*at_once(messages.encode_job(response, outputs, True, False)))
+    outputs = [RequestedOutput("y", False)]
+    job, chunks, kept = at_once(messages.encode_job(response, outputs, True, False))
+    assert kept == []
+    head, data = sent(job, chunks)
     back = at_once(messages.response_of(head, data))
     assert math.isnan(back.parameters.pop("p"))
     response.parameters.clear()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from server.codec.process.steps import Steps, at_once, by_turns
+import pytest
+
+from server.codec.process.steps import Steps, Turns, at_once, by_turns
 
 
 def counted(steps: int, seen: list[str]) -> Steps[int]:
@@ -44,3 +46,41 @@ def test_work_without_a_pause_keeps_the_loop() -> None:
         return list(seen)
 
     assert asyncio.run(main()) == []
+
+
+def test_long_works_are_done_one_after_the_other() -> None:
+    seen: list[str] = []
+
+    def named(name: str) -> Steps[str]:
+        for _ in range(2):
+            seen.append(name)
+            yield
+        return name
+
+    async def main() -> list[str]:
+        turns = Turns()
+        return await asyncio.gather(*(turns.take(named(name)) for name in "abc"))
+
+    assert asyncio.run(main()) == ["a", "b", "c"]
+    assert seen == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_work_that_is_given_up_lets_others_go_on() -> None:
+    seen: list[str] = []
+
+    def endless() -> Steps[None]:
+        while True:
+            yield
+
+    async def main() -> int:
+        turns = Turns()
+        first, waiting = (asyncio.ensure_future(turns.take(endless())) for _ in range(2))
+        last = asyncio.ensure_future(turns.take(counted(2, seen)))
+        await asyncio.sleep(0)
+        for task in (waiting, first):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return await last
+
+    assert asyncio.run(main()) == 2

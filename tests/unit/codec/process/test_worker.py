@@ -126,23 +126,35 @@ ANSWERS = [
 def test_answers_are_the_same(outputs: list[RequestedOutput], binary_default: bool, strict_json: bool) -> None:
     response = InferenceResponse("m", "1", "é", ANSWERS, {"p": 1.5})
     options: dict[str, Any] = {"outputs": outputs, "binary_default": binary_default, "strict_json": strict_json}
-    job = at_once(messages.encode_job(response, outputs, binary_default, strict_json))
-    head, data = work(*job)
-    expected: tuple[dict[str, Any], bytes]
+    job, sent, kept = at_once(messages.encode_job(response, outputs, binary_default, strict_json))
+    head, data = work(job, sent)
+    expected: tuple[dict[str, Any], list[bytes]]
     try:
         chunks, json_size = encode_infer(response, **options)
     except InvalidArgument as error:
-        expected = {"refused": error.message}, b""
+        expected = {"refused": error.message}, [b""]
+        kept = []
     else:
-        expected = {"json_size": json_size, "sizes": [len(chunk) for chunk in chunks]}, b"".join(chunks)
-    assert (head, bytes(data)) == expected
+        expected = {"json_size": json_size}, [bytes(chunk) for chunk in chunks]
+    assert (head, [bytes(chunk) for chunk in (data, *kept)]) == expected
+
+
+def test_contents_that_are_no_json_stay_with_the_gateway() -> None:
+    response = InferenceResponse(
+        "m", "1", "", [Tensor("y", "INT8", (9000,), bytes(9000)), Tensor("z", "BYTES", (1,), [b"\xff"]), ANSWERS[2]]
+    )
+    outputs = [RequestedOutput("y", True), RequestedOutput("z", True)]
+    _, sent, kept = at_once(messages.encode_job(response, outputs, False, False))
+    assert kept == [bytes(9000), b"\x01\0\0\0\xff"]
+    assert b"".join(sent) == bytes(response.outputs[2].data).ljust(16, b"\0")  # type: ignore[arg-type]
 
 
 def test_what_goes_wrong_unexpectedly_is_the_gateways_to_meet() -> None:
     response = InferenceResponse("m", "1", "\ud800", ANSWERS)
     with pytest.raises(TypeError):
         encode_infer(response, outputs=[], binary_default=False)
-    head, data = work(*at_once(messages.encode_job(response, [], False, False)))
+    job, sent, _ = at_once(messages.encode_job(response, [], False, False))
+    head, data = work(job, sent)
     assert head.keys() == {"unfit"}
     assert not data
 

@@ -1,0 +1,311 @@
+"""BYTES tensors of many elements over real sockets: small requests are answered meanwhile, and no rule changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from server._pb import inference_pb2 as pb
+from server.codec.binary import encode_bytes
+from server.codec.process.steps import Steps
+from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE
+from server.transport.native.server import NativeServer
+from server.types import Permit, Reply
+from tests.support.echo import EchoPort, EchoTicket, Running, running
+from tests.support.http2 import DATA, END_STREAM, Http2Wire, frame, grpc_message, opened
+from tests.support.wire import Answer, Wire, post
+
+ELEMENTS = [b"%d" % i for i in range(100_000)]
+RAW = encode_bytes(ELEMENTS)
+SMALL = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}]}).encode()
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+
+
+class Counting(EchoPort):
+    """Remembers how many requests came as far as this."""
+
+    handled = 0
+
+    def handle(self, permit: Permit, request: Any, reply: Reply) -> EchoTicket:
+        self.handled += 1
+        return super().handle(permit, request, reply)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(transport="native", port=Counting) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def settled(server: Running) -> Iterator[None]:
+    """Every permit given was released, and every request that was begun was ended."""
+    yield
+    port = server.port
+    assert port.wait(lambda: len(port.admitted) == len(port.released))
+
+
+def grpc_request(*, raw: bytes = RAW, count: int = len(ELEMENTS), model: str = "echo", id: str = "") -> bytes:
+    request = pb.ModelInferRequest(model_name=model, id=id)
+    request.inputs.add(name="s", datatype="BYTES", shape=[count])
+    request.raw_input_contents.append(raw)
+    return request.SerializeToString()
+
+
+def grpc_small() -> bytes:
+    request = pb.ModelInferRequest(model_name="affine")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+    request.raw_input_contents.append(bytes(4))
+    return request.SerializeToString()
+
+
+def http_request(
+    *, raw: bytes = RAW, headers: dict[str, str] | None = None, binary: bool = True, model: str = "echo"
+) -> bytes:
+    entry = {"name": "s", "shape": [len(ELEMENTS)], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    text = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": binary}}).encode()
+    length = {"Inference-Header-Content-Length": str(len(text))}
+    return post(f"/v2/models/{model}/infer", text + raw, length | (headers or {}))
+
+
+def handled(server: Running) -> int:
+    return cast("Counting", server.port).handled
+
+
+@contextmanager
+def held(server: Running) -> Iterator[None]:
+    """Nobody gets a turn but this, which takes one after the other."""
+    over = False
+
+    def endless() -> Steps[None]:
+        while not over:
+            yield
+
+    async def begin() -> Any:
+        return server.loop.create_task(turns.take(endless()))
+
+    turns = cast("NativeServer", server.http_server).infer.turns
+    task = server.run(begin())
+    try:
+        yield
+    finally:
+        over = True
+        server.run(task)
+
+
+# --- over gRPC -------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_call_behind_a_large_one_is_answered_before_it(server: Running) -> None:
+    """In one stream of bytes, so that the order in which they come is sure. The large one has a short answer."""
+    with Http2Wire(server.grpc) as wire:
+        whole = grpc_message(grpc_request(model="affine"))
+        wire.send(opened(1))
+        wire.upload(1, whole[:-1], end=False)
+        small = opened(3) + frame(DATA, END_STREAM, 3, grpc_message(grpc_small()))
+        wire.send(frame(DATA, END_STREAM, 1, whole[-1:]) + small)
+        assert wire.answer(3).status == "0"
+        assert 1 not in wire.answers
+        assert wire.answer(1).headers["grpc-message"] == "input 's' wants FP32, got BYTES"
+
+
+def test_a_small_message_is_answered_while_a_large_answer_is_written(server: Running) -> None:
+    """Typed contents come as elements: nothing is read by turns, so that it must be the answer that waits."""
+    request = pb.ModelInferRequest(model_name="echo")
+    entry = request.inputs.add(name="s", datatype="BYTES", shape=[len(ELEMENTS)])
+    entry.contents.bytes_contents.extend(ELEMENTS)
+    with Http2Wire(server.grpc) as wire:
+        wire.send(opened(1))
+        with held(server):
+            wire.upload(1, grpc_message(request.SerializeToString()))
+            assert wire.call(3, grpc_small()).status == "0"
+            wire.settled()
+            assert 1 not in wire.answers
+        answer = pb.ModelInferResponse.FromString(wire.answer(1).body[5:])
+        assert answer.raw_output_contents[0] == RAW
+
+
+def test_messages_of_a_stream_keep_their_order(server: Running) -> None:
+    other = pb.ModelInferRequest(model_name="affine", id="small")
+    other.MergeFromString(grpc_small())
+    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+        call = channel.stream_stream(STREAM)(
+            iter([grpc_request(id="large"), other.SerializeToString(), grpc_request(id="last", raw=RAW[:-1])]),
+            timeout=30,
+        )
+        answers = [pb.ModelStreamInferResponse.FromString(raw) for raw in call]
+    assert [answer.infer_response.id for answer in answers] == ["large", "small", "last"]
+    assert answers[0].infer_response.raw_output_contents[0] == RAW
+    assert "element 99999 goes past the end" in answers[2].error_message
+
+
+def test_streams_wait_for_their_turn_too(server: Running) -> None:
+    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+        with held(server):
+            before = handled(server)
+            call = channel.stream_stream(STREAM)(iter([grpc_request(id="large"), grpc_small()]), timeout=30)
+            port = server.port
+            assert port.wait(lambda: len(port.admitted) > len(port.released))
+            with Http2Wire(server.grpc) as wire:
+                for i in range(1, 40, 2):
+                    assert wire.call(i, grpc_small()).status == "0"
+            assert handled(server) == before + 20
+        answers = [pb.ModelStreamInferResponse.FromString(raw).infer_response for raw in call]
+        assert [answer.id for answer in answers] == ["large", ""]
+        assert answers[0].raw_output_contents[0] == RAW
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_damaged_contents_are_refused(server: Running, compression: grpc.Compression) -> None:
+    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(grpc_request(raw=RAW + b"x"), timeout=30, compression=compression)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details() == "input 's': 1 bytes are left over after 100000 BYTES elements"
+        assert pb.ModelInferResponse.FromString(ask(grpc_request(), timeout=30)).raw_output_contents[0] == RAW
+
+
+def test_a_deadline_of_a_call_that_waits_for_its_turn(server: Running) -> None:
+    """The client's own clock is not asked: it would have told the same without the server."""
+    with Http2Wire(server.grpc) as wire, held(server):
+        wire.send(opened(1, ("grpc-timeout", "300m")))
+        wire.upload(1, grpc_message(grpc_request()))
+        answer = wire.answer(1)
+        assert answer.status == "4"
+        assert answer.headers["grpc-message"] == DECODED_LATE
+        assert wire.call(3, grpc_small()).status == "0"
+
+
+def test_a_cancelled_call_gives_its_turn_back(server: Running) -> None:
+    port = server.port
+    before, seen = len(port.released), handled(server)
+    with Http2Wire(server.grpc) as wire:
+        with held(server):
+            for stream in (1, 3):
+                wire.send(opened(stream))
+                wire.upload(stream, grpc_message(grpc_request()))
+            wire.settled()
+            wire.send(frame(3, 0, 1, (8).to_bytes(4)))
+            assert port.wait(lambda: len(port.released) == before + 1)
+        assert wire.answer(3).status == "0"
+        assert handled(server) == seen + 1
+
+
+# --- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+def http_wire(server: Running) -> Wire:
+    return Wire("{}:{}".format(*server.http))
+
+
+def answer_of(wire: Wire) -> Answer:
+    """The next answer but the one to ``Expect``."""
+    answer = wire.answer()
+    if answer is not None and answer.status == 100:
+        answer = wire.answer()
+    assert answer is not None
+    return answer
+
+
+def binary_of(answer: Answer) -> bytes:
+    """What follows the JSON part."""
+    assert answer.status == 200, answer
+    return bytes(answer.body[int(answer.headers["inference-header-content-length"]) :])
+
+
+WAYS = {"taken in front": {}, "through the app": {"Expect": "100-continue"}}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_a_small_request_is_answered_while_a_large_one_waits(server: Running, way: str) -> None:
+    with http_wire(server) as large, http_wire(server) as small:
+        with held(server):
+            before = handled(server)
+            large.send(http_request(headers=WAYS[way], model="affine"))
+            port = server.port
+            assert port.wait(lambda: len(port.admitted) > len(port.released))
+            for _ in range(20):
+                small.send(post("/v2/models/affine/infer", SMALL))
+                assert answer_of(small).status == 200
+            assert handled(server) == before + 20
+        assert answer_of(large).body == {"error": "input 's' wants FP32, got BYTES"}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_a_deadline_that_passes_meanwhile(server: Running, way: str) -> None:
+    with http_wire(server) as wire:
+        with held(server):
+            wire.send(http_request(headers=WAYS[way] | {"x-tidegate-timeout-ms": "300"}))
+            answer = answer_of(wire)
+            assert answer.status == 504
+            assert answer.body == {"error": DECODED_LATE}
+        wire.send(http_request())
+        assert binary_of(answer_of(wire)) == RAW
+
+
+def test_a_deadline_of_an_answer_that_waits_for_its_turn(server: Running) -> None:
+    """JSON comes as elements: nothing is read by turns, so that it must be the answer that waits."""
+    document = {
+        "inputs": [{"name": "s", "shape": [5000], "datatype": "BYTES", "data": ["a"] * 5000}],
+        "parameters": {"binary_data_output": True},
+    }
+    body = json.dumps(document).encode()
+    with http_wire(server) as wire:
+        with held(server):
+            wire.send(post("/v2/models/echo/infer", body, {"x-tidegate-timeout-ms": "300"}))
+            answer = answer_of(wire)
+            assert answer.status == 504
+            assert answer.body == {"error": ANSWERED_LATE}
+        wire.send(post("/v2/models/echo/infer", body))
+        assert binary_of(answer_of(wire)) == encode_bytes([b"a"] * 5000)
+
+
+def test_a_client_that_leaves_gives_its_turn_back(server: Running) -> None:
+    port = server.port
+    before, seen = len(port.released), handled(server)
+    with held(server):
+        with http_wire(server) as wire:
+            wire.send(http_request())
+            assert port.wait(lambda: len(port.admitted) == before + 1)
+        assert port.wait(lambda: len(port.released) == before + 1)
+    with http_wire(server) as wire:
+        wire.send(http_request())
+        assert binary_of(answer_of(wire)) == RAW
+    assert handled(server) == seen + 1
+
+
+def test_damaged_contents_over_http(server: Running) -> None:
+    with http_wire(server) as wire:
+        wire.send(http_request(raw=RAW[:-1]))
+        answer = answer_of(wire)
+        assert answer.status == 400
+        assert "element 99999 goes past the end of the data" in answer.body["error"]
+        wire.send(http_request(binary=False))
+        assert answer_of(wire).body["outputs"][0]["data"] == [element.decode() for element in ELEMENTS]
+
+
+class Breaks(EchoPort):
+    """Raises where a request is handed over, which no port may."""
+
+    def handle(self, permit: Permit, request: Any, reply: Reply) -> EchoTicket:
+        raise RuntimeError("secret")
+
+
+def test_what_goes_wrong_unexpectedly_is_told_without_its_text() -> None:
+    with running(transport="native", port=Breaks) as server:
+        with http_wire(server) as wire:
+            wire.send(http_request())
+            answer = answer_of(wire)
+            assert answer.status == 500
+            assert "secret" not in answer.body["error"]
+        with Http2Wire(server.grpc) as calls:
+            calls.send(opened(1))
+            calls.upload(1, grpc_message(grpc_request()))
+            assert calls.answer(1).status == "13"
+            assert "secret" not in calls.answer(1).headers["grpc-message"]
