@@ -24,18 +24,26 @@ ENV LANG=en_US.UTF-8 \
 
 FROM base AS build
 WORKDIR /src
-RUN python3 -m venv /opt/tidegate
+# The request path is compiled here. The interpreter of python:* has its headers; a distribution's has them apart.
+RUN set -eu; \
+    packages="gcc libc6-dev"; \
+    python3 -c 'import sysconfig, os; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' || packages="$packages python3-dev"; \
+    apt-get update; \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $packages; \
+    rm -rf /var/lib/apt/lists/*; \
+    python3 -m venv /opt/tidegate
 # Dependencies first: a change of our own code leaves this layer as it is.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY scripts scripts
 RUN set -eu; \
     mkdir server router monitor; \
-    /opt/tidegate/bin/python -m pip install --no-cache-dir -c constraints.txt '.[otlp]'; \
+    TIDEGATE_COMPILE=0 /opt/tidegate/bin/python -m pip install --no-cache-dir -c constraints.txt '.[otlp]'; \
     /opt/tidegate/bin/python -m pip uninstall -y tidegate
 COPY server server
 COPY router router
 COPY monitor monitor
 RUN set -eu; \
-    /opt/tidegate/bin/python -m pip install --no-cache-dir --no-deps -c constraints.txt .; \
+    TIDEGATE_COMPILE=1 /opt/tidegate/bin/python -m pip install --no-cache-dir --no-deps -c constraints.txt .; \
     /opt/tidegate/bin/python -m compileall -q -j 0 /opt/tidegate
 
 FROM base

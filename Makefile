@@ -18,6 +18,9 @@ DRIFT_PEERS := .venv-drift-peers/.installed
 COMPILED := build/.compiled
 PRODUCT := $(shell find server router monitor -name '*.py')
 AS_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR)
+# Where the tests that pass through the compiled modules are.
+THROUGH_COMPILED := tests/faults tests/integration tests/unit/batching tests/unit/codec tests/unit/transport \
+	tests/unit/test_gateway.py tests/unit/test_gateway_policy.py
 SOURCES := server router monitor tests loadtests scripts
 
 .PHONY: help

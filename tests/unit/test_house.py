@@ -508,7 +508,7 @@ def test_make_target_can_be_planned_and_says_what_it_does(target: str) -> None:
 def test_ci_runs_the_documented_commands() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert "set -euo pipefail" in script
-    for command in ("make check", "make test", "make test-slow"):
+    for command in ("make check", "make test", "make test-compiled", "make test-slow"):
         assert re.search(rf"^step \d+m {command}$", script, re.MULTILINE)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     minutes = sum(int(limit) for limit in re.findall(r"^step (\d+)m make", script, re.MULTILINE))
