@@ -7,7 +7,7 @@ a flat list of ``bytes`` for BYTES. Nothing here knows JSON, protobuf, HTTP, gRP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -45,7 +45,10 @@ def element_count(shape: tuple[int, ...]) -> int:
     return count
 
 
-@dataclass(slots=True)
+# What every request makes has its ``__init__`` written out: the one that dataclass makes stays interpreted.
+
+
+@dataclass(slots=True, init=False)
 class Tensor:
     """One named tensor.
 
@@ -57,6 +60,12 @@ class Tensor:
     datatype: str
     shape: tuple[int, ...]
     data: Buffer | list[bytes]
+
+    def __init__(self, name: str, datatype: str, shape: tuple[int, ...], data: Buffer | list[bytes]) -> None:
+        self.name = name
+        self.datatype = datatype
+        self.shape = shape
+        self.data = data
 
     def array(self) -> np.ndarray[Any, np.dtype[Any]]:
         """A numpy view (BYTES: an object array of ``bytes``; BF16: uint16 bit patterns) with this shape."""
@@ -110,7 +119,7 @@ class RequestedOutput:
     classification: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class InferenceRequest:
     """A decoded request; tensors stay views on the received buffer, which is immutable until released."""
 
@@ -118,13 +127,31 @@ class InferenceRequest:
     version: str
     id: str
     inputs: list[Tensor]
-    outputs: list[RequestedOutput] = field(default_factory=list)
-    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    outputs: list[RequestedOutput]
+    parameters: dict[str, ParameterValue]
     #: Request-level ``binary_data_output`` (JSON protocol only).
-    binary_output: bool = False
+    binary_output: bool
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        id: str,
+        inputs: list[Tensor],
+        outputs: list[RequestedOutput] | None = None,
+        parameters: dict[str, ParameterValue] | None = None,
+        binary_output: bool = False,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.id = id
+        self.inputs = inputs
+        self.outputs = [] if outputs is None else outputs
+        self.parameters = {} if parameters is None else parameters
+        self.binary_output = binary_output
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class InferenceResponse:
     """One answer. Outputs stand in the order asked for, or the model's own when none were named."""
 
@@ -132,7 +159,21 @@ class InferenceResponse:
     version: str
     id: str
     outputs: list[Tensor]
-    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    parameters: dict[str, ParameterValue]
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        id: str,
+        outputs: list[Tensor],
+        parameters: dict[str, ParameterValue] | None = None,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.id = id
+        self.outputs = outputs
+        self.parameters = {} if parameters is None else parameters
 
 
 @dataclass(slots=True, frozen=True)
@@ -153,7 +194,7 @@ class RequestLimits:
 # --- The port between transports and gateway -------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class RequestHead:
     """What a transport knows before it has read a body.
 
@@ -166,9 +207,29 @@ class RequestHead:
     version: str  # "" when the caller named none
     metadata: Mapping[str, str]
     received_ns: int
-    deadline_ns: int = 0
-    content_length: int | None = None
-    peer: str = ""
+    deadline_ns: int
+    content_length: int | None
+    peer: str
+
+    def __init__(
+        self,
+        protocol: str,
+        model: str,
+        version: str,
+        metadata: Mapping[str, str],
+        received_ns: int,
+        deadline_ns: int = 0,
+        content_length: int | None = None,
+        peer: str = "",
+    ) -> None:
+        self.protocol = protocol
+        self.model = model
+        self.version = version
+        self.metadata = metadata
+        self.received_ns = received_ns
+        self.deadline_ns = deadline_ns
+        self.content_length = content_length
+        self.peer = peer
 
 
 class Permit(Protocol):
@@ -181,7 +242,7 @@ class Permit(Protocol):
     def release(self) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Decision:
     """Where a request went, for the answer's headers."""
 
@@ -190,7 +251,14 @@ class Decision:
     arm: str
     generation: int
     #: Why: the name of the rule that matched, or version, default, split, keyless, fallback.
-    reason: str = ""
+    reason: str
+
+    def __init__(self, model: str, version: str, arm: str, generation: int, reason: str = "") -> None:
+        self.model = model
+        self.version = version
+        self.arm = arm
+        self.generation = generation
+        self.reason = reason
 
 
 class Reply(Protocol):

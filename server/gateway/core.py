@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import getrandbits
 from time import time_ns
 from typing import Any, cast
@@ -55,16 +55,20 @@ class AdmissionLimits:
     retry_after_s: float = 1.0
 
 
-@dataclass(slots=True, eq=False)
 class GatewayPermit:
     """A place among the requests in flight, with the bytes it may hold."""
 
-    head: RequestHead
-    tidegate_id: str
-    trace: TraceContext | None
-    _gateway: Gateway
-    _bytes: int
-    _released: bool = field(default=False)
+    __slots__ = ("_bytes", "_gateway", "_released", "head", "tidegate_id", "trace")
+
+    def __init__(
+        self, head: RequestHead, tidegate_id: str, trace: TraceContext | None, gateway: Gateway, size: int
+    ) -> None:
+        self.head = head
+        self.tidegate_id = tidegate_id
+        self.trace = trace
+        self._gateway = gateway
+        self._bytes = size
+        self._released = False
 
     @property
     def traceresponse(self) -> str | None:
