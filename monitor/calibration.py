@@ -277,7 +277,7 @@ class Inflation:
         self._degrees = np.zeros(len(layout.columns))
 
     def add(self, pane: Array) -> None:
-        """One closed pane's int32 counts of cells; panes without rows are passed over."""
+        """One closed pane's counts of cells; panes without rows are passed over."""
         bins = self._layout.bins.fold(pane)
         before, self._before = self._before, bins
         if before is None:

@@ -234,7 +234,8 @@ class Tap:
     def take(self, max_rows: int) -> Batches:
         """The oldest batches, until ``max_rows`` rows are reached; empty when none wait."""
         queue, stride = self._queue, self._stride
-        end = len(queue)  # what comes from here on is left for the next time
+        # A batch has a row at least: no more have to be looked at. What comes from here on is left for the next time.
+        end = min(len(queue), max_rows * stride)
         if self.waiting > max_rows:
             reached = list(accumulate(queue[_ROWS:end:stride]))
             end = min(end, (bisect_left(reached, max_rows) + 1) * stride)

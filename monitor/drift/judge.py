@@ -21,8 +21,10 @@ from monitor.types import AlarmRules, Array, Verdict
 _P_HYSTERESIS = math.log(10.0)
 _PSI = Psi()
 _KS = KolmogorovSmirnov()
-#: Looks of equal size ask for the same thresholds: so many sets of them are remembered, a few kB each.
+#: Looks of equal size ask for the same thresholds: so many sets of them are remembered, some 100 bytes per column each.
+#: Those of more columns are not: to make them is a tenth of such a look, and to keep them would take many MB.
 _REMEMBERED: Final = 128
+_REMEMBERED_COLUMNS: Final = 256
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -106,9 +108,12 @@ def _thresholds(
     ordered = pair.layout.ordered.tobytes()
     present = (m - missing_m).tobytes(), (n - missing_n).tobytes()
     bins = occupied.tobytes(), _floats(calibration.psi), _floats(calibration.psi_degrees)
+    few = len(m) <= _REMEMBERED_COLUMNS
+    of_ks = _ks_threshold if few else _ks_threshold.__wrapped__
+    of_psi = _psi_threshold if few else _psi_threshold.__wrapped__
     return (
-        _ks_threshold(log_level, rules.min_ks, ordered, *present, _floats(calibration.ks)),
-        _psi_threshold(log_level, rules.min_psi, ordered, m.tobytes(), n.tobytes(), *bins),
+        of_ks(log_level, rules.min_ks, ordered, *present, _floats(calibration.ks)),
+        of_psi(log_level, rules.min_psi, ordered, m.tobytes(), n.tobytes(), *bins),
     )
 
 

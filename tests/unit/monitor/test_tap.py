@@ -71,6 +71,27 @@ def test_strange_batches_are_refused_not_raised() -> None:
     assert one.take(10) == Batches([], [], [], [], [[], []])
 
 
+class Rows(int):
+    """Counts how often rows are added up."""
+
+    added = 0
+
+    def __radd__(self, other: int) -> int:
+        Rows.added += 1
+        return int(other) + int(self)
+
+    __add__ = __radd__
+
+
+def test_a_long_queue_is_not_gone_through_for_a_few_batches() -> None:
+    one = tap(max_rows=10_000)
+    for _ in range(5000):
+        one.offer(Rows(1), [None, [b"x"]], [Output(b"y")], 0)
+    Rows.added = 0
+    assert one.take(10).rows == [1] * 10
+    assert 0 < Rows.added < 50
+
+
 def test_take_stops_after_enough_rows() -> None:
     one = tap()
     for _ in range(5):
