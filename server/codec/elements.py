@@ -138,7 +138,8 @@ def _struct(code: str, count: int) -> struct.Struct:
     return struct.Struct(f"<{count}{code}")
 
 
-def _overflows(datatype: str, value: float) -> bool:
+def _overflows(datatype: str, value: Any) -> bool:
+    """``value`` may be an integer beyond any double: where it is compiled, an argument ``float`` could not hold it."""
     try:
         _packed(datatype, [value])
     except (FloatingPointError, OverflowError):

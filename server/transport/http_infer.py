@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypedDict, TypeVar
@@ -36,6 +36,7 @@ from server.transport.answers import (
 )
 from server.transport.bridge import SingleReply
 from server.transport.faults import Internal, MethodNotAllowed, check_version, new_id
+from server.transport.offload import Offload
 from server.transport.port import Catalog
 from server.transport.status import StatusTable
 from server.types import (
@@ -145,7 +146,7 @@ class InferApp:
         self._settings = settings
         self._codec = codec
         self._reader = BodyReader(settings)
-        self._offload = asyncio.Semaphore(settings.offload_threads)
+        self._offload = Offload(settings.offload_threads)
         #: Of whatever is read or written in ``pieces``, by all listeners.
         self.turns = Turns()
         self._log = structlog.get_logger("tidegate.http")
@@ -229,7 +230,7 @@ class InferApp:
         if encoding:
             # A small body may inflate a thousandfold, so even those leave the loop.
             packed = body
-            body = await self._off_loop(lambda: compression.decompress(packed, encoding, limits.max_body_bytes))
+            body = await self._offload.run(lambda: compression.decompress(packed, encoding, limits.max_body_bytes))
         json_size = binary.parse_header_length(metadata.get(LENGTH_HEADER), len(body))
         if json_size == 0:
             spec, _ = self._catalog.metadata(head.model, head.version)
@@ -244,7 +245,7 @@ class InferApp:
             work = self._codec.decode(body, model=head.model, version=head.version, limits=limits, json_size=json_size)
             with suppress(Unavailable):
                 return await _while_wanted(work, receive, head.deadline_ns)
-        return await self._off_loop(decode)
+        return await self._offload.run(decode)
 
     async def _finished(self, request: InferenceRequest, receive: Receive, deadline_ns: int) -> InferenceRequest:
         if pieces.unfinished(request):
@@ -267,8 +268,8 @@ class InferApp:
             with suppress(Unavailable):
                 work = self._codec.encode(response, **options)
                 encoded = await by_deadline(work, head.deadline_ns, ANSWERED_LATE)
-                return await self._off_loop(partial(self._packed, encoded, accept))
-        return await self._off_loop(lambda: self._packed(encode(), accept))
+                return await self._offload.run(partial(self._packed, encoded, accept))
+        return await self._offload.run(lambda: self._packed(encode(), accept))
 
     def _packed(self, encoded: tuple[list[Buffer], int | None], accept: str | None) -> Answer:
         chunks, json_size = encoded
@@ -281,10 +282,6 @@ class InferApp:
                 answer.chunks = [body]
                 answer.headers += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
         return answer
-
-    async def _off_loop(self, work: Callable[[], _T]) -> _T:
-        async with self._offload:
-            return await asyncio.to_thread(work)
 
 
 def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:

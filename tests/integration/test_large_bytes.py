@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,6 +279,26 @@ def test_a_client_that_leaves_gives_its_turn_back(server: Running) -> None:
         wire.send(http_request())
         assert binary_of(answer_of(wire)) == RAW
     assert handled(server) == seen + 1
+
+
+def test_a_client_that_leaves_before_its_answer_is_written(server: Running) -> None:
+    """Nothing is left that waits for a turn."""
+    values = {"name": "s", "shape": [5000], "datatype": "BYTES", "data": ["a"] * 5000}
+    body = json.dumps({"inputs": [values], "parameters": {"binary_data_output": True}}).encode()
+    port = server.port
+    with held(server):
+        before, tasks = len(port.released), tasks_of(server)
+        with http_wire(server) as wire:
+            wire.send(post("/v2/models/echo/infer", body))
+            seen = handled(server)
+            assert port.wait(lambda: handled(server) == seen + 1)
+            assert tasks_of(server) == tasks + 1
+        assert port.wait(lambda: len(port.released) == before + 1)
+        assert tasks_of(server) == tasks
+
+
+def tasks_of(server: Running) -> int:
+    return server.call(lambda: len(asyncio.all_tasks(server.loop)))
 
 
 def test_damaged_contents_over_http(server: Running) -> None:

@@ -142,8 +142,10 @@ class SecureListener:
             if error.errno != errno.EAFNOSUPPORT:  # a name may have addresses of a family that the system lacks
                 raise
         else:
-            listening.setblocking(False)
             self._sockets.append(listening)
+            listening.setblocking(False)
+            # Connections have it from here: asyncio sets it only on sockets that it has made itself.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def close(self) -> None:
         """Listen no more."""

@@ -183,7 +183,7 @@ class Http2Connection(asyncio.Protocol):
         self.flush()
 
     def data_received(self, data: bytes) -> None:
-        if self._linger is not None:
+        if self._over():
             self._discard(len(data))
             return
         self._seen = self.server.now
@@ -193,7 +193,7 @@ class Http2Connection(asyncio.Protocol):
             events = self.session.feed(data)
             for event in events:
                 self._take(event)
-                if self._linger is not None:
+                if self._over():
                     return
         except SessionOver:
             self._finish(self.server.settings.discard_s)
@@ -205,6 +205,12 @@ class Http2Connection(asyncio.Protocol):
         else:
             self._count_silent(len(data))
         self.flush()
+
+    def _over(self) -> bool:
+        """Nothing more is said. Asked by a call where an event may change it: compiled code relies on what mypy infers,
+        and mypy takes an attribute that was None to be None until it is assigned in the same function.
+        """
+        return self._linger is not None
 
     def _count_silent(self, size: int) -> None:
         self._silent += size

@@ -67,7 +67,6 @@ class InferCycle:
     __slots__ = (
         "_answers",
         "_decision",
-        "_finishing",
         "_head",
         "_parts",
         "_permit",
@@ -76,6 +75,7 @@ class InferCycle:
         "_response",
         "_size",
         "_ticket",
+        "_working",
         "disconnected",
         "keep_alive",
         "message_event",
@@ -89,7 +89,7 @@ class InferCycle:
         self._head: RequestHead | None = None
         self._permit: Permit | None = None
         self._ticket: Ticket | None = None
-        self._finishing: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[None] | None = None  # on its body or its answer
         self._request: InferenceRequest | None = None
         self._response: InferenceResponse | None = None
         self._decision: Decision | None = None
@@ -155,7 +155,7 @@ class InferCycle:
         large = len(body) > pieces.SMALL_BODY_BYTES
         request = self._request = _decode(head, body, self._protocol.server_side, whole=not large)
         if large and pieces.unfinished(request):
-            self._finishing = self._protocol.later(self._finish_later(head, permit, request))
+            self._working = self._protocol.later(self._finish_later(head, permit, request))
         else:
             self._submit(permit, request)
 
@@ -222,7 +222,7 @@ class InferCycle:
         if size > server.settings.compress_over_bytes and (
             size > server.settings.offload_bytes or "accept-encoding" in head.metadata or pieces.has_many(response)
         ):
-            self._protocol.later(self._answer_later(head, request, response))
+            self._working = self._protocol.later(self._answer_later(head, request, response))
             return
         chunks, json_size = json_codec.encode_infer(
             response,
@@ -317,8 +317,8 @@ class InferCycle:
     def abandon(self) -> None:
         """The client is gone."""
         self.disconnected = True
-        if self._finishing is not None:
-            self._finishing.cancel()
+        if self._working is not None:
+            self._working.cancel()
         if not self.response_complete:
             self._over()
 

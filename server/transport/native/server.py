@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import structlog
 from starlette.types import ASGIApp
@@ -25,6 +25,7 @@ from server.transport.native.metadata import Metadata
 from server.transport.native.session import REFUSED_STREAM, Header
 from server.transport.native.streams import Handler, StreamCall
 from server.transport.native.unary import GrpcHead, InferCall, MethodCall, UnknownCall
+from server.transport.offload import Offload
 from server.transport.port import Catalog, Services
 from server.transport.reference.asgi import HttpServer
 from server.transport.rpc import reflection
@@ -36,7 +37,6 @@ from server.types import Port, RequestLimits, Unsent
 
 _HEADER_OVERHEAD: Final = 32
 _TICK_S: Final = 0.5
-_T = TypeVar("_T")
 _INFER: Final = f"/{SERVICE}/ModelInfer".encode()
 
 
@@ -95,7 +95,7 @@ class NativeServer(HttpServer):
         self.refused = 0
         self._secure: SecureListener | None = None
         self._sweeper: asyncio.TimerHandle | None = None
-        self._offload = asyncio.Semaphore(self.settings.offload_threads)
+        self.offload = Offload(self.settings.offload_threads)
         self._log: Any = structlog.get_logger("tidegate.native")
         if tls is not None:
             tls.set_alpn_protocols(["h2", "http/1.1"])
@@ -151,11 +151,6 @@ class NativeServer(HttpServer):
             except Exception as error:  # noqa: BLE001 - the boundary of one connection: the others have timers too
                 self._log.error("connection_failed", exc_info=error)
                 connection.transport.abort()
-
-    async def off_loop(self, work: Callable[[], _T]) -> _T:
-        """Run ``work`` in a thread, few at a time: what is cancelled while it waits is never begun."""
-        async with self._offload:
-            return await asyncio.to_thread(work)
 
     def http1(self) -> NativeHttp1:
         """The protocol of a connection that speaks HTTP/1.1."""

@@ -122,7 +122,7 @@ class StreamCall:
             return payload
         server = self.connection.server
         limit = server.limits.max_body_bytes
-        return bytes(await server.off_loop(partial(wire.inflated, payload, self.head.coding, limit)))
+        return bytes(await server.offload.run(partial(wire.inflated, payload, self.head.coding, limit)))
 
     def send_head(self, headers: tuple[Header, ...] = ()) -> None:
         """Initial metadata, once; without this the first message sends it."""

@@ -153,7 +153,7 @@ class UnaryCall:
         """A compressed message: a small one may inflate a thousandfold, so that leaves the loop."""
         server = self._connection.server
         try:
-            message = await server.off_loop(
+            message = await server.offload.run(
                 partial(wire.inflated, payload, self._head.coding, server.limits.max_body_bytes)
             )
             self._admit(len(message))

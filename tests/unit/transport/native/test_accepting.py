@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import pytest
+import uvloop
 
 from server.config.settings import TlsSettings
 from server.transport.answers import HttpSettings
@@ -208,3 +210,17 @@ def test_an_address_that_is_taken(base: Running, root: Path, listener: Listener)
         base.run(second.start(*listener.address))
     assert caught.value.errno == errno.EADDRINUSE
     listener.assert_served()
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_small_answers_are_not_held_back(root: Path, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with (
+        running(transport="native", loop=loop) as base,
+        listening(base, root) as listener,
+        listener.secured("http/1.1") as connection,
+    ):
+        connection.sendall(REQUEST)
+        assert connection.recv(65_536)
+        (live,) = base.call(lambda: tuple(listener.server.live))
+        held = live.transport.get_extra_info("socket")
+        assert held.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
