@@ -39,8 +39,9 @@ endif
 .PHONY: gone
 gone:
 
-# In an environment for development the product stays editable; else it is what users get, compiled.
-$(DEMO): pyproject.toml constraints.txt $(PRODUCT)
+# In an environment for development the product stays editable; else it is what users get, compiled, and again after an
+# edit.
+$(DEMO): pyproject.toml constraints.txt $(if $(wildcard $(DEV)),,$(PRODUCT))
 	@echo "== set-up: .venv with what the demo needs (the first time: two minutes or more, downloads about 350 MB)"
 	@bash scripts/venv.sh .venv -c constraints.txt $$([ ! -e $(DEV) ] || echo -e) '.[demo]'
 	@touch $@

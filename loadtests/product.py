@@ -12,12 +12,17 @@ _PACKAGES: Final = ("server", "router", "monitor")
 
 
 def compiled(root: Path = _ROOT) -> bool:
-    """Whether ``make compiled`` has made a copy, and no source file is newer than it."""
+    """Whether ``make compiled`` has made a copy, and every source file is still as it was copied."""
     copy = root / "build" / "compiled"
     if not any(copy.glob("*.so")):
         return False
-    made = copy.stat().st_mtime
-    return all(path.stat().st_mtime <= made for package in _PACKAGES for path in (root / package).rglob("*.py"))
+    sources = [path for package in _PACKAGES for path in (root / package).rglob("*.py")]
+    return all(_unchanged(path, copy / path.relative_to(root)) for path in sources)
+
+
+def _unchanged(source: Path, copy: Path) -> bool:
+    """A copy has its source's time; the folder's own is that of the end of compiling, after later edits."""
+    return copy.exists() and source.stat().st_mtime_ns == copy.stat().st_mtime_ns
 
 
 def python_path() -> str:

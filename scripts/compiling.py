@@ -4,7 +4,7 @@
 
 Needs mypy, setuptools, a C compiler and Python's headers, all of them only here. Building a wheel does this by itself
 (``scripts/build_hook.py``); an editable install stays interpreted, so that what is edited is what runs. Measured: the
-path from the bytes of a request to the bytes of its answer takes 0.55 to 0.74 of the interpreted processor time.
+path from the bytes of a request to the bytes of its answer takes 0.5 to 0.7 of the interpreted processor time.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ MODULES = (
     "server/batching/planner.py",
     "server/checks.py",
     "server/codec/binary.py",
+    "server/codec/elements.py",
     "server/codec/forms.py",
     "server/codec/json.py",
     "server/codec/protobuf.py",
@@ -130,8 +131,12 @@ def compile_into(out: Path, source: Path = ROOT, modules: Sequence[str] = MODULE
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.compiling", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="a folder that is replaced")
+    parser.add_argument("out", type=Path, help="a folder; one that was compiled into before is replaced")
     out = parser.parse_args().out.resolve()
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.so")):
+        sys.stderr.write(f"cannot compile: {out} is there, and nothing that was compiled: it is not replaced\n")
+        return 1
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:
         try:
             compiled = compile_into(Path(made, "tree"))

@@ -15,10 +15,10 @@ import pytest
 
 from server.capture.segments import SegmentStore, entries, is_whole
 from tests.support import models
-from tests.support.server import ROOT
+from tests.support.server import PRODUCT_PATH
 
 pytestmark = pytest.mark.timeout(180)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1"}
 
 #: Loads a model once and runs a batch job, slowly enough to be met anywhere: says "ready" when it begins.
 BATCH = """

@@ -16,11 +16,12 @@ import pytest
 from monitor.compare import CompareSpec, prepare
 from router.breaker import BreakerPolicy
 from router.shadow import ShadowBudget
-from router.types import ModelRoutes
-from server.batching.batcher import Batcher, Work
+from router.types import FULL_SHARE, Destination, ModelRoutes, ShadowRoute
+from server.batching.batcher import Batcher
 from server.batching.offloop import OffLoopBatcher
 from server.errors import RuntimeFailure, TidegateError
 from server.gateway import AdmissionLimits, Gateway, Served
+from server.gateway.policy import ModelPolicy
 from server.runtime.base import Batch, BatchingOptions, Engine, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.shadowing import CompareWorker, ShadowLane
@@ -48,30 +49,6 @@ class Answer:
         self.ended.set_result(error)
 
 
-class Tapped:
-    """The primary's batcher, with what the gateway does for a sampled request: answer first, then offer."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
-        self.lane: ShadowLane | None = None
-        self.offered = 0
-
-    def submit(self, work: Work) -> None:
-        answer = work.done
-
-        def answer_and_offer(finished: Work) -> None:
-            answer(finished)
-            if self.lane is not None:
-                self.offered += 1
-                self.lane.offer(f"r{self.offered}", finished)
-
-        work.done = answer_and_offer
-        self._batcher.submit(work)
-
-    def cancel(self, work: Work) -> None:
-        self._batcher.cancel(work)
-
-
 class Rig:
     """Model ``m``: version 1 answers ``y = 2 x + 1``, version 2 is ``shadow``, an engine of the test's."""
 
@@ -90,15 +67,13 @@ class Rig:
         )
         primary = FakeRuntime().load(LoadRequest("m", "1", Path("none"), ModelOptions()))
         self.batcher = Batcher(primary, BatchingOptions(), **self.calls())
-        self.tapped = Tapped(self.batcher)
-        served = self.served(primary, self.tapped)
-        self.gateway.publish(self.gateway.table.with_model("m", ModelRoutes({"1": served}, "1")))
         self.shadow_batcher = OffLoopBatcher(
             shadow, BatchingOptions(), close_seconds=0.2, on_batch=lambda _: self.changed.set(), **self.calls()
         )
         self.worker = CompareWorker()
-        self.lane = self.tapped.lane = ShadowLane(
-            self.served(shadow, self.shadow_batcher),
+        shadowed = self.served(shadow, self.shadow_batcher)
+        self.lane = ShadowLane(
+            shadowed,
             budget=ShadowBudget(**({"rps": 1e6, "timeout_ns": 100 * MS} | budget)),
             compare=CompareSpec(),
             telemetry=self.telemetry.shadow("m", "2"),
@@ -110,6 +85,15 @@ class Rig:
             offload=self.worker.submit,
             breaker=breaker,
         )
+        every = ShadowRoute("s", Destination("m", "2", shadowed), FULL_SHARE)
+        routes = ModelRoutes({"1": self.served(primary, self.batcher)}, "1", shadows=(every,))
+        self.gateway.publish(self.gateway.table.with_model("m", routes))
+        self.shadow_requests(self.lane)
+
+    def shadow_requests(self, lane: ShadowLane | None) -> None:
+        """From now on every request that is answered is offered to ``lane``."""
+        lanes = {} if lane is None else {"s": lane}
+        self.gateway.publish(self.gateway.table, {"m": ModelPolicy(lanes=lanes)})
 
     def and_tell(self, act: Callable[..., object], *arguments: Any) -> None:
         act(*arguments)
@@ -123,7 +107,7 @@ class Rig:
             "call_later": self.loop.call_later,
         }
 
-    def served(self, engine: Engine, batcher: Any) -> Served:
+    def served(self, engine: Engine, batcher: Batcher) -> Served:
         spec = engine.spec
         counted = self.telemetry.model(spec.name, spec.version)
         return Served(spec, batcher, ModelOptions(), counted, self.telemetry.instruments)
@@ -306,9 +290,9 @@ def test_a_slow_shadow_drops_what_it_cannot_take_and_is_never_on_the_loop() -> N
         rig = Rig(engine, queue=4, in_flight=1, timeout_ns=10_000 * MS)
         lane, quiet, shadowed = rig.lane, [], []
         for _ in range(6):  # blocks in turn, so that what else the machine does falls on both
-            rig.tapped.lane = None
+            rig.shadow_requests(None)
             quiet += await rig.traffic(100)
-            rig.tapped.lane = lane
+            rig.shadow_requests(lane)
             shadowed += await rig.traffic(100)
         report = lane.report()
         assert report["dropped"]["queue"] > 500

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import models
-from tests.support.server import ROOT, Server, serving
+from tests.support.server import PRODUCT_PATH, Server, serving
 from tests.support.v2 import call, infer, tensor
 
 X = [tensor("x", "FP32", [1, 4], [1, 2, 3, 4])]
@@ -68,7 +68,7 @@ class Place:
         return int(self.admin(server, "GET", "config/history")[1]["history"][0]["generation"])
 
     def registry(self, *args: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "server", "registry", *args, "--state-dir", str(self.state)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True).stdout
 

@@ -15,8 +15,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from server import types as server_types
 from server._pb import inference_pb2 as pb
 from tests.support import models
+from tests.support.cli import cli
 from tests.support.server import ROOT, Server, serving
 from tests.support.v2 import call, get, infer, tensor
 
@@ -367,3 +369,10 @@ def test_check_config_and_doctor(tmp_path: Path) -> None:
     assert done.returncode == 0
     report = json.loads(done.stdout)
     assert report["ok"] is True
+
+
+def test_what_the_tests_start_is_what_they_import(tmp_path: Path) -> None:
+    """Compiled or not: tests of the compiled request path would else talk to servers that have the source's."""
+    findings = json.loads(cli("doctor", "--json", "--state-dir", str(tmp_path)).stdout)["findings"]
+    (path,) = [check["detail"] for check in findings if check["check"] == "request path"]
+    assert path.startswith("compiled") == server_types.__file__.endswith(".so")

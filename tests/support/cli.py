@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 
-from tests.support.server import ROOT
+from tests.support.server import PRODUCT_PATH
 
 
 def cli(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """One command in a process of its own; an error with what it said when ``check`` and it failed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "server", *args],
         capture_output=True,

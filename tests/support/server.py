@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import router
+
 ROOT = Path(__file__).resolve().parents[2]
+#: Where this process has the product from, compiled or not, and then the rest of the repository.
+PRODUCT_PATH = os.pathsep.join((str(Path(router.__file__).resolve().parents[1]), str(ROOT)))
 START_SECONDS = 60
 STOP_SECONDS = 40
 
@@ -34,7 +38,7 @@ class Server:
             command += ["--transport", os.environ.get("TIDEGATE_TEST_TRANSPORT", "native")]
         if "--log-format" not in args:
             command += ["--log-format", "json"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", **(env or {})}
+        environment = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1", **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -75,6 +75,14 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_copy_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").touch()
+    done = run("-m", "scripts.compiling", str(tmp_path))
+    assert done.returncode == 1
+    assert "it is not replaced" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
+
+
 def wheel(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
     command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", str(folder), "."]
     done = run(*command, **environment)
