@@ -29,6 +29,7 @@ from server.demo.statistics import Served
 from server.demo.verdict import Row, count_failures, row_failures
 from server.demo.wheels import WheelFile, WheelMismatch, WheelUnavailable, read_wheel_file
 from server.demo.workload import CallLog, Reference, Stream, Workload, compare, ragged_offsets
+from tests.support.server import PRODUCT_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -299,7 +300,7 @@ def test_a_worker_that_cannot_start_is_told(tmp_path: Path) -> None:
 
 
 def demo(tmp_path: Path, act: Act = "serve", **told: object) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    env = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1"}
     options = {"state_dir": tmp_path / "state", "plain": True, "act": act, **told}
     code = (
         "import sys\nfrom pathlib import Path, PosixPath\nfrom server.demo.run import DemoOptions, run_demo\n"
