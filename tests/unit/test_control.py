@@ -137,7 +137,7 @@ class Rig:
             audit=lambda action, subject, _: self.audited.append((action, subject)),
             mode=mode,
             reload=reload,
-            close_seconds=0.5,
+            close_seconds=3.0,
         )
 
     def _forget(self, model: str, version: str) -> None:
