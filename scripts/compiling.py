@@ -62,14 +62,15 @@ MODULES = (
     "server/types.py",
 )
 
-#: But for numpy, libraries need not be installed where a wheel is built: what they type is then unknown, which costs no
-#: speed, and of the modules that are not compiled nothing but what they declare is asked for.
+#: What the compiled modules build on must be there with its types (``_TYPED``, and build-system.requires): a class whose
+#: base is unknown compiles to something else. What other libraries type may be unknown.
+_TYPED = ("httptools", "ngh2", "numpy", "orjson", "starlette", "structlog", "uvicorn")
 _MYPY = """[mypy]
 python_version = {version}
 explicit_package_bases = True
 ignore_missing_imports = True
 follow_untyped_imports = False
-[mypy-server._pb.*,server.transport.reference.*]
+[mypy-server._pb.*]
 ignore_errors = True
 """
 _SETUP = """
@@ -98,7 +99,7 @@ def check_tools() -> None:
         raise CannotCompile(
             f"no headers of Python: {header} is absent (on Debian and Ubuntu: apt-get install python3-dev)"
         )
-    for tool in ("mypyc", "numpy", "setuptools"):
+    for tool in ("mypyc", "setuptools", *_TYPED):
         if importlib.util.find_spec(tool) is None:
             raise CannotCompile(f"{tool} is not installed")
 

@@ -401,7 +401,7 @@ class NativeHttp1(HttpProtocol):
     def on_message_begin(self) -> None:
         """As uvicorn's, but for the scope: most requests need none."""
         self.url = b""
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers = []
         self.expect_100_continue = False
         self._begin_head()
 
