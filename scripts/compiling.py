@@ -62,8 +62,8 @@ MODULES = (
     "server/types.py",
 )
 
-#: What the compiled modules build on must be there with its types (``_TYPED``, and build-system.requires): a class whose
-#: base is unknown compiles to something else. What other libraries type may be unknown.
+#: What the compiled modules build on must be there with its types (so build-system.requires names it too): a class
+#: whose base is unknown compiles to something else. What other libraries type may be unknown.
 _TYPED = ("httptools", "ngh2", "numpy", "orjson", "starlette", "structlog", "uvicorn")
 _MYPY = """[mypy]
 python_version = {version}
