@@ -64,7 +64,7 @@ MODULES = (
 
 #: What the compiled modules build on must be there with its types (so build-system.requires names it too): a class
 #: whose base is unknown compiles to something else. What other libraries type may be unknown.
-_TYPED = ("httptools", "ngh2", "numpy", "orjson", "starlette", "structlog", "uvicorn")
+TYPED = ("httptools", "ngh2", "numpy", "orjson", "starlette", "structlog", "uvicorn")
 _MYPY = """[mypy]
 python_version = {version}
 explicit_package_bases = True
@@ -99,7 +99,7 @@ def check_tools() -> None:
         raise CannotCompile(
             f"no headers of Python: {header} is absent (on Debian and Ubuntu: apt-get install python3-dev)"
         )
-    for tool in ("mypyc", "setuptools", *_TYPED):
+    for tool in ("mypyc", "setuptools", *TYPED):
         if importlib.util.find_spec(tool) is None:
             raise CannotCompile(f"{tool} is not installed")
 

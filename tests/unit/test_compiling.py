@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from scripts.compiling import MODULES, PACKAGES, CannotCompile, compile_into
+from scripts.compiling import MODULES, PACKAGES, TYPED, CannotCompile, compile_into
 
 ROOT = Path(__file__).parents[2]
 NO_COMPILER = "/nonexistent/cc"
@@ -50,6 +51,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_every_module_to_be_compiled_exists() -> None:
     assert [module for module in MODULES if not (ROOT / module).is_file()] == []
     assert list(MODULES) == sorted(set(MODULES))
+
+
+def test_an_isolated_build_has_the_types_that_are_needed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = set(project["build-system"]["requires"])
+    assert {line for line in project["project"]["dependencies"] if line.partition(">")[0] in TYPED} <= wanted
+    assert set(TYPED) <= {line.partition(">")[0] for line in wanted}
 
 
 def test_a_module_is_compiled_beside_its_source(source: Path, tmp_path: Path) -> None:
