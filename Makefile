@@ -20,7 +20,7 @@ PRODUCT := $(shell find server router monitor -name '*.py')
 AS_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR)
 # Where the tests that pass through the compiled modules are.
 THROUGH_COMPILED := tests/faults tests/integration tests/unit/batching tests/unit/codec tests/unit/transport \
-	tests/unit/test_gateway.py tests/unit/test_gateway_policy.py --ignore-glob='*_kill.py' --ignore-glob='*_disk.py' \
+	tests/unit/test_gateway.py tests/unit/test_gateway_policy.py tests/unit/monitor/test_tap.py --ignore-glob='*_kill.py' --ignore-glob='*_disk.py' \
 	--ignore-glob='*/test_offline_serving.py' --ignore-glob='*/test_mlflow*.py' --ignore-glob='*/test_demo.py'
 SOURCES := server router monitor tests loadtests scripts
 

@@ -24,13 +24,10 @@ import numpy as np
 from monitor.calibration import (
     Calibration,
     calibrate,
-    kolmogorov_log_p,
     log_tail_chi_square,
-    psi_log_p,
 )
 from monitor.drift.base import Pair
-from monitor.drift.ks import KolmogorovSmirnov
-from monitor.drift.psi import Psi
+from monitor.drift.judge import judge
 from monitor.judging import Judge
 from monitor.layout import Layout
 from monitor.panes import PaneStore
@@ -57,7 +54,6 @@ SHIFTS = [
 #: Changes that are to be seen within 2,000 rows.
 SHARP = [SHIFTS[4], SHIFTS[7]]
 WEAKEST = SHIFTS[3]
-_KS, _PSI = KolmogorovSmirnov(), Psi()
 
 
 @dataclass
@@ -85,15 +81,13 @@ class Stream:
 
     def _look(self, counts: WindowCounts) -> None:
         pair = Pair(self.layout, self.layout.reference, counts.cells)
-        (m, n), calibration = pair.rows, self.judge.calibration
-        ks, psi = _KS.score(pair), _PSI.scores(pair)
+        judged = judge(pair, SHIPPED.rules, -math.log(ERT_LOOKS * COLUMNS), self.judge.calibration)
         seen = self.looks[counts.window]
         seen.pane.append(self.panes)
-        seen.ks.append(ks)
-        seen.psi.append(psi.value)
-        seen.ks_log_p.append(kolmogorov_log_p(ks, n, m, calibration.ks))
-        degrees = (psi.occupied - 1) * calibration.psi_degrees
-        seen.psi_log_p.append(psi_log_p(psi.value, n, m, degrees, calibration.psi))
+        seen.ks.append(judged.ks_low)
+        seen.psi.append(judged.psi.value)
+        seen.ks_log_p.append(judged.ks_log_p)
+        seen.psi_log_p.append(judged.psi_log_p)
         if counts.window in self._judged:
             self.alarms.extend((self.panes, alarm) for alarm in self.judge.look_at_all("stable", counts))
 

@@ -21,19 +21,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from random import Random, getrandbits
 
+from router.decision import RouteQuery
 from router.table import RoutingTable
-from router.types import (
-    Arm,
-    Destination,
-    KeySpec,
-    Match,
-    ModelRoutes,
-    RolloutSplit,
-    RouteQuery,
-    Rule,
-    ShadowRoute,
-    ValueTest,
-)
+from router.types import Arm, Destination, KeySpec, Match, ModelRoutes, RolloutSplit, Rule, ShadowRoute, ValueTest
 
 SIZES = (1, 1_000)
 TARGET_P50_NS = 2_000

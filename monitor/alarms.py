@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from monitor.errors import StateError
 from monitor.types import AlarmRules, Array
+
+#: Places that a history of 64 bits can be moved by at once.
+_MOST_SHIFTED: Final = 63
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,7 +45,10 @@ class AlarmBook:
         self._history = {name: np.zeros(columns, "u8") for name in windows}
         self._calm = {name: np.zeros(columns, "i8") for name in windows}
         self._looks = dict.fromkeys(windows, 0)
+        #: Looks with nothing over and all quiet that are not in the three above yet: most are of that kind.
+        self._uneventful = dict.fromkeys(windows, 0)
         self._active = np.zeros(columns, bool)
+        self._alarmed = False
         self._episodes = np.zeros(columns, "i8")
 
     @property
@@ -50,8 +56,18 @@ class AlarmBook:
         """bool per column; a copy."""
         return self._active.copy()
 
+    @property
+    def alarmed(self) -> bool:
+        """Whether any column is in alarm."""
+        return self._alarmed
+
     def look(self, window: str, over: Array, quiet: Array) -> list[Change]:
         """One look of one window: bool per column. What changed, in the columns' order."""
+        eventful = bool(np.count_nonzero(over))
+        if not (eventful or self._alarmed) and np.count_nonzero(quiet) == len(quiet):
+            self.pass_by(window)
+            return []
+        self._catch_up()
         history, calm = self._history[window], self._calm[window]
         history <<= np.uint64(1)
         history |= over.astype("u8")
@@ -59,15 +75,34 @@ class AlarmBook:
         calm += 1
         calm *= quiet.astype("i8")
         self._looks[window] += 1
-        alarmed = np.count_nonzero(self._active)
-        if not (alarmed or np.count_nonzero(over)):
-            return []
-        raised = over & ~self._active & (np.bitwise_count(history) >= self._rules.k)
-        cleared = self._active & self._all_calm() if alarmed else np.zeros_like(self._active)
+        return self._changes(window, over) if eventful or self._alarmed else []
+
+    def pass_by(self, window: str) -> None:
+        """One look at which nothing is over and all is quiet, of a book without alarms."""
+        self._uneventful[window] += 1
+
+    def _catch_up(self) -> None:
+        """Enter the looks at which nothing happened."""
+        for name, looks in self._uneventful.items():
+            if looks:
+                # As many places as a history has are empty after as many looks; a shift by all of a word is undefined.
+                self._history[name] <<= np.uint64(min(looks, _MOST_SHIFTED))
+                self._history[name] &= self._mask if looks <= _MOST_SHIFTED else np.uint64(0)
+                self._calm[name] += looks
+                self._looks[name] += looks
+                self._uneventful[name] = 0
+
+    def _changes(self, window: str, over: Array) -> list[Change]:
+        raised = over & ~self._active & (np.bitwise_count(self._history[window]) >= self._rules.k)
+        cleared = self._active & self._all_calm() if self._alarmed else np.zeros_like(self._active)
         self._episodes[raised] += 1
-        self._active = (self._active | raised) & ~cleared
+        self._set_active((self._active | raised) & ~cleared)
         changed = np.flatnonzero(raised | cleared)
         return [Change(int(place), bool(raised[place]), window, int(self._episodes[place])) for place in changed]
+
+    def _set_active(self, active: Array) -> None:
+        self._active = active
+        self._alarmed = bool(active.any())
 
     def _all_calm(self) -> Array:
         looked = [self._calm[name] for name, looks in self._looks.items() if looks]
@@ -78,10 +113,11 @@ class AlarmBook:
         for name in self._history:
             self._history[name][:] = 0
             self._calm[name][:] = 0
-            self._looks[name] = 0
-        self._active[:] = False
+            self._looks[name] = self._uneventful[name] = 0
+        self._set_active(np.zeros_like(self._active))
 
     def to_dict(self) -> dict[str, Any]:
+        self._catch_up()
         return {
             "history": {name: values.tolist() for name, values in self._history.items()},
             "calm": {name: values.tolist() for name, values in self._calm.items()},
@@ -92,6 +128,7 @@ class AlarmBook:
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Go on from ``to_dict``. Windows that are new begin anew; StateError when the columns do not fit."""
+        self._catch_up()
         try:
             active, episodes = np.array(found["active"], bool), np.array(found["episodes"], "i8")
             if active.shape != self._active.shape or episodes.shape != self._episodes.shape:
@@ -102,4 +139,5 @@ class AlarmBook:
                 self._looks[name] = int(found["looks"][name])
         except (KeyError, TypeError, ValueError, OverflowError) as failure:
             raise StateError(f"the state's alarms are damaged ({type(failure).__name__})") from None
-        self._active, self._episodes = active, episodes
+        self._set_active(active)
+        self._episodes = episodes

@@ -71,23 +71,8 @@ def log_level(rules: AlarmRules, window: Window, counts: WindowCounts, tests: in
     return -math.log(max(looks, 20.0))
 
 
-def kolmogorov_log_p(distance: Array, n: Array, m: Array, inflation: Array) -> Array:
-    """ln p of two-sample distances; 0 where a distance is NaN."""
-    return log_tail_kolmogorov(distance * np.sqrt(effective(n, m) / inflation))
-
-
-def psi_log_p(index: Array, n: Array, m: Array, degrees: Array, inflation: Array) -> Array:
-    """ln p of PSIs over bins with ``degrees`` + 1 occupied bins; 0 where a PSI is NaN."""
-    return log_tail_chi_square(index * effective(n, m) / inflation, degrees)
-
-
-def log_tail_kolmogorov(x: Array) -> Array:
-    out = np.empty(len(x))
-    tails.kolmogorov_log_tail(np.ascontiguousarray(x, "f8"), out)
-    return out
-
-
 def log_tail_chi_square(x: Array, degrees: Array) -> Array:
+    """ln P(X > x), X chi-square with ``degrees`` degrees of freedom; 0 where x is NaN or there are none."""
     out = np.empty(len(x))
     tails.chi_square_log_tail(np.ascontiguousarray(x, "f8"), np.ascontiguousarray(degrees, "f8"), out)
     return out

@@ -32,7 +32,8 @@ class History:
         slot = self._looks % self._capacity
         self._facts[slot] = (end_ns, rows)
         self._level[slot] = log_level
-        self._values[slot] = values
+        for row, own in zip(self._values[slot], values, strict=True):
+            row[:] = own
         self._alarms[slot] = alarms
         self._looks += 1
 

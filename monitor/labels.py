@@ -59,7 +59,7 @@ class _Prediction(NamedTuple):
 class _Label(NamedTuple):
     id: str
     row: int
-    value: float | str
+    value: float
     now_ns: int
     time_ns: int
 
@@ -105,9 +105,9 @@ class LabelJoin:
     """The join of one model's predictions and labels. See the module for who may call what.
 
     Counters of the serving end, each with one writer: ``dropped_rows`` and ``dropped_labels`` (the queue was full),
-    ``refused_rows`` (no such output). Counters of the drain: ``invalid_rows`` (contents that do not fit, or no finite
-    number), ``invalid_labels`` (no value of the task), ``unknown`` labels (no prediction came in time, or no such row),
-    ``held_dropped`` (labels that waited and had to make room; they are unknown too), ``repeated_ids``.
+    ``refused_rows`` (no such output), ``invalid_labels`` (no value of the task). Counters of the drain:
+    ``invalid_rows`` (contents that do not fit, or no finite number), ``unknown`` labels (no prediction came in time, or
+    no such row), ``held_dropped`` (labels that waited and had to make room; they are unknown too), ``repeated_ids``.
     """
 
     def __init__(self, model: str, settings: LabelSettings, on_predicted: OnPredicted | None = None) -> None:
@@ -175,12 +175,17 @@ class LabelJoin:
     def label(
         self, request_id: str, row: int, value: float | str, name: str, now_ns: int, time_ns: int | None = None
     ) -> bool:
-        """Hand in one label; False when it is of another name or was dropped. Never blocks, never raises.
+        """Hand in one label; False when it is of another name, no value of the task, or was dropped. Never blocks,
+        never raises.
 
         ``name`` "" is taken for the label whatever its name is. ``time_ns``: when the outcome was, as it was told;
         None: when it came. Whether it finds its prediction, only a drain can tell.
         """
         if name and name != self._name:
+            return False
+        number = label_of(self.settings, value)
+        if number is None:
+            self.invalid_labels += 1
             return False
         if (
             self._labels_in - self._labels_out >= self.settings.queue_labels
@@ -189,7 +194,7 @@ class LabelJoin:
             self.dropped_labels += 1
             return False
         time_ns = now_ns if time_ns is None else max(0, min(time_ns, now_ns))
-        self._queue.append(_Label(request_id, row, value, now_ns, time_ns))
+        self._queue.append(_Label(request_id, row, number, now_ns, time_ns))
         self._labels_in += 1
         self._chars_in += len(request_id)
         return True
@@ -304,13 +309,9 @@ class LabelJoin:
         return sum([(v, a) == (version, arm) and s not in (ALL, OTHER) for v, a, s in self._groups])
 
     def _take_label(self, item: _Label, joined: list[Joined]) -> None:
-        value = label_of(self.settings, item.value)
-        if value is None:
-            self.invalid_labels += 1
-            return
         self._expire(item.now_ns)
         row = max(-1, min(item.row, self.settings.capacity_rows))  # no request has more: a number that can be saved
-        self._seek(_Held(self._hash(item.id), row, value, item.now_ns, item.time_ns), joined)
+        self._seek(_Held(self._hash(item.id), row, item.value, item.now_ns, item.time_ns), joined)
 
     def _seek(self, item: _Held, joined: list[Joined]) -> None:
         """Join a label, or have it wait for its prediction."""

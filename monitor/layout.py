@@ -17,7 +17,7 @@ import numpy as np
 from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
-from monitor.kernels.folding import fold
+from monitor.kernels.folding import fold, tally
 from monitor.kernels.ks import cumulate
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
 from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source
@@ -190,6 +190,7 @@ class Layout:
         self.profiled = Sample(self, self.reference)
         #: bool per column: is it discrete, and is it tested by KS.
         self.discrete = np.array([found.column.discrete for found in ordered], bool)
+        self.any_discrete = bool(self.discrete.any())
         self.ordered = np.array([found.ordered for found in ordered], bool)
         self.knots = _joined([found.knots for found in ordered], "f8")
         self.knot_start = _starts([len(found.knots) for found in ordered])
@@ -243,7 +244,7 @@ class Layout:
 
 
 class Sample:
-    """Counts of one sample by cell, int32 or int64, and what is made of them: int64, per bin or column.
+    """Counts of one sample by cell, of any integer type, and what is made of them: int64, per bin or column.
 
     ``rows`` have the ``missing`` values with them.
     """
@@ -251,9 +252,10 @@ class Sample:
     def __init__(self, layout: Layout, counts: Array) -> None:
         self._layout = layout
         self.counts = np.ascontiguousarray(counts)
-        self.bins = layout.bins.fold(self.counts)
-        self.rows = np.add.reduceat(self.bins, layout.bin_start[:-1])
-        self.missing = self.counts[layout.missing].astype("i8")
+        self.bins = np.empty(layout.bins.size, "i8")
+        self.rows, self.missing = np.empty((2, len(layout.columns)), "i8")
+        places = layout.bins.start, layout.bins.bin_of, layout.bin_start, layout.missing
+        tally(self.counts, *places, self.bins, self.rows, self.missing)
 
     @cached_property
     def cells(self) -> Array:

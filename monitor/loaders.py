@@ -18,31 +18,34 @@ from monitor.types import Array
 
 #: What stands for a missing value in text files, lower case.
 MISSING_TEXTS: Final = frozenset({"", "na", "nan", "null", "none", "n/a"})
+#: How the names of text files end, lower case.
+TEXT_FILES: Final = (".csv", ".csv.gz")
 _BOOLEANS: Final = {"true": True, "false": False}
 
 
-def read_table(path: Path, columns: Collection[str] | None = None) -> dict[str, Array]:
+def read_table(path: Path, columns: Collection[str] | None = None, *, texts: bool = False) -> dict[str, Array]:
     """Column name -> values of one file, all rows; ``columns`` picks some. Raises ProfileError, or OSError.
 
-    Text columns become integers where every value is one, floats where every value is a number or missing, booleans
-    where every value is true or false, and strings otherwise. Arrays of several dimensions (npz) stay as they are.
+    Columns of a text file become integers where every value is one, floats where every value is a number or missing,
+    booleans where every value is true or false, and strings otherwise; with ``texts`` they are the strings that the
+    file holds, None for empty ones. Arrays of several dimensions (npz) stay as they are.
     """
     name = path.name.lower()
-    if name.endswith((".csv", ".csv.gz")):
-        table = _read_csv(path, columns)
+    if name.endswith(TEXT_FILES):
+        table = _read_csv(path, columns, texts)
     elif name.endswith(".npz"):
         table = _read_npz(path, columns)
     elif name.endswith((".parquet", ".pq")):
         table = _read_parquet(path, columns)
     else:
-        raise ProfileError(f"{path.name}: wanted a .csv, .csv.gz, .npz or .parquet file")
+        raise ProfileError(f"{path}: wanted a .csv, .csv.gz, .npz or .parquet file")
     absent = sorted(set(columns or ()) - set(table))
     if absent:
         raise ProfileError(f"{path.name} has no column {', '.join(absent)}")
     return table
 
 
-def _read_csv(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
+def _read_csv(path: Path, columns: Collection[str] | None, as_they_are: bool) -> dict[str, Array]:
     try:
         with _open_text(path) as file:
             lines = csv.reader(file)
@@ -58,7 +61,8 @@ def _read_csv(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
                     values.append(line[place])
     except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as failure:
         raise ProfileError(f"{path.name}: not a readable CSV file ({failure})") from None
-    return {name: _parsed(values) for (_, name), values in zip(wanted, texts, strict=True)}
+    convert = _strings if as_they_are else _parsed
+    return {name: convert(values) for (_, name), values in zip(wanted, texts, strict=True)}
 
 
 def _open_text(path: Path) -> Any:
@@ -75,6 +79,8 @@ def _parsed(texts: list[str]) -> Array:
     lowered = [text.strip().lower() for text in texts]
     if lowered and all(text in _BOOLEANS for text in lowered):
         return np.array([_BOOLEANS[text] for text in lowered])
+    if any("_" in text for text in lowered):  # Python's digits may be grouped by it, a file's are not
+        return _strings(texts)
     try:
         return np.array([int(text) for text in lowered], dtype="i8")
     except (ValueError, OverflowError):
@@ -82,14 +88,18 @@ def _parsed(texts: list[str]) -> Array:
     try:
         return np.array([np.nan if text in MISSING_TEXTS else float(text) for text in lowered])
     except ValueError:
-        out = np.empty(len(texts), object)
-        out[:] = [None if text == "" else text for text in texts]
-        return out
+        return _strings(texts)
+
+
+def _strings(texts: list[str]) -> Array:
+    out = np.empty(len(texts), object)
+    out[:] = [None if text == "" else text for text in texts]
+    return out
 
 
 def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
             table = {name: file[name] for name in file.files if columns is None or name in columns}
     except (ValueError, zipfile.BadZipFile, EOFError) as failure:
         raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None

@@ -4,7 +4,7 @@ One ``PaneStore`` counts one arm under one layout. Rows are counted once, into `
 full or over, ``fresh`` is added to the open pane of every series and begun anew. (With one series, ``fresh`` is its
 open pane.) A pane is never changed after it was closed, and a window is always exactly the sum of its panes. Memory per
 series: cells x 4 bytes for each pane of the longest window, and cells x 8 bytes for each window; half of it where panes
-have at most 65,535 rows.
+have at most 65,535 rows, and of the windows a quarter where these have no more either.
 
 Beside the cells of its layout a store may count *marks*: yes or no per row, as the rules of a schema give. Their counts
 follow the cells in every vector.
@@ -122,10 +122,12 @@ def _by_series(windows: Sequence[Window]) -> dict[tuple[Literal["rows", "time"],
 
 
 def _count_types(windows: Sequence[Window]) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Of a closed pane's counts and of a window's. Half as wide where no count can be more: less to go through."""
-    rows = [(window.pane, window.length) for window in windows if window.unit == "rows"]
-    narrow = rows and max(rows)[0] <= np.iinfo("u2").max and max(length for _, length in rows) <= np.iinfo("i4").max
-    return (np.dtype("u2"), np.dtype("i4")) if narrow else (np.dtype("i4"), np.dtype("i8"))
+    """Of a closed pane's counts and of a window's. As narrow as no count can be more: less to go through."""
+    rows = [window for window in windows if window.unit == "rows"]
+    pane, length = max([window.pane for window in rows], default=0), max([window.length for window in rows], default=0)
+    if not rows or pane > np.iinfo("u2").max or length > np.iinfo("i4").max:
+        return np.dtype("i4"), np.dtype("i8")
+    return np.dtype("u2"), np.dtype("u2") if length <= np.iinfo("u2").max else np.dtype("i4")
 
 
 def merge_arms(states: Sequence[ArmState]) -> ArmState:
@@ -228,6 +230,10 @@ class _Series:
         if panes == self.capacity:  # those of the longest window
             return np.asarray(self._sums[-1])
         return np.asarray(self._panes[self._slots(panes)].sum(axis=0, dtype="i8"))
+
+    def newest_ns(self) -> int:
+        """When the newest row of closed panes came."""
+        return int(self._facts[:, 3].max())
 
     def _slots(self, panes: int) -> Array:
         """Ring places of the newest closed panes, oldest first."""
@@ -361,7 +367,7 @@ class PaneStore:
         due = list(series)
         if not due:
             return
-        self._flush()
+        self.flush()
         for one in due:
             pane_rows = one.rows
             if one is self._series[0] and one.closed - self._settled == one.capacity:
@@ -384,8 +390,8 @@ class PaneStore:
         self._total += first.newest(first.closed - self._settled)
         self._settled = first.closed
 
-    def _flush(self) -> None:
-        """Give the fresh rows to the open pane of every series."""
+    def flush(self) -> None:
+        """Give the fresh rows to the open pane of every series, and to whoever listens for them."""
         if self._alone or not self._fresh_rows:
             return
         for series in self._series:
@@ -395,9 +401,17 @@ class PaneStore:
         self._fresh[:] = 0
         self._fresh_rows = 0
 
+    def windows(self) -> dict[str, WindowCounts]:
+        """All windows as they are now, by name; ``cells`` are views that the next close changes."""
+        return {counts.window: counts for series in self._series for counts in series.looks()}
+
+    def newest_ns(self) -> int:
+        """When the newest row of closed panes came; 0 when there is none."""
+        return max([series.newest_ns() for series in self._series])
+
     def state(self) -> ArmState:
         """A copy of all counts but those of open panes; ``total`` and the rows have everything."""
-        self._flush()
+        self.flush()
         self._settle()
         total = self._total + self._series[0].opened
         return ArmState(self.rows, self.dropped, self.refused, total, [series.state() for series in self._series])

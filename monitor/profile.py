@@ -141,8 +141,8 @@ class ReferenceProfile:
             raise ProfileError(
                 f"column names must differ, got {sorted({n for n in names if names.count(n) > 1})} twice"
             )
-        if knots is not None and knots < 2:
-            raise ProfileError(f"a profile needs at least 2 knots per column, got {knots}")
+        if knots is not None and not 2 <= knots <= MAX_KNOTS:
+            raise ProfileError(f"a profile takes 2 to {MAX_KNOTS} knots per column, got {knots}")
         if not 2 <= bins <= 1000:
             raise ProfileError(f"bins must be in 2..1000, got {bins}")
         built = tuple([_build(column, column_values(table, column), knots, bins) for column in columns])
@@ -174,7 +174,7 @@ class ReferenceProfile:
         both: tuple[tuple[Source, Mapping[str, Any]], ...] = (("input", inputs), ("output", outputs or {}))
         for source, tensors in both:
             for tensor, values in tensors.items():
-                array = np.asarray(values)
+                array = _array(values, f"tensor '{tensor}'")
                 if array.ndim == 0:
                     raise ProfileError(f"tensor '{tensor}' has no rows")
                 flat = array.reshape(len(array), math.prod(array.shape[1:]))
@@ -271,15 +271,25 @@ def column_values(table: Mapping[str, Any], column: Column) -> Array:
         raise ProfileError(f"column '{column.name}': unknown datatype {column.datatype!r} or kind {column.kind!r}")
     if (column.datatype == BYTES) != (column.kind == "bytes"):
         raise ProfileError(f"column '{column.name}': datatype BYTES and kind 'bytes' go together")
-    array = np.asarray(table[column.name])
+    array = _array(table[column.name], f"column '{column.name}'")
     if array.ndim != 1:
         raise ProfileError(f"column '{column.name}' must be one-dimensional, got shape {list(array.shape)}")
-    return _strings(array) if column.datatype == BYTES else _numbers(array, column)
+    return _strings(array, column) if column.datatype == BYTES else _numbers(array, column)
 
 
-def _strings(array: Array) -> Array:
+def _array(values: Any, what: str) -> Array:
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ProfileError(f"{what}: not all rows have the same shape") from None
+
+
+def _strings(array: Array, column: Column) -> Array:
     out = np.empty(len(array), object)
-    out[:] = [_string(value) for value in array.tolist()]
+    try:
+        out[:] = [_string(value) for value in array.tolist()]
+    except UnicodeEncodeError as failure:
+        raise ProfileError(f"column '{column.name}' holds text that UTF-8 has no bytes for: {failure.reason}") from None
     return out
 
 
@@ -296,12 +306,27 @@ def _numbers(array: Array, column: Column) -> Array:
         wide = array.astype("f8")
     except (ValueError, TypeError):
         raise ProfileError(f"column '{column.name}': not all values are numbers, wanted {column.datatype}") from None
+    except OverflowError:
+        raise ProfileError(f"column '{column.name}' holds a number that is too large for a double") from None
+    return carried(_whole(wide, column), column)
+
+
+def carried(wide: Array, column: Column) -> Array:
+    """float64 as they are compared with the column's values: limits, and values of integers that are whole already."""
     with np.errstate(over="ignore"):
         if column.datatype == "FP16":
             return wide.astype("f2").astype("f8")
         if column.datatype == "BF16":
             return _bfloat16(wide)
         return wide.astype(column.carrier).astype("f8")
+
+
+def _whole(wide: Array, column: Column) -> Array:
+    """What is left of numbers in a tensor of integers or truth values; missing ones stay missing."""
+    kind = kind_of(column.datatype)
+    if kind == "boolean":
+        return np.where(np.isnan(wide), wide, wide != 0)
+    return np.trunc(wide) if kind == "integer" else wide
 
 
 def _bfloat16(wide: Array) -> Array:
@@ -347,6 +372,7 @@ def quantile_knots(ordered: Array, count: int) -> Array:
     """The distinct values among the first and the ``count`` quantiles of sorted values."""
     if not len(ordered):
         return np.empty(0)
+    count = min(count, len(ordered))  # more are all the values
     places = np.minimum(np.arange(1, count + 1) * len(ordered) // count, len(ordered)) - 1
     return np.unique(ordered[np.maximum(np.concatenate([[0], places]), 0)])
 

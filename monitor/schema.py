@@ -17,7 +17,7 @@ import numpy as np
 
 from monitor.errors import SettingsError
 from monitor.layout import Block, Layout
-from monitor.profile import ColumnProfile, column_values
+from monitor.profile import ColumnProfile, carried
 from monitor.types import BYTES, DATATYPES, Array, Buffer, Column, ColumnRule
 
 Name: TypeAlias = Literal["min", "max", "missing", "categories", "finite"]
@@ -133,7 +133,7 @@ def from_profile(rule: ColumnRule, profile: ColumnProfile) -> ColumnRule:
 
 
 def _cast(column: Column, values: Sequence[float]) -> list[float]:
-    cast: list[float] = column_values({column.name: np.array(values, "f8")}, column).tolist()
+    cast: list[float] = carried(np.array(values, "f8"), column).tolist()
     if np.isnan(cast).any():
         raise SettingsError(f"rule of '{column.name}': NaN is no limit")
     return cast

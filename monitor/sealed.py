@@ -80,7 +80,7 @@ def content_digest(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Ar
 
 def write_file(path: Path, data: bytes) -> None:
     """Write beside, flush to the disk, then put in place: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with beside.open("wb") as file:
             file.write(data)

@@ -14,7 +14,7 @@ import numpy as np
 
 from monitor.errors import SettingsError
 from monitor.layout import Block, Layout
-from monitor.profile import ReferenceProfile, SegmentReference, column_values
+from monitor.profile import ReferenceProfile, SegmentReference, carried, column_values
 from monitor.types import BYTES, Array, Column, Segment
 
 
@@ -47,7 +47,7 @@ def _cast(segment: Segment, column: Column) -> list[Any]:
         raise SettingsError(
             f"segment '{segment.column}': wanted numbers for {column.datatype}, got {', '.join(segment.names)}"
         )
-    found: list[float] = column_values({column.name: np.array(segment.values, "f8")}, column).tolist()
+    found: list[float] = carried(np.array(segment.values, "f8"), column).tolist()
     if len(set(found)) != len(found):
         raise SettingsError(f"segment '{segment.column}': two values are the same in {column.datatype}")
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate, compress
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from monitor.types import STABLE, HasData, Parts, Source
 
@@ -27,7 +27,6 @@ _FIELDS: Final = 4
 _ROWS: Final = 2
 _SIZE: Final = 3
 
-Field = TypeVar("Field")
 #: What batches hold of one key: a tensor's bytes, or a BYTES tensor's strings in pieces, or None where an optional
 #: input was absent.
 Contents: TypeAlias = bytes | list[list[bytes]] | None
@@ -75,12 +74,12 @@ class Batches(NamedTuple):
         if arm not in self.arms:
             return self
         kept = [own != arm for own in self.arms]
-
-        def of(column: Sequence[Field]) -> list[Field]:
-            return list(compress(column, kept))
-
         return Batches(
-            of(self.times), of(self.arms), of(self.rows), of(self.sizes), [of(column) for column in self.data]
+            list(compress(self.times, kept)),
+            list(compress(self.arms, kept)),
+            list(compress(self.rows, kept)),
+            list(compress(self.sizes, kept)),
+            [list(compress(column, kept)) for column in self.data],
         )
 
 

@@ -417,6 +417,27 @@ class WindowReport:
     quality: tuple[QualityScore, ...] = ()
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class WindowFigures:
+    """The numbers of one window that are exported: float64 per column, in the order of ``columns``.
+
+    As in ``ColumnScore``; ``evidence`` is ``Verdict.ratio``. ``in_alarm``: columns of the arm.
+    """
+
+    arm: str
+    window: str
+    in_alarm: tuple[str, ...]
+    columns: tuple[str, ...]
+    evidence: Array
+    psi: Array
+    ks_low: Array
+    ks_p: Array
+    missing: Array
+    below: Array
+    above: Array
+    new_category: Array
+
+
 @dataclass(slots=True, frozen=True)
 class SegmentReport:
     """One window of one segment of an arm, held against the same segment of the reference.

@@ -26,7 +26,19 @@ from monitor.sample import RowSample
 from monitor.schema import marks
 from monitor.state import MonitorState
 from monitor.tap import Batches, Contents, Item, Key, Tap
-from monitor.types import BYTES, STABLE, Alarm, Array, DriftReport, Parts, Settings, Window, WindowCounts, WindowReport
+from monitor.types import (
+    BYTES,
+    STABLE,
+    Alarm,
+    Array,
+    DriftReport,
+    Parts,
+    Settings,
+    Window,
+    WindowCounts,
+    WindowFigures,
+    WindowReport,
+)
 
 #: Rows counted in one go.
 BLOCK_ROWS: Final = 4096
@@ -287,6 +299,22 @@ class Monitor:
             report = self.judge.report(state, reference=self._reference(_newest(state)), inflation=inflation)
             return replace(report, warnings=(*report.warnings, *self._bounds_reached()))
 
+    def figures(self) -> tuple[WindowFigures, ...]:
+        """What is exported of every window of every arm, as it is now: a part of ``report``, without its price."""
+        with self._lock:
+            stores = {name: self._arms[name].store for name in sorted(self._arms)}
+            for store in stores.values():
+                store.flush()
+            reference = self._reference(max([store.newest_ns() for store in stores.values()], default=0))
+            return tuple(
+                [
+                    self.judge.figures(name, windows[window.name], reference)
+                    for name, store in stores.items()
+                    for windows in [store.windows()]
+                    for window in self.settings.windows
+                ]
+            )
+
     def _bounds_reached(self) -> list[str]:
         found = []
         if self.refused_arms:
@@ -461,7 +489,7 @@ def _contents(order: Sequence[int], data: Sequence[Sequence[Contents]]) -> list[
     """The pieces of each tensor, None where it is absent throughout; None when only some batches have it."""
     contents: list[Parts | None] = []
     for parts in [data[place] for place in order]:
-        if None not in parts:
+        if all(parts) or None not in parts:  # the first says it sooner, but for empty pieces
             contents.append(_pieces(parts))
         elif parts.count(None) == len(parts):
             contents.append(None)

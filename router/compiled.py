@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+from router.decision import RouteDecision, RouteQuery
 from router.errors import BadRoutes, BadVersion, KeyMissing, Problem, UnknownVersion
 from router.policy import key, rules, split
 from router.policy.base import SPACE, Span, positions
@@ -24,8 +25,6 @@ from router.types import (
     Choice,
     Destination,
     ModelRoutes,
-    RouteDecision,
-    RouteQuery,
     Rule,
     ShadowRoute,
     Unit,
@@ -119,10 +118,9 @@ class CompiledRoutes(Generic[T]):
         """Where one request goes. Raises UnknownVersion, BadVersion or KeyMissing."""
         if query.version:
             return self._explicit(query, generation)
-        if self._plain is not None:
-            if self._plain.generation != generation:
-                self._plain = self._default(generation)
-            return self._plain
+        known = self.plain(generation)
+        if known is not None:
+            return known
         if self._rules:
             rule = first_match(self._rules, query)
             if rule is not None and rule.choice is not None:
@@ -150,6 +148,13 @@ class CompiledRoutes(Generic[T]):
             model, version, arm, reason, generation, target, self.name, counted,
             propensity if counted else 1.0, unit, key_hash, fallback, shadows,
         )  # fmt: skip
+
+    def plain(self, generation: int) -> RouteDecision[T] | None:
+        """The one decision of routes that ask nothing; None where something is asked."""
+        known = self._plain
+        if known is not None and known.generation != generation:
+            known = self._plain = self._default(generation)
+        return known
 
     def _default(self, generation: int) -> RouteDecision[T]:
         """The decision of routes that ask nothing: one object for all requests of a generation, never changed."""

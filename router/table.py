@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from router.compiled import CompiledRoutes, is_version
+from router.decision import RouteDecision, RouteQuery
 from router.errors import UnknownModel
-from router.types import ModelRoutes, RouteDecision, RouteQuery
+from router.types import ModelRoutes
 
 __all__ = ["RoutingTable", "is_version"]
 
@@ -41,6 +42,11 @@ class RoutingTable(Generic[T]):
         if routes is None:
             raise UnknownModel(query.model)
         return routes.decide(query, draw, self.generation)
+
+    def plain(self, model: str) -> RouteDecision[T] | None:
+        """What ``resolve`` says to requests that name no version, where nothing else of them matters; else None."""
+        routes = self._compiled.get(model)
+        return None if routes is None else routes.plain(self.generation)
 
     def lookup(self, model: str, version: str) -> T:
         """The target of one version, or of stable for "": for questions about a model, where nothing is routed.

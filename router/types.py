@@ -1,4 +1,4 @@
-"""The router's nouns: what is asked, what is decided, and the routes of one public model name.
+"""The router's nouns: the routes of one public model name.
 
 The router knows versions by name and hands back an opaque ``target`` that its owner put there; it never looks inside.
 Shares (weights, coverage, samples) are whole hundredths of a percent: 10,000 is everything.
@@ -26,18 +26,7 @@ Unit: TypeAlias = Literal["key", "request"]
 FULL_SHARE: Final = 10_000
 
 
-# --- asked and decided ------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class RouteQuery:
-    """What a decision may look at. ``version`` is "" when the caller named none; header names are lower case."""
-
-    model: str
-    version: str
-    metadata: Mapping[str, str]
-    parameters: Mapping[str, ParameterValue]
-    request_id: str
+# --- where requests go ----------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
@@ -62,44 +51,6 @@ class Choice(NamedTuple, Generic[T]):
     target: T
     propensity: float
     fallback: Choice[T] | None
-
-
-@dataclass(slots=True)
-class RouteDecision(Generic[T]):
-    """Which version answers, as which arm, why, and under which generation of the table.
-
-    ``model`` is the real model, ``public_name`` what the caller asked for. ``reason`` is the name of the rule that
-    matched, or one of ``version``, ``default``, ``split``, ``keyless``, ``fallback``. Only ``counted`` decisions may
-    enter the statistics of an arm. ``unit`` says what was drawn, the key or the single request; ``key_hash`` is the
-    key's position in the split, 0 for ``request``. ``shadows`` are to get a copy after the answer.
-    """
-
-    model: str
-    version: str
-    arm: str
-    reason: str
-    generation: int
-    target: T
-    public_name: str
-    counted: bool
-    propensity: float
-    unit: Unit
-    key_hash: int
-    fallback: Choice[T] | None
-    shadows: tuple[ShadowRoute[T], ...]
-
-    def fall_back(self) -> RouteDecision[T] | None:
-        """The same request on stable, from the same table; None when there is nowhere to fall back to.
-
-        Not counted: what the arm did was counted by the attempt that failed. No second shadow copy is asked for.
-        """
-        choice = self.fallback
-        if choice is None:
-            return None
-        return RouteDecision(
-            choice.model, choice.version, choice.arm, "fallback", self.generation, choice.target,
-            self.public_name, False, self.propensity, self.unit, self.key_hash, None, (),
-        )  # fmt: skip
 
 
 # --- the routes of one public name, as configured ---------------------------------------------------------------------

@@ -25,8 +25,10 @@ PACKAGES = ("server", "router", "monitor")
 
 #: What every request passes through. Together in one group: calls between them are plain C calls.
 MODULES = (
+    "monitor/tap.py",
     "router/breaker.py",
     "router/compiled.py",
+    "router/decision.py",
     "router/retry.py",
     "router/table.py",
     "router/window.py",
@@ -45,11 +47,13 @@ MODULES = (
     "server/gateway/call.py",
     "server/gateway/core.py",
     "server/gateway/policy.py",
+    "server/gateway/polling.py",
     "server/gateway/served.py",
     "server/gateway/tracing.py",
     "server/telemetry/instruments.py",
     "server/telemetry/metrics.py",
     "server/telemetry/stats.py",
+    "server/telemetry/trace.py",
     "server/transport/native/h2.py",
     "server/transport/native/http1.py",
     "server/transport/native/metadata.py",

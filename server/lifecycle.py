@@ -133,7 +133,7 @@ class Lifecycle:
             except ModelLoadError as error:
                 log.error("start_failed", error=error.message)
                 return 1
-            tasks += [asyncio.ensure_future(work()) for work in (self._reload_on_signal, *self._background)]
+            tasks += [asyncio.ensure_future(_alone(work)) for work in (self._reload_on_signal, *self._background)]
             self._readiness.set(True)
             log.info("ready", **addresses)
             await stopping
@@ -149,7 +149,10 @@ class Lifecycle:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
-            await self._reload()
+            try:
+                await self._reload()
+            except Exception:  # the boundary of one signal: the next one is obeyed again
+                log.exception("reload_failed")
 
     async def _drain(self, started: list[Listener]) -> None:
         self._readiness.set(False)
@@ -165,3 +168,11 @@ class Lifecycle:
         await self._close_models()
         await self._close()
         log.info("stopped")
+
+
+async def _alone(work: Callable[[], Awaitable[None]]) -> None:
+    """Work in the background. What ends it before its time is logged at once, not at the end of the process."""
+    try:
+        await work()
+    except Exception:
+        log.exception("background_ended", work=getattr(work, "__qualname__", repr(work)))

@@ -129,7 +129,14 @@ def listeners(
             max_age_s=settings.max_connection_age_s,
         )
         credentials = None if tls is None else grpc_credentials(tls)
-        grpc_server = GrpcServer(gateway, services, settings=grpc_settings, statuses=statuses, credentials=credentials)
+        grpc_server = GrpcServer(
+            gateway,
+            services,
+            settings=grpc_settings,
+            statuses=statuses,
+            credentials=credentials,
+            turns=inference.turns,
+        )
         inference_listeners = [
             Bound("http", listen(inference, context), settings.http),
             Bound("grpc", grpc_server, settings.grpc),

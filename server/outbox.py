@@ -152,7 +152,10 @@ class Lease:
 
 @dataclass(slots=True, frozen=True)
 class Delivery:
-    """One event on its way to one sink, for people. ``due_ns``: its next attempt, or the end of its lease."""
+    """One event on its way to one sink, for people. ``due_ns``: its next attempt, or the end of its lease.
+
+    ``retried_ns``: when an operator had it tried again, 0 for never.
+    """
 
     event_id: str
     sink: str
@@ -165,6 +168,7 @@ class Delivery:
     type: str
     subject: str
     created_ns: int
+    retried_ns: int
 
     def as_dict(self) -> dict[str, object]:
         """The delivery as plain JSON values."""
@@ -218,7 +222,7 @@ _DUE: Final = f"""
 _NEXT_DUE: Final = f"SELECT min(due_ns), max(due_ns) FROM outbox_delivery WHERE sink = ? AND {_OPEN}"  # noqa: S608
 _LIST: Final = f"""
     SELECT e.id, d.sink, d.state, d.attempts, d.due_ns, d.lease_owner, d.error, e.idempotency_key, e.type, e.subject,
-        e.created_ns {_JOINED}
+        e.created_ns, coalesce(d.retried_ns, 0) {_JOINED}
 """
 _CENSUS: Final = f"""
     SELECT sink, state, count(*) FROM outbox_delivery WHERE {_OPEN} GROUP BY sink, state

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
 
 from server.config.settings import ServerSettings
@@ -25,7 +27,17 @@ def serve(file: ConfigFile | None, settings: ServerSettings) -> int:
         return await build(settings, file).run()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(run())
+        code = runner.run(run())
+    _leave_hanging_runs(code)
+    return code
+
+
+def _leave_hanging_runs(code: int) -> None:
+    """End here where a run hangs: native code that is still running when the interpreter is torn down aborts it."""
+    if any(thread.daemon and thread.name.startswith("tidegate-") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _check(settings: ServerSettings) -> None:

@@ -43,6 +43,7 @@ from monitor.retrain.trigger import (
     Raised,
     Registered,
     Rejected,
+    Retried,
     Suppressed,
     Tick,
     Undelivered,
@@ -174,13 +175,16 @@ class Retraining:
         self._queue.append((model, change))
 
     def sync(self, model: str, kind: Kind, version: str, active: Mapping[str, Mapping[str, Value]]) -> None:
-        """All alarms of a kind that a version has now, name -> numbers: what the trigger missed is made good."""
+        """All alarms of a kind that a version has now, name -> numbers: what the trigger missed is made good.
+
+        While the outbox is full, what would be asked for waits, and this with it.
+        """
         if model not in self.specs:
             return
         known = {one.name for one in self._state(model).conditions if (one.kind, one.version) == (kind, version)}
         told: list[Event] = [Raised(kind, name, version, dict(numbers)) for name, numbers in active.items()]
         told += [Cleared(kind, name, version) for name in known - active.keys()]
-        self._take(model, told)
+        self._told(model, told)
 
     # -- the clock ------------------------------------------------------------------------------------------------
 
@@ -189,11 +193,8 @@ class Retraining:
         with self._ticking:
             self._sort_queue()
             for model in self.specs:
-                try:
-                    self._tick(model, self._untold.get(model, ()))
-                except OutboxFull as error:
-                    self._say_full(model, error)
-                else:
+                state, queued = self._state(model), self._untold.get(model, ())
+                if self._told(model, [*self._deliveries(state), *queued, Tick()]) is not None:
                     self._untold.pop(model, None)
 
     def _sort_queue(self) -> None:
@@ -204,21 +205,26 @@ class Retraining:
             model, change = self._queue.popleft()
             self._untold.setdefault(model, []).append(change)
 
-    def _tick(self, model: str, queued: Sequence[Raised | Cleared]) -> None:
-        state = self._state(model)
-        self._take(model, [*self._deliveries(state), *queued, Tick()])
-
-    def _say_full(self, model: str, error: OutboxFull) -> None:
-        if not self._full:
-            log.error("retrain_not_requested", model=model, reason=str(error))
-        self._full = True
+    def _told(self, model: str, told: Sequence[Event]) -> Sequence[Decision] | None:
+        """``_take`` of what nobody waits for. None: the outbox has no room for what follows; nothing has happened."""
+        try:
+            return self._take(model, told)
+        except OutboxFull as error:
+            if not self._full:
+                log.error("retrain_not_requested", model=model, reason=str(error))
+            self._full = True
+            return None
 
     def _deliveries(self, state: TriggerState) -> Iterator[Event]:
-        """What became of the events whose jobs are only requested."""
+        """What became of the events whose jobs are only requested, or lost and tried again by a person since."""
         for job in state.jobs:
-            if job.state != "requested":
+            if job.state not in ("requested", "lost") or job.version:
                 continue
             found = self._outbox.list(100, event_id=job.trigger_id)
+            if job.state == "lost":
+                if not any(one.retried_ns > job.state_ns for one in found):
+                    continue
+                yield Retried(job.trigger_id)
             taken = next((one.sink for one in found if one.state == "delivered"), None)
             if taken is not None:
                 yield Delivered(job.trigger_id, taken)
@@ -263,7 +269,7 @@ class Retraining:
     def _changes(self, model: str, event: Event) -> bool:
         if model not in self.specs:
             return False
-        return any(isinstance(decision, JobChanged) for decision in self._take(model, [event]))
+        return any(isinstance(decision, JobChanged) for decision in self._told(model, [event]) or ())
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -360,8 +366,9 @@ class Retraining:
                 case Suppressed(kind, cause, names):
                     self._counts.suppressed[model, kind, cause] += 1
                     log.info("retrain_suppressed", model=model, kind=kind, cause=cause, names=names)
-                case JobChanged(job, was):
+                case Fire():
                     self._full = False
+                case JobChanged(job, was):
                     self._counts.jobs[job.state] += 1
                     log.info(
                         "retrain_job", model=model, trigger_id=job.trigger_id, state=job.state, was=was,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from monitor.errors import ProfileError
-from monitor.loaders import read_table
+from monitor.loaders import TEXT_FILES, read_table
 from monitor.profile import datatype_of, kind_of, tensor_column_names
 from monitor.types import KINDS, Column, Kind, Source
 from server.codec.dtypes import bfloat16_bits, bfloat16_values
@@ -48,9 +48,12 @@ class Tabular:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tables(paths: Sequence[Path]) -> dict[str, Array]:
-    """All rows of several files with the same columns, in the order given."""
-    parts = [_read(path) for path in paths]
+def read_tables(
+    paths: Sequence[Path], columns: Collection[str] | None = None, *, texts: bool = False
+) -> dict[str, Array]:
+    """All rows of several files with the same columns, in the order given. ``columns`` and ``texts`` as
+    ``monitor.loaders.read_table`` has them."""
+    parts = [_read(path, columns, texts) for path in paths]
     first = parts[0]
     for path, part in zip(paths[1:], parts[1:], strict=True):
         if part.keys() != first.keys():
@@ -63,9 +66,9 @@ def read_tables(paths: Sequence[Path]) -> dict[str, Array]:
         raise InvalidArgument(f"the files' columns cannot be put together: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Array]:
+def _read(path: Path, columns: Collection[str] | None, texts: bool) -> dict[str, Array]:
     try:
-        found = read_table(path)
+        found = read_table(path, columns, texts=texts)
     except ProfileError as error:
         raise InvalidArgument(str(error)) from error
     except OSError as error:
@@ -137,6 +140,17 @@ def with_kinds(found: Tabular, kinds: Mapping[str, Kind]) -> Tabular:
             raise InvalidArgument(f"--kind: there is no column '{name}'; there are {_some(found.table)}")
     columns = [replace(column, kind=kinds.get(column.name, column.kind)) for column in found.columns]
     return Tabular(columns, found.table)
+
+
+def with_strings(found: Tabular, paths: Sequence[Path], strings: Sequence[str] | None = None) -> Tabular:
+    """The same with every string as the files have it: ``007`` in a text file was taken for a number, as long as nobody
+    knew that the model takes a string there. ``strings``: the columns that hold some, by default those that say so."""
+    names = strings
+    if names is None:
+        names = [column.name for column in found.columns if column.datatype == BYTES]
+    if not names or not any(path.name.lower().endswith(TEXT_FILES) for path in paths):
+        return found
+    return Tabular(found.columns, {**found.table, **read_tables(paths, names, texts=True)})
 
 
 def width_of(spec: TensorSpec) -> int | None:
@@ -219,6 +233,9 @@ def _by_places(found: Tabular, table: Table, spec: ModelSpec | None, places: Seq
         width = width_of(declared) or most
         if index >= width:
             raise InvalidArgument(f"--map: '{tensor}' has {width} elements a row, got index {index}")
+        first = next(other for other, *element in parsed if element == [tensor, index])
+        if first != column:
+            raise InvalidArgument(f"--map: '{first}' and '{column}' are both mapped to {tensor}[{index}]")
         datatype = declared.datatype or datatype_of(table[column], column)
         found.add(column, table[column], Column(column, tensor, source, index, width, datatype, kind_of(datatype)))
 

@@ -7,7 +7,7 @@ a flat list of ``bytes`` for BYTES. Nothing here knows JSON, protobuf, HTTP, gRP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -239,6 +239,10 @@ class Permit(Protocol):
     #: Unique id made by the gateway; answered as ``x-tidegate-id`` whatever happens.
     tidegate_id: str
 
+    def hold(self, size: int) -> None:
+        """It holds so many bytes, if that is more than its head said. Raises TidegateError naming the limit hit."""
+        ...
+
     def release(self) -> None: ...
 
 
@@ -252,6 +256,9 @@ class Decision:
     generation: int
     #: Why: the name of the rule that matched, or version, default, split, keyless, fallback.
     reason: str
+    #: What the transports say of it, kept by them: requests share a decision. HTTP header lines, gRPC metadata.
+    lines: bytes = field(default=b"", repr=False, compare=False)
+    metadata: tuple[tuple[bytes, bytes], ...] = field(default=(), repr=False, compare=False)
 
     def __init__(self, model: str, version: str, arm: str, generation: int, reason: str = "") -> None:
         self.model = model
@@ -259,6 +266,8 @@ class Decision:
         self.arm = arm
         self.generation = generation
         self.reason = reason
+        self.lines = b""
+        self.metadata = ()
 
 
 class Reply(Protocol):
@@ -304,8 +313,11 @@ class Port(Protocol):
         """Take or refuse from headers alone, before a body is read. Raises TidegateError naming the limit hit."""
         ...
 
-    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Ticket:
-        """Validate, route, batch and run. Never raises: every outcome reaches ``reply``."""
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> Ticket:
+        """Validate, route, batch and run. Never raises: every outcome reaches ``reply``.
+
+        ``received_ns``: when this request came, where its permit is one of many (0: when the permit's head did).
+        """
         ...
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,23 @@ from monitor import compare
 from monitor.types import SHADOW
 from server import __version__
 from server.admin_token import load_or_make_token
-from server.audit import AuditEvent, DeferredAudit
+from server.audit import DeferredAudit
 from server.batching.batcher import Batcher, BatchRecord
 from server.batching.offloop import OffLoopBatcher
 from server.capture.build import Recording, open_recording
 from server.catalog import ServedCatalog
 from server.codec.process.client import SUPPORTED, CodecProcess
 from server.config.compile import (
-    CompiledModel,
-    VersionedModel,
-    compile_defaults,
     compile_gates,
-    compile_models,
     compile_retrains,
-    compile_versions,
 )
 from server.config.model import Config
-from server.config.monitoring import Monitoring, compile_monitoring
 from server.config.routing import RoutingSpec, ShadowSpec
 from server.config.settings import ServerSettings
 from server.control.models import ModelControl
-from server.control.monitored import Arms, MonitoredSource
+from server.control.monitored import Arms
 from server.control.publishing import Publisher
 from server.control.quality import LoadedVersions, QualityGates
-from server.control.registry import RegistryPlans, RegistrySource, VersionedSource
 from server.control.reload import ConfigControl
 from server.control.retrains import RetrainControl, World
 from server.control.rollouts.actions import Hands
@@ -50,31 +43,30 @@ from server.control.rollouts.levels import drift_levels
 from server.control.rollouts.store import RolloutStore
 from server.control.rollouts.tenure import Tenure
 from server.control.shadows import ShadowLoader
-from server.control.sources import Audit, DirectorySource, JoinedSource, ModelSource, NamedModel, NamedSource
+from server.control.sources import Audit, ModelSource
 from server.delivery import metrics as delivery_metrics
 from server.delivery.build import make_sinks
 from server.delivery.dispatcher import Dispatcher
 from server.delivery.options import TRAINING
-from server.errors import ConfigError, ModelLoadError, NotFound, TidegateError
+from server.errors import ModelLoadError, NotFound, TidegateError
 from server.gates.keeper import Gatekeeper
 from server.gateway import AdmissionLimits, Gateway, Served
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Readiness
 from server.listening import Admin, listeners
-from server.mlflow.build import MlflowPart, open_mlflow
+from server.mlflow.build import MlflowPart
 from server.monitoring.alerts import AlertQueue
 from server.monitoring.service import MonitorService
 from server.monitoring.views import MonitorViews
 from server.monitoring.watch import MonitoredRuntime, labels_of, rules_of, taps_of
+from server.origins import models_of, source_of, take_mlflow, take_state, uses_registry
 from server.outbox import Outbox
 from server.runtime.base import Engine, ModelOptions, Runtime
 from server.runtime.dispatch import DispatchRuntime
-from server.runtime.ends import graph_ends
 from server.runtime.onnx import OnnxRuntime
 from server.runtime.upstream import UpstreamRuntime
 from server.shadowing import CompareWorker, ShadowLane
-from server.state import State, open_state
-from server.store.base import StoreError
+from server.state import State
 from server.telemetry.instruments import ModelTelemetry, Telemetry
 from server.telemetry.otel import OtlpExport, OtlpOptions
 from server.telemetry.snapshot import FamilySnapshot, Value
@@ -93,34 +85,12 @@ log = structlog.get_logger("tidegate")
 
 
 @dataclass(slots=True, frozen=True)
-class Models:
-    """The models of the configuration file, and what every other model starts from."""
-
-    named: Mapping[str, CompiledModel] = field(default_factory=dict)
-    versioned: Mapping[str, VersionedModel] = field(default_factory=dict)
-    defaults: ModelOptions = field(default_factory=ModelOptions)
-    monitoring: Monitoring = field(default_factory=Monitoring)
-
-
-@dataclass(slots=True, frozen=True)
 class ConfigFile:
     """The configuration file that the server was started with."""
 
     path: Path
     text: bytes
     config: Config
-
-
-def models_of(config: Config | None, repository: Path | None) -> Models:
-    """What a configuration says of models, compiled."""
-    if config is None:
-        return Models()
-    return Models(
-        compile_models(config, repository=repository),
-        compile_versions(config, repository=repository),
-        compile_defaults(config),
-        compile_monitoring(config),
-    )
 
 
 def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Runtime | None = None) -> Lifecycle:
@@ -140,6 +110,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         decisions=settings.telemetry.decisions,
         capture=None if recording is None else recording.capture,
         unsent=Unsent(settings.max_unsent_bytes),
+        busy_poll_ns=settings.busy_poll_ns,
     )
     gateway.starting = True
     telemetry.metrics.collect(lambda: [_in_flight(gateway), _unsent(gateway)])
@@ -148,8 +119,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         telemetry.metrics.collect(codec.families)
     if recording is not None:
         telemetry.metrics.collect(recording.capture.families)
-    state, deferred, audit = _state(settings, models)
-    mlflow = _mlflow(settings, state)
+    state, deferred, audit = take_state(settings, models)
+    mlflow = take_mlflow(settings, state)
     delivery = None if state is None else _delivery(settings, state, audit, telemetry)
 
     def alarmed(event: dict[str, Any]) -> None:
@@ -169,7 +140,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
 
     publisher = Publisher(gateway, published)
     control = ModelControl(
-        source=_source(settings, models, state, audit, mlflow),
+        source=source_of(settings, models, state, audit, mlflow),
         runtime=MonitoredRuntime(DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime), monitors),
         gateway=gateway,
         serve=_server_of_versions(loop, telemetry),
@@ -219,9 +190,9 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         gc.set_threshold(10_000, 20, 20)
 
     async def reload() -> None:
+        if reconfigure is not None:
+            await reconfigure.reload()
         try:
-            if reconfigure is not None:
-                await reconfigure.reload()
             await control.refresh(retry_failed=True)
         except (TidegateError, OSError) as error:
             log.error("reload_failed", error=str(error))
@@ -259,8 +230,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
 
     if export is not None:
         export.start()
-    interval_s = settings.registry_poll_seconds if _uses_registry(settings, models) else settings.poll_seconds
-    polling = settings.model_control == "poll" or _uses_registry(settings, models)
+    interval_s = settings.registry_poll_seconds if uses_registry(settings, models) else settings.poll_seconds
+    polling = settings.model_control == "poll" or uses_registry(settings, models)
     background: list[Callable[[], Awaitable[None]]] = [control.mend]
     if polling:
         background.append(lambda: control.poll(interval_s))
@@ -522,7 +493,7 @@ def _reconfigure(
     repository = settings.model_repository
 
     def source(config: Config) -> ModelSource:
-        return _source(settings, models_of(config, repository), state, audit, mlflow)
+        return source_of(settings, models_of(config, repository), state, audit, mlflow)
 
     return ConfigControl(
         control=control,
@@ -576,70 +547,6 @@ def _unsent(gateway: Gateway) -> FamilySnapshot:
     """What the limit on answers counts."""
     held: dict[tuple[str, ...], Value] = {(): gateway.unsent.total}
     return FamilySnapshot("tidegate_unsent_bytes", "Bytes of answers that wait for their readers.", "gauge", (), held)
-
-
-def _uses_registry(settings: ServerSettings, models: Models) -> bool:
-    """The embedded registry is served when the settings say so, or when they name nothing else; MLflow's always."""
-    return (
-        settings.embedded_registry
-        or settings.mlflow is not None
-        or (settings.model_repository is None and not models.named and not models.versioned)
-    )
-
-
-def _state(settings: ServerSettings, models: Models) -> tuple[State | None, DeferredAudit | None, Audit]:
-    """The state folder and its audit. A folder that cannot be written is refused only when the registry is served."""
-    try:
-        state = open_state(settings.state_dir)
-    except StoreError as error:
-        if _uses_registry(settings, models):
-            raise ConfigError(f"the registry in {settings.state_dir} cannot be served: {error.message}") from error
-        log.warning("no_state", error=error.message, consequence="nothing is audited")
-        return None, None, lambda *_: None
-    state.registry.sweep()
-    deferred = state.deferred()
-
-    def audit(action: str, subject: str, detail: Mapping[str, object]) -> None:
-        deferred.record(AuditEvent("tidegate", action, subject, detail))
-
-    return state, deferred, audit
-
-
-def _mlflow(settings: ServerSettings, state: State | None) -> MlflowPart | None:
-    """The registry of an MLflow server; nothing is asked yet."""
-    if settings.mlflow is None or state is None:
-        return None
-    return open_mlflow(settings.mlflow, settings.state_dir, state.store, state.audit.journal, graph_ends)
-
-
-def _plans(settings: ServerSettings, state: State, audit: Audit, mlflow: MlflowPart | None) -> RegistryPlans:
-    if mlflow is None:
-        return RegistryPlans(state.registry, settings.state_dir, audit)
-    return RegistryPlans(mlflow.registry, settings.state_dir, audit, mlflow.registry.refused)
-
-
-def _source(
-    settings: ServerSettings, models: Models, state: State | None, audit: Audit, mlflow: MlflowPart | None
-) -> ModelSource:
-    """Models of the file, then of the directory, then of the registry; the first to have a name keeps it."""
-    named = tuple(NamedModel(m.name, m.source, m.defaults, m.overlay.over, m.golden) for m in models.named.values())
-    plans = None if state is None else _plans(settings, state, audit, mlflow)
-    sources: list[ModelSource] = [
-        NamedSource(named, settings.state_dir),
-        VersionedSource(tuple(models.versioned.values()), plans, settings.state_dir),
-    ]
-    if settings.model_repository is not None:
-        if not settings.model_repository.exists():
-            raise ConfigError(f"model repository {settings.model_repository} does not exist")
-        sources.append(DirectorySource(settings.model_repository, settings.state_dir, models.defaults))
-    if state is not None and plans is not None and _uses_registry(settings, models):
-        if not settings.embedded_registry and mlflow is None and not state.registry.models():
-            raise ConfigError(
-                "nothing to serve: give a model file, --model-repository or a configuration with models, "
-                f"or publish to the registry in {settings.state_dir} (tidegate registry publish)"
-            )
-        sources.append(RegistrySource(plans, models.defaults))
-    return MonitoredSource(JoinedSource(*sources), models.monitoring)
 
 
 def _server_of_versions(

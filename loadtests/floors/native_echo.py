@@ -34,6 +34,9 @@ class EchoPermit:
     tidegate_id: str = "floor"
     traceresponse: str | None = None
 
+    def hold(self, size: int) -> None:
+        """Nothing is counted."""
+
     def release(self) -> None:
         """Nothing was counted."""
 
@@ -58,7 +61,7 @@ class EchoPort:
     def admit(self, head: RequestHead) -> Permit:
         return EchoPermit(head)
 
-    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Answered:
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> Answered:
         reply.message(InferenceResponse(request.model, "1", request.id, [self._output]), self._decision)
         reply.finish(None)
         return self._ticket

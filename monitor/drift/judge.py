@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,7 @@ _KS = KolmogorovSmirnov()
 #: Those of more columns are not: to make them is a tenth of such a look, and to keep them would take many MB.
 _REMEMBERED: Final = 128
 _REMEMBERED_COLUMNS: Final = 256
+_Key: TypeAlias = tuple[float, bytes, bytes, bytes]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -41,6 +42,24 @@ class Threshold:
     @property
     def log_level(self) -> Array:
         return np.asarray(self.table[1])
+
+
+class Known:
+    """Thresholds of the latest looks: by their level, rows, missing rows and occupied bins, per column."""
+
+    def __init__(self) -> None:
+        self._found: dict[_Key, tuple[Threshold, Threshold]] = {}
+
+    def get(self, key: _Key) -> tuple[Threshold, Threshold] | None:
+        return self._found.get(key)
+
+    def keep(self, key: _Key, found: tuple[Threshold, Threshold]) -> None:
+        """Of columns that are not too many; begins anew when there are too many looks."""
+        if len(found[0].critical) > _REMEMBERED_COLUMNS:
+            return
+        if len(self._found) >= _REMEMBERED:
+            self._found.clear()
+        self._found[key] = found
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +109,22 @@ class Judgement:
         )
 
 
-def judge(pair: Pair, rules: AlarmRules, log_level: float, calibration: Calibration) -> Judgement:
-    """``log_level``: ln of what one column of this look may have by chance (``calibration.log_level``)."""
+def judge(
+    pair: Pair, rules: AlarmRules, log_level: float, calibration: Calibration, known: Known | None = None
+) -> Judgement:
+    """``log_level``: ln of what one column of this look may have by chance (``calibration.log_level``).
+
+    ``known``: what the looks of one profile under the same rules and calibration share.
+    """
     low, psi = _KS.score(pair), _PSI.scores(pair)
-    to_ks, to_psi = _thresholds(pair, psi.occupied, rules, log_level, calibration)
+    if known is None or pair.expected is not pair.layout.profiled:
+        to_ks, to_psi = _thresholds(pair, psi.occupied, rules, log_level, calibration)
+    else:
+        key = log_level, pair.found.rows.tobytes(), pair.found.missing.tobytes(), psi.occupied.tobytes()
+        if (found := known.get(key)) is None:
+            found = _thresholds(pair, psi.occupied, rules, log_level, calibration)
+            known.keep(key, found)
+        to_ks, to_psi = found
     floor = np.array([rules.min_ks, rules.min_psi], "f8")
     log_p, flags = np.empty((2, len(low))), np.empty((3, len(low)), bool)
     judge_columns(low, psi.value, to_ks.table, to_psi.table, floor, rules.clear_ratio * floor, log_p, flags)

@@ -18,7 +18,8 @@ class KolmogorovSmirnov:
         """The certain lower end, equal to D when all distinct reference values are knots."""
         low = np.empty(len(pair.layout.columns))
         ks_distance(pair.expected.cumulated, pair.found.counts, pair.layout.start, low)
-        low[pair.layout.discrete] = np.nan
+        if pair.layout.any_discrete:
+            low[pair.layout.discrete] = np.nan
         return low
 
     def interval(self, pair: Pair) -> tuple[Array, Array]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from monitor.drift.base import Pair
 from monitor.drift.rates import Amounts, amounts
+from monitor.kernels.shares import any_exceeds
 from monitor.layout import Layout
 from monitor.types import AlarmRules, Array, QualityScore, Verdict
 
@@ -135,6 +136,14 @@ class QualityJudgement:
             checks.names[which],
             math.exp(self.log_level),
         )
+
+
+def is_clean(checks: Checks, pair: Pair, rules: AlarmRules) -> bool:
+    """Whether ``judge_quality`` would find all checks quiet and none over, where that can be told at a glance."""
+    if len(checks) > len(checks.kinds) or len(checks.summed) or pair.expected is not pair.layout.profiled:
+        return False
+    margin = rules.clear_ratio * rules.min_rate
+    return not any_exceeds(pair.found.counts, checks.cells, pair.found.rows, checks.places, checks.allowed, margin)
 
 
 def judge_quality(

@@ -35,7 +35,7 @@ class Rates:
 
 
 def amounts(layout: Layout, cells: Array) -> Amounts:
-    """From int64 or int32 counts of the layout's cells."""
+    """From counts of the layout's cells, of any integer type."""
     first, last = layout.start[:-1], layout.start[1:] - 1
     empty = last - first == 1
     new = np.zeros(len(first), "i8")
@@ -47,7 +47,7 @@ def amounts(layout: Layout, cells: Array) -> Amounts:
 
 def rates(pair: Pair) -> Rates:
     reference_rows, rows = pair.rows
-    found = amounts(pair.layout, pair.window)
+    found = amounts(pair.layout, pair.found.counts)
     return Rates(
         _share(found.missing, rows),
         _share(pair.missing[0], reference_rows),

@@ -29,7 +29,7 @@ def cumulate(counts: Array, start: Array, out: Array) -> None:
         mine[found.size] = np.float64(total)
 
 
-@kernel((_F64, _I64, _I64, _OUT), (_F64, read_only(types.int32), _I64, _OUT))
+@kernel(*[(_F64, read_only(counts), _I64, _OUT) for counts in (types.int64, types.int32, types.uint16)])
 def ks_distance(cumulated: Array, window: Array, start: Array, low: Array) -> None:
     """``low`` of ``ks_interval`` alone, from a reference whose counts were cumulated: for every look.
 

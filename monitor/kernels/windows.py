@@ -21,7 +21,11 @@ def _arguments(pane: Any, window: Any) -> tuple[Any, ...]:
     return (_OPENED, types.Array(pane, 2, "C"), types.int64, _I64, types.Array(window, 2, "C"))
 
 
-@kernel(_arguments(types.int32, types.int64), _arguments(types.uint16, types.int32))
+@kernel(
+    _arguments(types.int32, types.int64),
+    _arguments(types.uint16, types.int32),
+    _arguments(types.uint16, types.uint16),
+)
 def close_pane(opened: Array, panes: Array, closed: int, lengths: Array, sums: Array) -> None:
     """``opened`` enters every window, takes its place in the ring ``panes`` and begins anew, with zeros.
 

@@ -4,7 +4,8 @@
         |            |           |  \\________|____-> rejected
         +------------+-----------+-- (silence) --> lost
 
-A sink that has taken the event makes it accepted. A version whose lineage names the trigger makes it registered, also
+A sink that has taken the event makes it accepted. One that was lost because no sink took it is requested again when a
+person has the event tried again. A version whose lineage names the trigger makes it registered, also
 when the job was given up as lost, or when an earlier version of the same job was rejected. A person may promote what
 was rejected; a promoted version that is rolled back makes it rejected. What does not fit is ignored: hints may come
 late, twice and in any order.
@@ -52,6 +53,11 @@ def accepted(job: Job, sink: str, now_ns: int) -> Job:
 def undelivered(job: Job, reason: str, now_ns: int) -> Job:
     """No sink will ever have the event."""
     return _moved(job, "lost", now_ns, reason) if job.state == "requested" else job
+
+
+def retried(job: Job, now_ns: int) -> Job:
+    """Its event, which no sink took, is on its way again."""
+    return _moved(job, "requested", now_ns) if job.state == "lost" and not job.version else job
 
 
 def registered(job: Job, version: str, now_ns: int) -> Job:

@@ -99,6 +99,13 @@ class Undelivered:
 
 
 @dataclass(slots=True, frozen=True)
+class Retried:
+    """A person has the event of a lost job tried again."""
+
+    trigger_id: str
+
+
+@dataclass(slots=True, frozen=True)
 class Registered:
     """A version names the trigger in its lineage."""
 
@@ -131,8 +138,9 @@ class Rejected:
 
 
 Event: TypeAlias = (
-    Tick | Observed | Raised | Cleared | Asked | Delivered | Undelivered | Registered | Gated | Promoted | Rejected
-)
+    Tick | Observed | Raised | Cleared | Asked | Delivered | Undelivered | Retried | Registered | Gated | Promoted
+    | Rejected
+)  # fmt: skip
 
 
 # --- decisions -------------------------------------------------------------------------------------------------------
@@ -213,6 +221,8 @@ class _Turn:
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.accepted(job, sink, now))
             case Undelivered(trigger_id, reason):
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.undelivered(job, reason, now))
+            case Retried(trigger_id):
+                self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.retried(job, now))
             case Registered(trigger_id, version):
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.registered(job, version, now))
             case Gated(version, passed, detail):

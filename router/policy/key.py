@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
+from router.decision import RouteQuery
 from router.errors import Problem
-from router.types import KeySpec, ParameterValue, RouteQuery
+from router.types import KeySpec, ParameterValue
 
 _HEADER: Final = 0
 _PARAMETER: Final = 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
+from router.decision import RouteQuery
 from router.errors import Problem
 from router.policy.key import as_text
-from router.types import Choice, Match, ParameterValue, RouteQuery, Rule, ValueTest
+from router.types import Choice, Match, ParameterValue, Rule, ValueTest
 
 T = TypeVar("T")
 

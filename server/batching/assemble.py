@@ -1,4 +1,5 @@
-"""Members' tensors to one ``Batch`` and the batch's outputs back to each member's own. No copies but those of padding.
+"""Members' tensors to one ``Batch`` and the batch's outputs back to each member's own. No copies but those of padding
+and of small shares.
 
 **Row plan.** Members may share a batch when they leave out the same optional inputs and their inputs agree on every
 dimension after the batch, once padded. Datatypes and fixed dimensions are the spec's: the gateway has checked them.
@@ -21,13 +22,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from server.errors import ConfigError, InvalidArgument, RuntimeFailure
 from server.runtime.base import Batch, BatchingOptions
 from server.types import BYTES, DATATYPES, Buffer, ModelSpec, Tensor, TensorSpec
+
+#: Shares of up to this size on average are copied out of the batch.
+_COPIED_BYTES: Final = 4096
 
 
 class Rows(Protocol):
@@ -167,6 +171,8 @@ def _slices(tensor: Tensor, counts: list[int]) -> list[Tensor]:
             f"must be the batch"
         )
     name, datatype, row_shape, data = tensor.name, tensor.datatype, tensor.shape[1:], tensor.data
+    if isinstance(data, bytes) and len(data) <= _COPIED_BYTES * len(counts):
+        return _copies(name, datatype, row_shape, data, counts, len(data) // total)
     source: memoryview | list[bytes] = data if isinstance(data, list) else _flat(data)
     step = len(source) // total
     slices = []
@@ -174,6 +180,22 @@ def _slices(tensor: Tensor, counts: list[int]) -> list[Tensor]:
     for count in counts:
         end = start + count * step
         slices.append(Tensor(name, datatype, (count, *row_shape), source[start:end]))
+        start = end
+    return slices
+
+
+def _copies(
+    name: str, datatype: str, row_shape: tuple[int, ...], data: bytes, counts: list[int], step: int
+) -> list[Tensor]:
+    """Small shares: a copy costs less than a view, and does not keep the whole."""
+    slices: list[Tensor] = []
+    start = before = 0
+    shape: tuple[int, ...] = ()
+    for count in counts:
+        if count != before:
+            before, shape = count, (count, *row_shape)
+        end = start + count * step
+        slices.append(Tensor(name, datatype, shape, data[start:end]))
         start = end
     return slices
 

@@ -17,9 +17,9 @@ a batch and the wake its thread reads the members' inputs and sets their outputs
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 import structlog
 
 from server.batching.assemble import Layout
-from server.batching.planner import GONE, NEW, TAKEN, WAITING, Action, Full, Planner, Reason, Run, WakeAt, limits_for
+from server.batching.planner import GONE, TAKEN, WAITING, Action, Full, Member, Planner, Reason, Run, WakeAt, limits_for
 from server.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -77,42 +77,49 @@ CallSoon: TypeAlias = Callable[..., object]
 CallLater: TypeAlias = Callable[[float, Callable[[], None]], TimerHandle]
 
 
-@dataclass(slots=True, eq=False)
-class Work:
-    """One request for one version, and later its answer. Compared by identity.
+class Work(Member):
+    """One request for one version, and later its answer.
 
-    ``inputs`` stand in spec order and fit the spec; None is an absent optional input. Times are monotonic ns; a time
-    that never came is 0. Before ``done`` is called exactly one of ``outputs`` and ``error`` is set.
+    ``inputs`` stand in spec order and fit the spec; None is an absent optional input. ``done`` is called exactly once,
+    on the loop, unless it was cancelled; before that exactly one of ``outputs`` (this request's own rows, in spec
+    order) and ``error`` is set. Times are monotonic ns; a time that never came is 0. ``started_ns``: its first batch
+    was handed to the engine; a failed batch may be run again in parts.
     """
 
-    inputs: list[Tensor | None]
-    rows: int  # 0 for a model that does not batch
-    done: Callable[[Work], None]  # called exactly once, on the loop, unless cancelled
-    deadline_ns: int = 0  # 0: none
-    priority: int = 0  # 0: the model's default
-    timeout_us: int = 0  # the request's own queue timeout, where the policy allows one
-    outputs: list[Tensor] | None = None  # this request's own rows, in spec order
-    error: TidegateError | None = None
-    enqueued_ns: int = 0
-    started_ns: int = 0  # its first batch was handed to the engine; a failed batch may be run again in parts
-    assembled_ns: int = 0
-    computed_ns: int = 0
-    finished_ns: int = 0
-    batch_rows: int = 0
-    batch_members: int = 0
-    batch_id: int = 0
-    #: Requests with another mark never share a batch with it: a part of the traffic that is measured by itself.
-    apart: str = ""
-    # The planner's notes.
-    plan: Hashable = field(default=(), repr=False)
-    state: int = field(default=NEW, repr=False)
-    ticket: int = field(default=0, repr=False)
-    lane: int = field(default=0, repr=False)
-    timeout_ns: int = field(default=0, repr=False)
-    ripe: bool = field(default=False, repr=False)
+    __slots__ = (
+        "apart", "assembled_ns", "batch_id", "batch_members", "batch_rows", "computed_ns", "done", "error",
+        "finished_ns", "inputs", "outputs", "started_ns",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        inputs: list[Tensor | None],
+        rows: int,  # 0 for a model that does not batch
+        done: Callable[[Work], None],
+        deadline_ns: int = 0,
+        priority: int = 0,
+        timeout_us: int = 0,
+        outputs: list[Tensor] | None = None,
+        error: TidegateError | None = None,
+        enqueued_ns: int = 0,
+    ) -> None:
+        super().__init__(rows, priority, timeout_us, deadline_ns, enqueued_ns)
+        self.inputs = inputs
+        self.done = done
+        self.outputs = outputs
+        self.error = error
+        self.started_ns = 0
+        self.assembled_ns = 0
+        self.computed_ns = 0
+        self.finished_ns = 0
+        self.batch_rows = 0
+        self.batch_members = 0
+        self.batch_id = 0
+        #: Requests with another mark never share a batch with it: a part of the traffic that is measured by itself.
+        self.apart = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class BatchRecord:
     """One run of the engine, for statistics; a batch that fails and is run again in parts gives one record per run.
 
@@ -131,38 +138,60 @@ class BatchRecord:
     split_ns: int
     error: str | None
 
+    def __init__(
+        self,
+        id: int,
+        instance: int,
+        rows: int,
+        members: int,
+        started_ns: int,
+        queue_ns: int,
+        assemble_ns: int,
+        compute_ns: int,
+        split_ns: int,
+        error: str | None,
+    ) -> None:
+        self.id = id
+        self.instance = instance
+        self.rows = rows
+        self.members = members
+        self.started_ns = started_ns
+        self.queue_ns = queue_ns
+        self.assemble_ns = assemble_ns
+        self.compute_ns = compute_ns
+        self.split_ns = split_ns
+        self.error = error
 
-@dataclass(slots=True)
+
 class _Execution:
     """A batch on its way through the engine. Phase ends are 0 when the phase was not reached."""
 
-    id: int
-    slot: int  # the planner's number for it
-    members: list[Work]
-    instance: int = 0  # which engine instance ran it
-    started_ns: int = 0
-    queue_ns: int = 0
-    rows: int = 0
-    assembled_ns: int = 0
-    computed_ns: int = 0
-    finished_ns: int = 0
-    error: TidegateError | None = None
+    __slots__ = (
+        "assembled_ns", "computed_ns", "error", "finished_ns", "id", "instance", "members", "queue_ns", "rows", "slot",
+        "started_ns",
+    )  # fmt: skip
+
+    def __init__(self, id: int, slot: int, members: list[Work]) -> None:
+        self.id = id
+        self.slot = slot  # the planner's number for it
+        self.members = members
+        self.instance = 0  # which engine instance ran it
+        self.started_ns = 0
+        self.queue_ns = 0
+        self.rows = 0
+        self.assembled_ns = 0
+        self.computed_ns = 0
+        self.finished_ns = 0
+        self.error: TidegateError | None = None
 
     def record(self) -> BatchRecord:
         assembled_ns = self.assembled_ns or self.finished_ns  # a phase that failed ends where the run ended
         computed_ns = self.computed_ns or self.finished_ns
         return BatchRecord(
-            id=self.id,
-            instance=self.instance,
-            rows=self.rows,
-            members=len(self.members),
-            started_ns=self.started_ns,
-            queue_ns=self.queue_ns,
-            assemble_ns=assembled_ns - self.started_ns,
-            compute_ns=computed_ns - assembled_ns,
-            split_ns=self.finished_ns - computed_ns,
-            error=self.error.code if self.error is not None else None,
-        )
+            self.id, self.instance, self.rows, len(self.members), self.started_ns, self.queue_ns,
+            assembled_ns - self.started_ns, computed_ns - assembled_ns, self.finished_ns - computed_ns,
+            self.error.code if self.error is not None else None,
+        )  # fmt: skip
 
 
 class Batcher:
@@ -336,7 +365,9 @@ class Batcher:
 
     def _set_timer(self, at_ns: int) -> None:
         self._drop_timer()
-        self._timer = self._call_later(max(0, at_ns - self._clock()) / 1e9, self._wake)
+        # Loops keep time by the millisecond: less would be rounded to none, and asked for again until it has passed.
+        left_ms = max(0, -(-(at_ns - self._clock()) // 1_000_000))
+        self._timer = self._call_later(left_ms / 1e3, self._wake)
 
     def _drop_timer(self) -> None:
         if self._timer is not None:
@@ -419,7 +450,8 @@ class Batcher:
             members = self._planner.fail(execution.slot, divide=execution.error.divides)
         self._note_start(execution)
         record = execution.record()
-        self._learn(record.compute_ns)
+        if execution.error is None:  # what fails may fail at once: that says nothing of how long a good run takes
+            self._learn(record.compute_ns)
         if self._on_batch is not None:
             self._call_back(self._on_batch, record)
         return members

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
-from typing import Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from server.runtime.base import BatchingOptions, QueuePolicy
 from server.types import ModelSpec
@@ -49,21 +49,35 @@ GONE: Final = 3
 _SLACK: Final = 64
 
 
-class Member(Protocol):
-    """What the planner reads of a request (first block) and notes on it (second block)."""
+class Member:
+    """What the planner reads of a request (first block) and notes on it (second block). Compared by identity."""
 
-    rows: int  # 0 counts as 1
-    priority: int
-    timeout_us: int
-    deadline_ns: int
-    enqueued_ns: int
-    plan: Hashable
+    __slots__ = (
+        "deadline_ns", "enqueued_ns", "lane", "plan", "priority", "ripe", "rows", "state", "ticket", "timeout_ns",
+        "timeout_us",
+    )  # fmt: skip
 
-    state: int
-    ticket: int
-    lane: int
-    timeout_ns: int
-    ripe: bool
+    def __init__(
+        self,
+        rows: int = 1,
+        priority: int = 0,
+        timeout_us: int = 0,
+        deadline_ns: int = 0,
+        enqueued_ns: int = 0,
+        plan: Hashable = (),
+    ) -> None:
+        self.rows = rows  # 0 counts as 1
+        self.priority = priority  # 0: the default level
+        self.timeout_us = timeout_us  # its own queue timeout, where the policy allows one
+        self.deadline_ns = deadline_ns  # 0: none
+        self.enqueued_ns = enqueued_ns
+        self.plan = plan
+
+        self.state = NEW
+        self.ticket = 0
+        self.lane = 0
+        self.timeout_ns = 0
+        self.ripe = False
 
 
 M = TypeVar("M", bound=Member)

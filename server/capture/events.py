@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from http.client import HTTPException
 from typing import Any, Final
+from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 import orjson
@@ -125,6 +126,9 @@ class EventSender:
             request = Request(self._options.url, body, {"Content-Type": BATCH_TYPE}, method="POST")  # noqa: S310
             with self._opener.open(request, timeout=self._options.timeout_s):
                 self.sent += len(records)
+        except HTTPError as error:
+            error.close()  # it holds the connection
+            self._failed(records, str(error))
         except (OSError, HTTPException) as error:
             self._failed(records, str(error))
         except Exception as error:  # the boundary: whatever was captured must not end the sender

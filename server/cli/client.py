@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Final
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import click
 
+from server.admin_token import NAME
 from server.errors import ConfigError, NotFound, TidegateError
 
 _TIMEOUT_S: Final = 20
@@ -20,11 +22,25 @@ _MOST_BYTES: Final = 1 << 30
 URL = click.option(
     "--url", default="127.0.0.1:8003", show_default=True, metavar="URL", help="Admin address of the server."
 )
+#: Of commands that change something: reading asks for the token on other addresses than a loopback one only.
+STATE_DIR = click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=Path("tidegate-state"),
+    show_default=True,
+    help="Where the server's admin token lies, when none is given.",
+)
 TOKEN = click.option("--token", envvar="TIDEGATE_ADMIN_TOKEN", help="Bearer token, when reading asks for one.")
 
 
 def read(
-    address: str, path: str, token: str | None, *, method: str = "GET", told: Mapping[str, str] | None = None
+    address: str,
+    path: str,
+    token: str | None,
+    *,
+    method: str = "GET",
+    told: Mapping[str, str] | None = None,
+    body: bytes | None = None,
 ) -> bytes:
     """The body at a path of an admin address (URL or HOST:PORT); ``told``: further headers.
 
@@ -37,11 +53,13 @@ def read(
     # UTF-8, which HTTP hands on as Latin-1.
     headers |= {name: value.encode().decode("latin-1") for name, value in (told or {}).items()}
     try:
-        with urlopen(Request(url, headers=headers, method=method), timeout=_TIMEOUT_S) as answer:  # noqa: S310 - scheme checked above
+        request = Request(url, body, headers, method=method)  # noqa: S310 - scheme checked above
+        with urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
             return bytes(answer.read(_MOST_BYTES))
     except HTTPError as error:
         kind = NotFound if error.code == HTTPStatus.NOT_FOUND else TidegateError
-        raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
+        with error:  # it holds the connection
+            raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
     except (URLError, HTTPException, OSError, ValueError) as error:
         raise TidegateError(f"{url} cannot be read: {error}") from error
 
@@ -51,9 +69,21 @@ def read_json(address: str, path: str, token: str | None) -> dict[str, Any]:
     return _object(address, path, read(address, path, token))
 
 
-def order(address: str, path: str, token: str | None, told: Mapping[str, str]) -> dict[str, Any]:
-    """POST to a path without a body; the JSON object that answers. Raises what ``read`` raises."""
-    return _object(address, path, read(address, path, token, method="POST", told=told))
+def order(
+    address: str, path: str, token: str | None, told: Mapping[str, str], asked: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """POST to a path, ``asked`` as JSON if it is given; the JSON object that answers. Raises what ``read`` raises."""
+    body = None if asked is None else json.dumps(asked).encode()
+    kind = {} if asked is None else {"Content-Type": "application/json"}
+    return _object(address, path, read(address, path, token, method="POST", told={**kind, **told}, body=body))
+
+
+def token_in(state_dir: Path) -> str | None:
+    """The admin token that a server has made in its state folder; None where there is none to be read."""
+    try:
+        return (state_dir / NAME).read_text().strip()
+    except OSError:
+        return None
 
 
 def _object(address: str, path: str, body: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from monitor.outcomes import Form, LabelReference, LabelSettings, Task
 from monitor.types import BYTES
 from server.errors import InvalidArgument
 from server.tabular import Array, Tabular
+from server.transport.feedback import number_of
 
 if TYPE_CHECKING:
     from monitor.types import Column
@@ -129,12 +130,21 @@ def _labels(settings: LabelSettings, values: Array, name: str) -> Array:
     found = []
     for value in values.tolist():
         outcome = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        label = label_of(settings, outcome)
+        label = label_of(settings, _said(settings, outcome))
         if label is None:
             wanted = ", ".join(settings.classes) or ("a number" if settings.task == "regression" else "0 or 1")
             raise InvalidArgument(f"--label: '{name}' holds {str(outcome)[:64]!r}, wanted {wanted}")
         found.append(label)
     return np.array(found, "f8")
+
+
+def _said(settings: LabelSettings, outcome: Any) -> Any:
+    """An outcome as the server would take it: the name of a class, or else the number that it means."""
+    text = str(outcome).lower() if isinstance(outcome, bool) else outcome  # as JSON writes it
+    if not isinstance(text, str) or text in settings.class_of:
+        return text
+    number = number_of(text)
+    return text if number is None else number
 
 
 def _predictions(settings: LabelSettings, found: Tabular, rows: Array) -> Array:

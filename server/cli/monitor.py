@@ -166,13 +166,16 @@ def _arranged(
         raise click.UsageError("--run needs --model")
     wanted = tabular.parse_kinds(kinds)
     table = tabular.read_tables(data)
+    if len({len(values) for values in table.values()}) > 1:
+        rows = [f"{name} {len(values)}" for name, values in table.items()]
+        raise InvalidArgument(f"the data's columns differ in rows: {_some(rows)}")
     outcomes = None if label is None else labelled.set_aside(table, label)
     if model is None:
         spec = None if signature is None else tabular.read_signature(signature)
-        return tabular.arrange(table, spec, places, wanted), outcomes
+        return tabular.with_strings(tabular.arrange(table, spec, places, wanted), data), outcomes
     engine = tabular.load(model)
     try:
-        found = tabular.arrange(table, engine.spec, places)
+        found = tabular.with_strings(tabular.arrange(table, engine.spec, places), data)
         if run_model:
             tabular.add_outputs(found, engine)
     finally:
@@ -207,7 +210,16 @@ def _column_cells(found: ColumnProfile) -> list[object]:
     element = f"{column.source} {column.tensor}" + (f"[{column.index}]" if column.width > 1 else "")
     missing = f"{100 * (found.rows - found.present) / max(1, found.rows):.2f}%"
     within = f"{found.ks_resolution:.4f}" if found.ordered else "-"
-    return [column.name, element, column.kind, missing, f"{found.mean:.4g}", f"{found.sd:.4g}", len(found.bins), within]
+    return [
+        _printable(column.name),
+        _printable(element),
+        column.kind,
+        missing,
+        f"{found.mean:.4g}",
+        f"{found.sd:.4g}",
+        len(found.bins),
+        within,
+    ]
 
 
 # --- calibrate, skew -------------------------------------------------------------------------------------------------
@@ -236,7 +248,7 @@ def calibrate(
     with _given():
         layout = Layout(_load(profile_file))
         found, _ = _arranged(data, model, None, places, run_model, ())
-        done = calibration.calibrate(layout, _of_profile(layout, found))
+        done = calibration.calibrate(layout, _of_profile(layout, found, data))
         with _writing(output):
             sealed.write_file(output, json.dumps(done.to_dict()).encode())
     _warn(layout, done)
@@ -244,7 +256,9 @@ def calibrate(
         show.as_json({**done.to_dict(), "columns": list(layout.names)})
         return
     rows = zip(layout.names, done.ks, done.psi, done.settled, strict=True)
-    cells = [[name, f"{ks:.2f}", f"{psi:.2f}", "yes" if settled else "NO"] for name, ks, psi, settled in rows]
+    cells = [
+        [_printable(name), f"{ks:.2f}", f"{psi:.2f}", "yes" if settled else "NO"] for name, ks, psi, settled in rows
+    ]
     show.table(["COLUMN", "KS INFLATION", "PSI INFLATION", "SETTLED"], cells)
     click.echo(f"{output}: {done.rows} rows in blocks of {done.block_rows}")
 
@@ -289,18 +303,18 @@ def skew(
     with _given():
         profile_ = _load(profile_file)
         found, _ = _arranged(data, model, None, places, run_model, ())
-        report = _skew(profile_, found, profile_file.stem)
+        report = _skew(profile_, found, data, profile_file.stem)
         _show({"report": report}, html, as_json)
 
 
-def _skew(profile_: ReferenceProfile, found: Tabular, name: str) -> dict[str, Any]:
+def _skew(profile_: ReferenceProfile, found: Tabular, data: Sequence[Path], name: str) -> dict[str, Any]:
     """A drift report of one window that has all rows; one such report in a hundred may be over by chance."""
     from monitor.judging import Judge
     from monitor.layout import Layout
     from monitor.types import AlarmRules, DriftReport, Settings, Window, WindowCounts
 
     layout = Layout(profile_)
-    cells = layout.count_table(_of_profile(layout, found))
+    cells = layout.count_table(_of_profile(layout, found, data))
     rows = int(cells[: int(layout.start[1])].sum())
     if not rows:
         raise InvalidArgument("the data have no rows")
@@ -317,10 +331,14 @@ def _load(path: Path) -> ReferenceProfile:
     return ReferenceProfile.load(path)
 
 
-def _of_profile(layout: Layout, found: Tabular) -> dict[str, Any]:
-    """The profile's columns in the data: by name, else by tensor and element."""
+def _of_profile(layout: Layout, found: Tabular, data: Sequence[Path]) -> dict[str, Any]:
+    """The profile's columns in the data: by name, else by tensor and element. Strings are as the files have them."""
+    from monitor.types import BYTES
+    from server.tabular import with_strings
+
     elements = {(column.source, column.tensor, column.index): column.name for column in found.columns}
-    table = {}
+    names: dict[str, str] = {}
+    strings: list[str] = []
     for profiled in layout.columns:
         column = profiled.column
         name = column.name
@@ -329,8 +347,11 @@ def _of_profile(layout: Layout, found: Tabular) -> dict[str, Any]:
         if name not in found.table:
             hint = ": use --model with --run" if column.source == "output" else ""
             raise InvalidArgument(f"the data have no column '{column.name}' of the profile{hint}")
-        table[column.name] = found.table[name]
-    return table
+        names[column.name] = name
+        if (column.source, column.datatype) == ("input", BYTES):
+            strings.append(name)
+    table = with_strings(found, data, strings).table
+    return {own: table[name] for own, name in names.items()}
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

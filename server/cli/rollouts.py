@@ -9,20 +9,12 @@ from urllib.parse import quote
 
 import click
 
-from server.admin_token import NAME
 from server.cli import show
-from server.cli.client import TOKEN, URL, order, read_json
+from server.cli.client import STATE_DIR, TOKEN, URL, order, read_json, token_in
 from server.cli.registry import ACTOR, AS_JSON
 from server.state import operator
 
 REASON = click.option("--reason", default="", help="Why, for the audit.")
-STATE_DIR = click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path),
-    default=Path("tidegate-state"),
-    show_default=True,
-    help="Where the server's admin token lies, when none is given.",
-)
 #: Of the table of expected steps.
 STEP_HEADINGS: Final = ("WEIGHT", "MEDIAN", "90 %", "BY")
 REVISION = click.option("--revision", type=int, help="Only if the rollout is still at this revision.")
@@ -123,18 +115,11 @@ def _ordering(word: str, text: str) -> None:
         headers = {"x-tidegate-actor": actor or operator(), "x-tidegate-reason": reason}
         if revision is not None:
             headers["if-match"] = str(revision)
-        found = order(url, _path(rollout_id, word), token or _token_in(state_dir), headers)
+        found = order(url, _path(rollout_id, word), token or token_in(state_dir), headers)
         if as_json:
             show.as_json(found)
         else:
             _describe(found)
-
-
-def _token_in(state_dir: Path) -> str | None:
-    try:
-        return (state_dir / NAME).read_text().strip()
-    except OSError:
-        return None
 
 
 _ordering("pause", "Stand still: nothing advances, gates go on and may still take the candidate back.")

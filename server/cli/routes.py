@@ -15,8 +15,8 @@ from urllib.request import Request, urlopen
 import click
 
 from router.compiled import CompiledRoutes, is_version
+from router.decision import RouteDecision, RouteQuery
 from router.errors import BadVersion, KeyMissing
-from router.types import RouteDecision, RouteQuery
 from server.cli import show
 from server.cli.rollouts import STEP_HEADINGS, step_cells
 from server.config.load import load_config, parse_config
@@ -239,7 +239,8 @@ def _ask(url: str, token: str | None, body: bytes | None = None) -> bytes:
             return bytes(answer.read())
     except HTTPError as error:
         kind = _REFUSED.get(error.code, TidegateError)
-        raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
+        with error:  # it holds the connection
+            raise kind(f"{url} answers {error.code}: {_reason(error)}") from error
     except (URLError, OSError) as error:
         raise TidegateError(f"{url} cannot be read: {error}") from error
 

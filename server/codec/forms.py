@@ -8,7 +8,7 @@ request was good; what does not fit it in every detail is read the usual way, er
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 
@@ -39,26 +39,32 @@ _DATA: Final = b'"data"'
 _PROBES: Final = ((b"[1]", 1), (b"[2]", 2))
 
 
-class _Input(NamedTuple):
+class _Input:
     """Its contents: ``elements`` numbers of JSON, or bytes ``start`` to ``stop`` of the binary part."""
 
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    elements: int
-    start: int
-    stop: int
+    __slots__ = ("datatype", "elements", "name", "shape", "start", "stop")
+
+    def __init__(self, tensor: Tensor, elements: int, start: int, stop: int) -> None:
+        self.name = tensor.name
+        self.datatype = tensor.datatype
+        self.shape = tensor.shape
+        self.elements = elements
+        self.start = start
+        self.stop = stop
 
 
-class _Known(NamedTuple):
+class _Known:
     """What a form says under these limits."""
 
-    limits: RequestLimits
-    id: str
-    inputs: tuple[_Input, ...]
-    outputs: tuple[RequestedOutput, ...]
-    parameters: dict[str, ParameterValue]
-    binary_output: bool
+    __slots__ = ("binary_output", "id", "inputs", "limits", "outputs", "parameters")
+
+    def __init__(self, limits: RequestLimits, inputs: list[_Input], request: InferenceRequest) -> None:
+        self.limits = limits
+        self.inputs = inputs
+        self.id = request.id
+        self.outputs: list[RequestedOutput] = list(request.outputs)
+        self.parameters: dict[str, ParameterValue] = dict(request.parameters)
+        self.binary_output = request.binary_output
 
     def request(self, model: str, version: str, inputs: list[Tensor]) -> InferenceRequest:
         """A request of its own: whoever has it may change its lists and its parameters."""
@@ -110,9 +116,7 @@ class Forms:
             return
         if len(self._known) >= _FORMS:
             self._known.clear()
-        self._known[form] = _Known(
-            limits, request.id, inputs, tuple(request.outputs), request.parameters.copy(), request.binary_output
-        )
+        self._known[form] = _Known(limits, inputs, request)
 
 
 def form_of(text: bytes, *, has_binary: bool) -> Form | None:
@@ -152,14 +156,14 @@ def _from_binary(known: _Known, binary: memoryview, whole: bool) -> list[Tensor]
     ]
 
 
-def _one_list(form: Form, inputs: list[Tensor]) -> tuple[_Input, ...] | None:
+def _one_list(form: Form, inputs: list[Tensor]) -> list[_Input] | None:
     """What the form says of the only input, when the list that it leaves out is that input's data."""
     if len(inputs) != 1:
         return None
     (tensor,) = inputs
     if tensor.datatype == BYTES or not all(_arrives(form, *probe) for probe in _PROBES):
         return None
-    return (_Input(tensor.name, tensor.datatype, tensor.shape, element_count(tensor.shape), 0, 0),)
+    return [_Input(tensor, element_count(tensor.shape), 0, 0)]
 
 
 def _arrives(form: Form, text: bytes, number: int) -> bool:
@@ -172,7 +176,7 @@ def _arrives(form: Form, text: bytes, number: int) -> bool:
     return type(data) is int and data == number
 
 
-def _layout(inputs: list[Tensor], binary_size: int) -> tuple[_Input, ...] | None:
+def _layout(inputs: list[Tensor], binary_size: int) -> list[_Input] | None:
     """Where each input's contents are, when all have theirs in the binary part, in their order, and none is strings."""
     found: list[_Input] = []
     stop = 0
@@ -181,8 +185,8 @@ def _layout(inputs: list[Tensor], binary_size: int) -> tuple[_Input, ...] | None
         if size is None:
             return None
         start, stop = stop, stop + size
-        found.append(_Input(tensor.name, tensor.datatype, tensor.shape, 0, start, stop))
-    return tuple(found) if stop == binary_size else None
+        found.append(_Input(tensor, 0, start, stop))
+    return found if stop == binary_size else None
 
 
 def _size(data: Buffer | list[bytes]) -> int | None:

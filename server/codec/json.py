@@ -68,7 +68,8 @@ def decode_infer(
     size = len(body) if json_size is None else json_size
     if size > len(body):
         raise InvalidArgument(f"the JSON part is said to have {size} bytes, the body has {len(body)}")
-    text = bytes(body) if size == len(body) else bytes(body[:size])
+    part = body[:size] if size < len(body) else body
+    text = part if isinstance(part, bytes) else bytes(part)
     binary = memoryview(body)[size:]
     form = form_of(text, has_binary=len(binary) > 0) if size <= LONGEST else None
     if form is not None:
@@ -344,6 +345,10 @@ def encode_infer(
     and ``-Infinity``, which common clients read and strict JSON parsers refuse; with ``strict_json`` they raise
     InvalidArgument naming the output. So do BYTES in JSON that are not UTF-8.
     """
+    if len(response.outputs) == 1 and not response.id and not response.parameters:
+        binary = outputs[0].binary if outputs else None
+        if binary_default if binary is None else binary:
+            return _single_binary(response, response.outputs[0])
     chosen = {output.name: output.binary for output in outputs if output.binary is not None} if outputs else {}
     tail: list[Buffer] = []
     entries: list[bytes] = []
@@ -357,6 +362,21 @@ def encode_infer(
             entries.append(b'%b,"data":%b}' % (head, _data(tensor, strict_json)))
     document = b'%b,"outputs":[%b]}' % (_response_head(response), b",".join(entries))
     return ([document, *tail], len(document)) if tail else ([document], None)
+
+
+def _single_binary(response: InferenceResponse, tensor: Tensor) -> tuple[list[Buffer], int | None]:
+    raw = raw_contents(tensor)
+    document = _single_document(
+        response.model, response.version, tensor.name, tensor.datatype, tensor.shape, len(raw)
+    )  # fmt: skip
+    return [document, raw], len(document)
+
+
+@lru_cache(maxsize=4096)
+def _single_document(model: str, version: str, name: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
+    """The JSON part of an answer with one output, whose contents are ``size`` bytes behind it."""
+    entry = b'%b,"parameters":{"binary_data_size":%d}}' % (_output_head(name, datatype, shape), size)
+    return b'%b,"outputs":[%b]}' % (_model_head(model, version), entry)
 
 
 def binary_outputs(response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool) -> frozenset[str]:

@@ -215,6 +215,24 @@ def infer_parts(response: InferenceResponse) -> list[Buffer]:
     return parts
 
 
+def framed_infer(response: InferenceResponse) -> bytes:
+    """``encode_infer`` as a gRPC message that is not compressed: behind a zero and its length in four bytes."""
+    outputs = response.outputs
+    if len(outputs) == 1 and not response.id and not response.parameters:
+        output = outputs[0]
+        raw = raw_contents(output)
+        head = _framed_head(response.model, response.version, output.name, output.datatype, output.shape, len(raw))
+        return b"".join([head, raw])
+    parts = infer_parts(response)
+    return b"".join([b"\0", sum(map(len, parts)).to_bytes(4, "big"), *parts])
+
+
+@lru_cache(maxsize=4096)
+def _framed_head(model: str, version: str, name: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
+    head = _single_head(model, version, name, datatype, shape, size)
+    return b"\0" + (len(head) + size).to_bytes(4, "big") + head
+
+
 def encode_stream_infer(response: InferenceResponse) -> bytes:
     """A ModelStreamInferResponse that carries an answer."""
     answer = encode_infer(response)

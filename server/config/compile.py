@@ -311,6 +311,7 @@ def compile_settings(config: Config | None) -> ServerSettings:
         max_unsent_bytes=server.limits.max_unsent,
         max_connections=server.limits.max_connections,
         max_concurrent_streams=server.limits.max_concurrent_streams,
+        busy_poll_ns=server.busy_poll,
         idle_s=server.connections.idle / units.NS_PER_S,
         ping_after_s=server.connections.ping_after / units.NS_PER_S,
         ping_timeout_s=server.connections.ping_timeout / units.NS_PER_S,

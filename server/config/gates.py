@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from server.config import units
-from server.config.kinds import Count, FilePath, Many, Text, Timeout, default, scalar_text
+from server.config.kinds import Count, FilePath, Many, Percent, Text, Timeout, default, scalar_text
 from server.config.section import Section
 
 Metric: TypeAlias = Literal[
@@ -34,11 +34,6 @@ def _policy_name(value: object) -> str:
 
 PolicyName = Annotated[
     str, BeforeValidator(_policy_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"})
-]
-_Percent = Annotated[
-    float,
-    BeforeValidator(units.parse_percent),
-    WithJsonSchema({"type": "string", "pattern": units.PERCENT_PATTERN}),
 ]
 _Ratio = Annotated[float, Field(gt=0, le=1000)]
 _MOST_ROWS: Final = 10_000_000
@@ -97,8 +92,8 @@ class Quality(Section):
 
     #: Whether the candidate must be no worse than the champion by ``margin``, or better.
     compare: Literal["non_inferior", "superior"] = "non_inferior"
-    margin: _Percent = _percent("0.1%")
-    confidence: Annotated[_Percent, Field(ge=0.5, le=0.9999)] = _percent("95%")
+    margin: Percent = _percent("0.1%")
+    confidence: Annotated[Percent, Field(ge=0.5, le=0.9999)] = _percent("95%")
 
 
 class Slices(Section):
@@ -121,7 +116,7 @@ class Slices(Section):
     min: float | None = None
     #: The greatest difference of the metric between two groups.
     max_gap: Annotated[float, Field(ge=0)] | None = None
-    max_worse: _Percent | None = None
+    max_worse: Percent | None = None
 
     @model_validator(mode="after")
     def _sensible(self) -> Slices:
@@ -147,11 +142,11 @@ class Fairness(Section):
     #: What small groups do: make the gate ask, or nothing.
     small: Literal["ask", "skip"] = "ask"
     #: Greatest gap of the rate of positive decisions.
-    demographic_parity: _Percent | None = None
+    demographic_parity: Percent | None = None
     #: Greatest gap of the true positive rate.
-    equal_opportunity: _Percent | None = None
+    equal_opportunity: Percent | None = None
     #: Greatest gap of the true and of the false positive rate.
-    equalized_odds: _Percent | None = None
+    equalized_odds: Percent | None = None
 
     @model_validator(mode="after")
     def _sensible(self) -> Fairness:
@@ -171,10 +166,10 @@ class Robustness(Section):
     everywhere when ``strict``.
     """
 
-    noise: _Percent = _percent("1%")
+    noise: Percent = _percent("1%")
     #: The share of decisions that noise may change.
-    max_flips: _Percent = _percent("1%")
-    max_shift: _Percent = _percent("10%")
+    max_flips: Percent = _percent("1%")
+    max_shift: Percent = _percent("10%")
     #: The columns that get noise; left out: every float column.
     columns: Many[Text] = ()
     probes: Annotated[

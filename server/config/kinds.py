@@ -353,6 +353,7 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 DURATION_SCHEMA: Final = _pattern(units.DURATION_PATTERN)
 SIZE_SCHEMA: Final = _pattern(units.SIZE_PATTERN)
 Delay = Annotated[int, bounded_duration("0s", "60s"), DURATION_SCHEMA]
+PollTime = Annotated[int, bounded_duration("0s", "1ms"), DURATION_SCHEMA]
 Timeout = Annotated[int, bounded_duration("0s", "1h"), DURATION_SCHEMA]
 Span = Annotated[int, bounded_duration("1s", "1d"), DURATION_SCHEMA]
 ConnectionAge = Annotated[int, bounded_duration("0s", "7d"), DURATION_SCHEMA]

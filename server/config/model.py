@@ -32,6 +32,7 @@ from server.config.kinds import (
     Option,
     OwnTarget,
     Percent,
+    PollTime,
     PositiveInt,
     Secret,
     Share,
@@ -173,6 +174,9 @@ class Server(Section):
     strict_json: bool = False
     #: Serving processes. This version serves from one and refuses to start with more.
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    #: How long the event loop stays awake for the next request of a caller that has one in flight (0s: never). It does
+    #: so only after several of them came alone and at once, and burns processor time to halve their latency.
+    busy_poll: PollTime = default("200us", units.parse_duration)
     #: Serve without a supervisor, as this version always does.
     in_process: bool = False
     tls: Tls | None = None

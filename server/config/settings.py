@@ -84,6 +84,8 @@ class ServerSettings:
     max_connections: int = 10_000
     #: HTTP/2 streams per connection; on the reference transport at most 100.
     max_concurrent_streams: int = 1000
+    #: See ``server.gateway.polling``; 0: never.
+    busy_poll_ns: int = 200_000
     #: See ``config.model.Connections``.
     idle_s: float = 75.0
     ping_after_s: float = 60.0

@@ -7,6 +7,7 @@ blocks, so it happens on one loader thread; everything else runs on the loop thr
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import structlog
@@ -79,8 +80,8 @@ class ModelControl:
         self._retirement = Retirement(reload or ReloadSettings(), self._gone, close_seconds=close_seconds)
         self._loader = Loader(runtime, serve, self._retirement.make_room)
         self._mending = Mending(self._unreached_models, self._try_again)
-        #: Versions that stay loaded although no plan wants them any more.
-        self._held: dict[str, set[str]] = {}
+        #: Versions that stay loaded although no plan wants them any more, by model, and how many want that.
+        self._held: dict[str, Counter[str]] = {}
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
 
@@ -129,12 +130,15 @@ class ModelControl:
         return [row for row in rows if row.state == UNAVAILABLE and row.name in self._wanted]
 
     def hold(self, model: str, version: str) -> None:
-        """Keep a loaded version loaded, whether a plan wants it or not, as long as its model is there."""
-        self._held.setdefault(model, set()).add(version)
+        """Keep a loaded version loaded, whether a plan wants it or not, as long as its model is there.
+
+        Who asks twice has to let go twice.
+        """
+        self._held.setdefault(model, Counter())[version] += 1
 
     def let_go(self, model: str, version: str) -> None:
         """It may go when no plan wants it; the next look at the source sees to it."""
-        self._held.get(model, set()).discard(version)
+        self._held[model] = self._held.get(model, Counter()) - Counter([version])
 
     # -- start, poll, load, unload ------------------------------------------------------------------------------
 
@@ -162,6 +166,8 @@ class ModelControl:
                 await self.refresh()
             except (TidegateError, OSError) as error:
                 log.warning("poll_failed", error=str(error))
+            except Exception:  # the boundary of one look: whatever it met, what comes later is followed
+                log.exception("poll_failed")
 
     async def mend(self) -> None:
         """Try upstreams that could not be reached again until they can be. Until cancelled."""
@@ -199,37 +205,40 @@ class ModelControl:
                 await self._apply(name, again=self._failed(name) if retry_failed else ())
 
     def _failed(self, model: str) -> set[str]:
-        """The versions that could not be loaded."""
-        return {number for number, version in self._versions.get(model, {}).items() if version.served is None}
+        """The versions that could not be loaded as they are now, whether what they were before serves or not."""
+        known = self._versions.get(model, {})
+        return {number for number, version in known.items() if version.served is None or version.reason}
 
     async def load(self, model: str, parameters: Mapping[str, ParameterValue]) -> None:
-        """Load or reload one model of the repository. Raises ModelLoadError with the first version that failed."""
+        """Load or reload one model of the repository.
+
+        Raises ModelLoadError with the first version that failed, also when what it was before goes on serving.
+        """
         if parameters:
             raise InvalidArgument(
                 f"load takes no parameters, got {', '.join(sorted(parameters))}: a client may not override "
                 f"a model's configuration or files"
             )
+        self._require_explicit("load", model)
         async with self.turn:
             await self._scan()
-            self.plan(model)
-            self._require_explicit("load", model)
+            error = self.plan(model).error
             await self._apply(model, again=self._failed(model))
-        failed = [v for v in self._versions.get(model, {}).values() if v.state == UNAVAILABLE and v.reason]
-        if failed:
-            raise ModelLoadError(f"failed to load '{model}': {failed[0].reason}")
-        if not self._versions.get(model):
-            raise ModelLoadError(f"failed to load '{model}': {self._plans[model].error or 'it has no version to load'}")
+            known = self._versions[model].values()
+        failed = error or next((version.reason for version in known if version.reason), "")
+        if failed or not known:
+            raise ModelLoadError(f"failed to load '{model}': {failed or 'it has no version to load'}")
 
     async def unload(self, model: str, unload_dependents: bool = False) -> None:
         """Stop serving one model. Requests that hold it finish; memory is given back after the last, none is warm.
 
         Of a model of the repository that is not loaded nothing is left to do. Raises ModelNotFound for any other.
         """
+        self._require_explicit("unload", model)
         async with self.turn:
             if model not in self._versions and model not in self._plans:
                 await self._scan()  # it may have come since the last look
                 self.plan(model)
-            self._require_explicit("unload", model)
             async with self._lock(model):
                 self._unload(model)
 
@@ -245,7 +254,9 @@ class ModelControl:
             log.info("model_unloaded", model=model)
 
     def _require_explicit(self, what: str, model: str) -> None:
+        """Refuse at once what no turn would make possible; ModelNotFound when the model is not even known."""
         if self._mode != "explicit":
+            self.plan(model)
             raise FailedPrecondition(
                 f"{what} of '{model}' is refused: model control mode is '{self._mode}', it must be 'explicit'"
             )
@@ -319,7 +330,7 @@ class ModelControl:
             plan, known = self._plans.get(name), self._versions.setdefault(name, {})
             fresh = prepared.fresh.get(name, {})
             kept = set() if plan is None else {v.version for v in plan.versions} | set(plan.refused)
-            kept |= set() if plan is None else self._held.get(name, set())
+            kept |= set() if plan is None else set(self._held.get(name, ()))
             gone += [version for number, version in known.items() if number in fresh or number not in kept]
             self._versions[name] = {n: v for n, v in {**known, **fresh}.items() if n in kept}
             if plan is None:
@@ -408,7 +419,7 @@ class ModelControl:
         known = self._versions[model]
         wanted = set() if plan is None else {version.version for version in plan.versions}
         refused = {} if plan is None else plan.refused
-        held = set() if plan is None else self._held.get(model, set())
+        held = set() if plan is None else set(self._held.get(model, ()))
         surplus = sorted(set(known) - wanted - set(refused) - held)
         if any(known[number].served is None for number in wanted):
             surplus = [number for number in surplus if known[number].served is None]
@@ -436,7 +447,7 @@ class ModelControl:
         """Have one version loaded as planned, and what it replaces in ``gone``; on failure keep what was there."""
         known = self._versions[plan.name]
         current = known.get(wanted.version)
-        if current is not None and current.tried == wanted.fingerprint and not (again and current.served is None):
+        if current is not None and current.tried == wanted.fingerprint and not again:
             return
         before = "" if current is None else current.reason
         ready = self._ready_again(plan, wanted)

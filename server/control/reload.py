@@ -138,6 +138,8 @@ class ConfigControl:
                 await self.apply(text, expected=None, actor="tidegate", reason=reason)
         except (TidegateError, OSError) as error:
             log.error("reload_refused", reason=reason, error=str(error), generation=self._number)
+        except Exception:  # the boundary of one reload: the file is followed whatever one text of it met
+            log.exception("reload_refused", reason=reason, generation=self._number)
 
     async def watch(self) -> None:
         """Follow the file until cancelled, as was said at the start. Returns at once when it is not to be followed."""

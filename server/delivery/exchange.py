@@ -114,14 +114,15 @@ class Exchange:
         client.sock = wire  # it uses sendall, and the answer makefile
         own = {"Host": self._authority, "User-Agent": f"tidegate/{__version__}", "Connection": "close"}
         client.request("POST", target, body, {**own, **headers})
-        # Not by the client, which would close the connection before the body is read.
-        answer = http.client.HTTPResponse(cast("socket.socket", wire), method="POST")
-        answer.begin()
-        wire.head_is_whole = True
-        found = b""
-        with suppress(OSError, http.client.HTTPException, ValueError):
-            found = answer.read(MAX_ANSWER_BYTES)
-        return Answer(answer.status, answer.headers.get("Retry-After"), found)
+        # Not by the client, which would close the connection before the body is read. Closed before its connection: a
+        # later end of it would flush what is closed, and Python tells that on standard error.
+        with closing(http.client.HTTPResponse(cast("socket.socket", wire), method="POST")) as answer:
+            answer.begin()
+            wire.head_is_whole = True
+            found = b""
+            with suppress(OSError, http.client.HTTPException, ValueError):
+                found = answer.read(MAX_ANSWER_BYTES)
+            return Answer(answer.status, answer.headers.get("Retry-After"), found)
 
     # -- connecting -----------------------------------------------------------------------------------------------
 

@@ -7,14 +7,13 @@ fallback never hides what a candidate did.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from router.breaker import REFUSED, Breaker
+from router.decision import RouteDecision
 from router.retry import Next
-from router.types import RouteDecision
 from server.batching.batcher import TimerHandle, Work
 from server.checks import check_request, queue_terms
 from server.codec.classification import classify
@@ -22,7 +21,7 @@ from server.errors import DeadlineExceeded, InvalidArgument, ModelNotReady, Tide
 from server.gateway.policy import ModelPolicy, outcome_of
 from server.gateway.served import Served
 from server.gateway.tracing import record_of
-from server.types import Decision, InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
+from server.types import InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
 
 if TYPE_CHECKING:
     from server.gateway.core import Gateway, GatewayPermit
@@ -43,12 +42,13 @@ class Attempt:
     So a reload cannot close under a request what its own table promised it.
     """
 
-    __slots__ = ("decision", "picked", "route", "served", "started_ns", "term", "work")
+    __slots__ = ("call", "decision", "picked", "route", "served", "started_ns", "term", "work")
 
-    def __init__(self, route: RouteDecision[Served], term: int, now: int) -> None:
+    def __init__(self, call: Call, route: RouteDecision[Served], term: int, now: int) -> None:
+        self.call = call
         self.route = route
         self.served = route.target
-        self.decision = Decision(route.model, route.version, route.arm, route.generation, route.reason)
+        self.decision = self.served.decision(route)
         self.term = term
         self.started_ns = now
         self.picked: list[int] | None = None
@@ -56,6 +56,10 @@ class Attempt:
         self.served.calls += 1
         if route.fallback is not None:
             route.fallback.target.calls += 1
+
+    def ran(self, work: Work) -> None:
+        """The batcher is done with it."""
+        self.call.ran(self, work)
 
     def release(self) -> None:
         """Let go of what it holds."""
@@ -67,10 +71,13 @@ class Attempt:
 class Call:
     """A request in flight. ``cancel`` after the end is harmless."""
 
-    __slots__ = ("_attempt", "_done", "_gateway", "_permit", "_policy", "_reply", "_request",
+    __slots__ = ("_attempt", "_done", "_gateway", "_permit", "_policy", "_received_ns", "_reply", "_request",
                  "_retries", "_timer")  # fmt: skip
 
-    def __init__(self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply) -> None:
+    def __init__(
+        self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply, received_ns: int
+    ) -> None:
+        self._received_ns = received_ns
         self._gateway = gateway
         self._permit = permit
         self._request = request
@@ -120,7 +127,8 @@ class Call:
             until = min(until, now + limit_ns) if until else now + limit_ns
         if until:
             if until <= now:
-                raise DeadlineExceeded("the deadline had passed when the request arrived")
+                when = "the request arrived" if self._attempt is None else "another attempt was to begin"
+                raise DeadlineExceeded(f"the deadline had passed when {when}")
             self._timer = self._gateway.call_later((until - now) / 1e9, self._expired)
 
     def _stop_timer(self) -> None:
@@ -145,7 +153,11 @@ class Call:
                 )
             route = instead
             term = self._admitted(route, now) or 1
-        attempt = self._attempt = Attempt(route, term, now)
+        before, attempt = self._attempt, Attempt(self, route, term, now)
+        self._attempt = attempt
+        if before is not None:  # only now: a try that could not begin leaves its request counted where the last one was
+            before.work = None
+            before.release()
         attempt.served.routed(route.arm, route.reason)
         try:
             self._submit(attempt)
@@ -168,13 +180,13 @@ class Call:
         if rules is not None and (wrong := rules.refusal(request.inputs)) is not None:
             raise InvalidArgument(f"model '{spec.name}' refuses the request: {wrong}")
         priority, timeout_us = queue_terms(request.parameters) if request.parameters else (0, 0)
-        work = Work(inputs, rows, partial(self._ran, attempt), deadline_ns, priority, timeout_us)
+        work = Work(inputs, rows, attempt.ran, deadline_ns, priority, timeout_us)
         if self._policy is not None and self._policy.rollout is not None:
             work.apart = self._policy.rollout.lane(attempt.route.arm)
         attempt.served.batcher.submit(work)
         attempt.work = work
 
-    def _ran(self, attempt: Attempt, work: Work) -> None:
+    def ran(self, attempt: Attempt, work: Work) -> None:
         """The batcher is done with this attempt."""
         if self._done or self._attempt is not attempt:
             return
@@ -202,7 +214,6 @@ class Call:
             if again is None:
                 self._end(error)
             else:
-                self._drop(attempt)
                 self._try(again)
         except TidegateError as final:
             self._end(final)
@@ -219,11 +230,6 @@ class Call:
             return attempt.route
         return attempt.route.fall_back() if following is Next.FALLBACK else None
 
-    def _drop(self, attempt: Attempt) -> None:
-        """Let go of an attempt that another one follows."""
-        self._attempt = attempt.work = None
-        attempt.release()
-
     def _attempt_ended(self, attempt: Attempt, code: str) -> None:
         """Count one attempt, before anything else is decided about the request."""
         route, served, policy = attempt.route, attempt.served, self._policy
@@ -232,7 +238,7 @@ class Call:
             return
         now = self._gateway.clock()
         breaker = self._breaker(served)
-        if breaker is not None and breaker.settle(attempt.term, outcome_of(code), now):
+        if breaker is not None and breaker.settle(attempt.term, outcome_of(code, route), now):
             state = breaker.state.value
             log.warning("breaker", name=route.public_name, model=route.model, version=route.version, state=state)
         if not route.counted:
@@ -275,14 +281,14 @@ class Call:
 
     def _capture(self, attempt: Attempt, work: Work | None, status: str) -> None:
         """Offer a request that is over to who records them. A request that no version tried is not recorded."""
-        gateway, head = self._gateway, self._permit.head
+        gateway = self._gateway
         if gateway.capture is None:
             return
         inputs = [] if work is None else work.inputs
         outputs = work.outputs if work is not None and status == "ok" else None
         gateway.capture.offer(
             gateway.entry(attempt.route.public_name), self._request.id, self._permit.tidegate_id, attempt.decision,
-            attempt.served.spec, inputs, outputs, status, gateway.clock() - head.received_ns,
+            attempt.served.spec, inputs, outputs, status, gateway.clock() - self._received_ns,
         )  # fmt: skip
 
     def _crashed(self, error: Exception) -> None:
@@ -343,11 +349,13 @@ class Call:
             output_ns = work.finished_ns - work.computed_ns
             rows = work.rows or 1
         attempt.served.telemetry.request_done(
-            attempt.decision.arm, head.protocol, code, now - head.received_ns,
+            attempt.decision.arm, head.protocol, code, now - self._received_ns,
             queue_ns, input_ns, infer_ns, output_ns, rows, trace,
         )  # fmt: skip
         if trace is not None:
-            record = record_of(head, self._permit.tidegate_id, trace, attempt.decision, work, code, now)
+            record = record_of(
+                head, self._received_ns, self._permit.tidegate_id, trace, attempt.decision, work, code, now
+            )
             self._gateway.traced(record, work)
 
 

@@ -7,7 +7,7 @@ together, and a call keeps what it was routed with until it ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import getrandbits
 from time import time_ns
@@ -16,11 +16,12 @@ from typing import Any, cast
 import structlog
 from xxhash import xxh3_64_intdigest
 
+from router.decision import RouteDecision, RouteQuery
 from router.errors import BadVersion, RoutingError, UnknownModel, UnknownVersion
 from router.experiment import ExperimentBooks
 from router.policy.sticky import position, seed_of
 from router.table import RoutingTable
-from router.types import ModelRoutes, RouteDecision, RouteQuery
+from router.types import ModelRoutes
 from server.batching.batcher import CallLater, CallSoon, Work
 from server.errors import (
     Draining,
@@ -34,6 +35,7 @@ from server.errors import (
 from server.gateway.call import Call
 from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
+from server.gateway.polling import BusyPoll
 from server.gateway.served import CapturePort, Labels, Served
 from server.gateway.tracing import SampledRequests
 from server.telemetry.instruments import Telemetry
@@ -75,6 +77,12 @@ class GatewayPermit:
         """The ``traceresponse`` header of a sampled request."""
         return None if self.trace is None else self.trace.header()
 
+    def hold(self, size: int) -> None:
+        """Bodies that do not say how long they are are counted as they come. Raises TidegateError."""
+        if size > self._bytes and not self._released:
+            self._gateway.take_more(size - self._bytes)
+            self._bytes = size
+
     def release(self) -> None:
         """Give the place back. Twice is harmless."""
         if not self._released:
@@ -86,7 +94,7 @@ class Gateway:
     """Admission, routing table, calls. Implements ``server.types.Port``.
 
     ``decisions``: how many of 10,000 routing decisions are logged. ``capture``: who records requests that are over.
-    ``unsent``: what the connections hold of answers, counted by them.
+    ``unsent``: what the connections hold of answers, counted by them. ``busy_poll_ns``: see ``polling``; 0: never.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Gateway:
         decisions: int = 0,
         capture: CapturePort | None = None,
         unsent: Unsent | None = None,
+        busy_poll_ns: int = 0,
     ) -> None:
         self.limits = limits
         self.admission = admission
@@ -123,9 +132,10 @@ class Gateway:
         self._requests = 0
         self._bytes = 0
         self._closed = False
-        self._id_prefix = os.urandom(8).hex()
+        self._id_prefix = os.urandom(8).hex() + "-"
         self._ids = 0
-        self.on_empty: Callable[[], None] | None = None
+        self._alone_from = 0  # the id of the request that came when none was in flight
+        self._poll = BusyPoll(busy_poll_ns, clock, call_soon) if busy_poll_ns else None
 
     # -- admission ----------------------------------------------------------------------------------------------
 
@@ -144,21 +154,36 @@ class Gateway:
             raise self.unread()
         size = _UNKNOWN_SIZE_BYTES if head.content_length is None else head.content_length
         if self._bytes + size > self.admission.max_bytes:
-            raise self.refuse(
-                TooManyRequests(
-                    f"requests in flight hold {self._bytes} bytes, {size} more would pass the limit of "
-                    f"{self.admission.max_bytes}",
-                    retry_after_s=self.admission.retry_after_s,
-                )
-            )
+            raise self._too_many_bytes(size)
         if head.model:
             self._check(head.model, head.version)
         self._requests += 1
         self._bytes += size
         self._ids += 1
+        if self._requests == 1 and self._poll is not None:
+            self._alone_from = self._ids
+            self._poll.came()
         gate = self.telemetry.gate
-        trace = None if gate is None else gate.start(head.metadata.get("traceparent"), head.metadata.get("tracestate"))
-        return GatewayPermit(head, f"{self._id_prefix}-{self._ids:x}", trace, self, size)
+        trace = None
+        if gate is not None:
+            parent = head.metadata.get("traceparent")
+            trace = gate.start(parent, None if parent is None else head.metadata.get("tracestate"))
+        return GatewayPermit(head, f"{self._id_prefix}{self._ids}", trace, self, size)
+
+    def take_more(self, size: int) -> None:
+        """A request that was admitted holds so much more than it had said. Raises TidegateError."""
+        if self._bytes + size > self.admission.max_bytes:
+            raise self._too_many_bytes(size)
+        self._bytes += size
+
+    def _too_many_bytes(self, size: int) -> TidegateError:
+        return self.refuse(
+            TooManyRequests(
+                f"requests in flight hold {self._bytes} bytes, {size} more would pass the limit of "
+                f"{self.admission.max_bytes}",
+                retry_after_s=self.admission.retry_after_s,
+            )
+        )
 
     def unread(self) -> TidegateError:
         """The refusal, counted, while too much of what was answered waits for its readers."""
@@ -178,8 +203,8 @@ class Gateway:
         """A permit was released."""
         self._requests -= 1
         self._bytes -= size
-        if self._requests == 0 and self.on_empty is not None:
-            self.on_empty()
+        if self._requests == 0 and self._poll is not None:
+            self._poll.emptied(self._alone_from == self._ids)
 
     @property
     def requests_in_flight(self) -> int:
@@ -191,14 +216,19 @@ class Gateway:
 
     # -- the use case -------------------------------------------------------------------------------------------
 
-    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> Ticket:
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> Ticket:
         """Route, check, batch and run one request. Never raises: every outcome reaches ``reply``."""
-        call = Call(self, cast("GatewayPermit", permit), request, reply)
+        held = cast("GatewayPermit", permit)
+        call = Call(self, held, request, reply, received_ns or held.head.received_ns)
         call.start()
         return call
 
     def route(self, request: InferenceRequest, head: RequestHead) -> RouteDecision[Served]:
         """The version that answers this request."""
+        if not request.version:
+            plain = self.table.plain(request.model)
+            if plain is not None:
+                return plain
         query = RouteQuery(request.model, request.version, head.metadata, request.parameters, request.id)
         try:
             return self.table.resolve(query, getrandbits(64))
@@ -288,9 +318,10 @@ class Gateway:
         try:
             counted = self._count_outcome(model, routes, request_id, name, value, key, text)
         except InvalidArgument:
-            if labelled:
-                return True
-            raise
+            # The labels knew a class that they had no room for: it was dropped, and nothing is wrong with it.
+            if not labelled and (value is not None or not self._names_class(routes, request_id, name, text)):
+                raise
+            return labelled
         return labelled or counted
 
     def _judged(self, model: str, request_id: str, name: str, value: float | None) -> bool:
@@ -305,10 +336,13 @@ class Gateway:
 
         Raises ModelNotFound, ModelNotReady, or InvalidArgument.
         """
-        if not request_id or not any(labels.takes(text, name) for labels in self._labels(self.routes(model))):
+        if not self._names_class(self.routes(model), request_id, name, text):
             raise InvalidArgument(
                 f"'outcome' as text must be a number, true, false, yes, no or a class of the labels, got '{text[:64]}'"
             )
+
+    def _names_class(self, routes: ModelRoutes[Served], request_id: str, name: str, text: str) -> bool:
+        return bool(request_id) and any(labels.takes(text, name) for labels in self._labels(routes))
 
     @staticmethod
     def _labels(routes: ModelRoutes[Served]) -> Iterable[Labels]:
@@ -386,7 +420,7 @@ class Gateway:
         try:
             self.table.check(model, version)
         except RoutingError as error:
-            raise self._translate(error) from None
+            raise self.refuse(self._translate(error)) from None
 
     def traced(self, record: RequestTrace, work: Work | None) -> None:
         """Hand on the record of a sampled request that is over."""

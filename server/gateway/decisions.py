@@ -11,7 +11,8 @@ from typing import Any
 
 import structlog
 
-from router.types import FULL_SHARE, RouteDecision
+from router.decision import RouteDecision
+from router.types import FULL_SHARE
 from server.gateway.served import Served
 
 log: Any = structlog.get_logger("gateway")

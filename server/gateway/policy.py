@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from router.breaker import Breaker, BreakerPolicy, Outcome
+from router.decision import RouteDecision
 from router.experiment import ExperimentBooks
 from router.retry import Failure, Next, RetryBudget, RetryPolicy, next_attempt
-from router.types import RouteDecision, ShadowRoute
+from router.types import ShadowRoute
 from server.gateway.rollouts import RolloutBooks
 from server.gateway.served import Served
 from server.shadowing import ShadowLane
 
 #: Errors that are the request's own, whichever version answers.
 OWN_FAULT = frozenset({"invalid_argument", "cancelled", "deadline_exceeded", "draining"})
-#: Errors that say nothing of a version's health: its own bound, or a graph that refused this input.
+#: Errors that say nothing of a version's health: its own bound.
 NO_VERDICT = OWN_FAULT | {"queue_full", "queue_timeout"}
 
 _NO_RETRY = RetryPolicy()
@@ -71,8 +72,7 @@ class ModelPolicy:
 
     def next(self, route: RouteDecision[Served], code: str, retries: int, now: int) -> Next:
         """What follows an attempt that ended with ``code``."""
-        # A graph that refuses an input is the caller's fault on stable; a candidate may be the one that is wrong.
-        final = code in OWN_FAULT or (code == "input_rejected" and route.fallback is None)
+        final = code in OWN_FAULT or _refused_by_stable(code, route)
         return next_attempt(self.retry, self.budget, Failure(code, final, retries, route.fallback is not None), now)
 
     def breaker(self, served: Served) -> Breaker | None:
@@ -84,11 +84,16 @@ class ModelPolicy:
         return self.lanes.get(shadow.id)
 
 
-def outcome_of(code: str) -> Outcome:
+def outcome_of(code: str, route: RouteDecision[Served]) -> Outcome:
     """How an attempt's end looks to a breaker."""
     if code == "ok":
         return Outcome.OK
-    return Outcome.UNKNOWN if code in NO_VERDICT else Outcome.FAILED
+    return Outcome.UNKNOWN if code in NO_VERDICT or _refused_by_stable(code, route) else Outcome.FAILED
+
+
+def _refused_by_stable(code: str, route: RouteDecision[Served]) -> bool:
+    """A graph that refuses an input is the caller's fault on stable; a candidate may be the one that is wrong."""
+    return code == "input_rejected" and route.fallback is None
 
 
 @dataclass(slots=True)

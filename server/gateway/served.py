@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.breaker import Breaker
+from router.decision import RouteDecision
 from server.batching.batcher import Batcher
 from server.gateway.ends import NO_ERROR, NOTHING
 from server.runtime.base import ModelOptions
@@ -102,8 +103,23 @@ class Served:
     on_idle: Callable[[], None] | None = None
     #: Breakers of the names that lead here, by whatever keeps their policy (``server.gateway.policy.Breakers``).
     breakers: dict[object, Breaker] = field(default_factory=dict)
+    _told: Decision | None = None
     _routes: dict[tuple[str, str], Counter] = field(default_factory=dict)
     _attempts: dict[tuple[str, str], Counter] = field(default_factory=dict)
+
+    def decision(self, route: RouteDecision[Served]) -> Decision:
+        """What answers say of a decision: the same object as long as they say the same."""
+        told = self._told
+        if (
+            told is None
+            or told.generation != route.generation
+            or told.arm != route.arm
+            or told.reason != route.reason
+            or told.version != route.version
+            or told.model != route.model
+        ):
+            told = self._told = Decision(route.model, route.version, route.arm, route.generation, route.reason)
+        return told
 
     def routed(self, arm: str, reason: str) -> None:
         """Count one routing decision for this version."""

@@ -46,6 +46,7 @@ class SampledRequests:
 
 def record_of(
     head: RequestHead,
+    received_ns: int,
     tidegate_id: str,
     context: TraceContext,
     decision: Decision,
@@ -58,7 +59,7 @@ def record_of(
     return RequestTrace(
         context,
         head.protocol,
-        head.received_ns,
+        received_ns,
         tidegate_id,
         decoded_ns=queued,
         queued_ns=queued,

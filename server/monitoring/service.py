@@ -29,7 +29,7 @@ from monitor.errors import MonitorError
 from monitor.outcomes import LabelReference
 from monitor.profile import ReferenceProfile
 from monitor.tap import Tap
-from monitor.types import Alarm, DriftReport
+from monitor.types import Alarm, WindowFigures
 from monitor.worker import DrainThread
 from server.batching.batcher import BatchTap
 from server.errors import ModelLoadError, NotFound
@@ -82,11 +82,11 @@ class Mirror(NamedTuple):
 class Timing:
     """How often what is done: seconds.
 
-    Each round of counting reads the tables of every column into the cache, each report takes milliseconds: both cost
-    the same for many rows as for few. A tap that is half full does not wait for its round.
+    Each round of counting wakes a thread and reads the tables of every column into the cache, which costs the same for
+    many rows as for few. A tap in which a block of rows waits does not wait for its round.
     """
 
-    drain_s: float = 0.2
+    drain_s: float = 0.5
     gauges_s: float = 5.0
     save_s: float = 30.0
     save_again_s: float = 1.0
@@ -108,7 +108,7 @@ class _Monitored:
     run: str = ""
     leases: set[EngineLease] = field(default_factory=set)
     retired: dict[str, int] = field(default_factory=dict)
-    report: DriftReport | None = None
+    figures: tuple[WindowFigures, ...] | None = None
     shown_rows: int = -1
     saved_rows: int = -1
 
@@ -442,11 +442,11 @@ class MonitorService:
         """Bring the gauges up to what was counted. Here, so that asking for metrics costs nothing."""
         shown = self._all()
         for found in shown:
-            if found.taken() != found.shown_rows or found.report is None:
+            if found.taken() != found.shown_rows or found.figures is None:
                 found.shown_rows = found.taken()
-                found.report = replace(found.monitor.report(), version=found.version)
-        reports = [Watched(one.report, one.watch.top) for one in shown if one.report is not None]
-        self._families = (*drift_families(reports), *self.labels.families())
+                found.figures = found.monitor.figures()
+        watched = [Watched(one.model, one.version, one.figures, one.watch.top) for one in shown if one.figures]
+        self._families = (*drift_families(watched), *self.labels.families())
 
     def _save(self, files: StateFiles) -> None:
         for found in tuple(self._monitored):
@@ -523,8 +523,7 @@ class MonitorService:
 
 
 def _row(found: _Monitored) -> dict[str, Any]:
-    report = found.report
-    alarms = {} if report is None else {window.arm: list(window.in_alarm) for window in report.windows}
+    alarms = {window.arm: list(window.in_alarm) for window in found.figures or ()}
     return {
         "model": found.model,
         "version": found.version,

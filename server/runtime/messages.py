@@ -55,9 +55,14 @@ def run_error(error: BaseException) -> TidegateError:
     text = str(error)[:_MAX_RAW_CHARS]
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return OutOfMemory("The device has not enough memory for this batch.")
-    if isinstance(error, RuntimeError) and _REFUSED.search(text) and not _DEVICE.search(text):
+    if _is_runtimes(error) and _REFUSED.search(text) and not _DEVICE.search(text):
         return InputRejected(f"The model refused this input: {clean(text)}")
     return RuntimeFailure("The runtime failed while running the model.")
+
+
+def _is_runtimes(error: BaseException) -> bool:
+    """Bound runs raise RuntimeError; runs by name, as those of strings, raise classes of ONNX Runtime's own."""
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
 
 
 def _node_prefix(match: re.Match[str]) -> str:

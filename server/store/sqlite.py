@@ -54,8 +54,12 @@ class SqliteStore:
         self._idle_lock = threading.Lock()
         self._closed = False
         self._newest = len(migrations)
-        with self._translated():
-            self._prepare(migrations)
+        try:
+            with self._translated():
+                self._prepare(migrations)
+        except BaseException:
+            self.close()  # nobody else will
+            raise
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

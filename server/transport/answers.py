@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -137,19 +137,34 @@ class BodyReader:
         self._idle_s = settings.body_idle_s
         self._total_s = settings.body_total_s
 
-    async def read(self, receive: Receive, limit: int, deadline_ns: int = 0) -> bytes | bytearray:
-        """The whole body. Raises PayloadTooLarge, RequestTimeout, DeadlineExceeded; Cancelled when the client left."""
+    async def read(
+        self, receive: Receive, limit: int, deadline_ns: int = 0, hold: Callable[[int], None] | None = None
+    ) -> bytes | bytearray:
+        """The whole body. Raises PayloadTooLarge, RequestTimeout, DeadlineExceeded; Cancelled when the client left.
+
+        ``hold`` is told how much has come, before more is read, and may refuse it.
+        """
         until = time.monotonic() + self._total_s
         body = await self._next(receive, until, deadline_ns)
         if len(body[0]) > limit:
             raise too_large(len(body[0]), limit)
         if not body[1]:
             return body[0]
-        return await self._rest(receive, bytearray(body[0]), limit, until, deadline_ns)
+        return await self._rest(receive, bytearray(body[0]), limit, until, deadline_ns, hold)
 
-    async def _rest(self, receive: Receive, whole: bytearray, limit: int, until: float, deadline_ns: int) -> bytearray:
+    async def _rest(
+        self,
+        receive: Receive,
+        whole: bytearray,
+        limit: int,
+        until: float,
+        deadline_ns: int,
+        hold: Callable[[int], None] | None,
+    ) -> bytearray:
         more = True
         while more:
+            if hold is not None:
+                hold(len(whole))
             part, more = await self._next(receive, until, deadline_ns)
             if len(whole) + len(part) > limit:
                 raise too_large(len(whole) + len(part), limit)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import isfinite
 from typing import Any, Final, TypeAlias
 
 from server.codec.checks import kind_of
@@ -62,7 +63,8 @@ def _item(item: object, where: str) -> Feedback:
     unknown = sorted(set(item) - _KEYS)
     if unknown:
         raise InvalidArgument(f"{where}unknown key '{unknown[0][:64]}'; known: {', '.join(sorted(_KEYS))}")
-    text = item["outcome"] if isinstance(item.get("outcome"), str) else ""
+    text = _said(item.get("outcome"))
+    check_size(text, "outcome", where)
     value = number_of(text) if text else _value(item, where)
     found = Feedback(
         _text(item, "id", where),
@@ -75,29 +77,45 @@ def _item(item: object, where: str) -> Feedback:
     )
     if not found.id and not found.key:
         raise InvalidArgument(f"{where}'id' or 'key' must say whose outcome it is")
-    if len(text) > MAX_TEXT:
-        raise InvalidArgument(f"{where}'outcome' must be text of at most {MAX_TEXT} characters")
     return found
+
+
+def _said(outcome: object) -> str:
+    """An outcome that is told in words, which may be the name of a class; "" for any other."""
+    if isinstance(outcome, bool):
+        return "true" if outcome else "false"
+    return outcome if isinstance(outcome, str) else ""
 
 
 def _text(item: dict[str, Any], key: str, where: str) -> str:
     value = item.get(key, "")
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise InvalidArgument(f"{where}'{key}' must be text of at most {MAX_TEXT} characters")
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{where}'{key}' must be text, got {kind_of(value)}")
+    check_size(value, key, where)
     return value
 
 
+def check_size(text: str, key: str, where: str) -> None:
+    """Raises InvalidArgument for text that is too long."""
+    if len(text) > MAX_TEXT:
+        raise InvalidArgument(f"{where}'{key}' must be text of at most {MAX_TEXT} characters, got {len(text)}")
+
+
 def number_of(text: str) -> float | None:
-    """The number that an outcome as text means, or None."""
+    """The finite number that an outcome as text means, or None."""
+    word = text.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
     try:
-        return _WORDS[text.lower()] if text.lower() in _WORDS else float(text)
+        number = float(word)
     except ValueError:
         return None
+    return number if isfinite(number) and "_" not in word else None
 
 
 def _value(item: dict[str, Any], where: str) -> float:
     outcome = item.get("outcome")
-    if not isinstance(outcome, bool | int | float):
+    if not isinstance(outcome, int | float):
         got = "an empty text" if outcome == "" else kind_of(outcome)
         raise InvalidArgument(f"{where}'outcome' must be a number or text, got {got}")
     try:
@@ -109,7 +127,7 @@ def _value(item: dict[str, Any], where: str) -> float:
 def _row(item: dict[str, Any], where: str) -> int:
     row = item.get("row", 0)
     if isinstance(row, bool) or not isinstance(row, int) or row < 0:
-        raise InvalidArgument(f"{where}'row' must be a whole number of 0 or more")
+        raise InvalidArgument(f"{where}'row' must be a whole number of 0 or more, got {kind_of(row)}")
     return row
 
 

@@ -188,8 +188,8 @@ class InferApp:
         if head.content_length is not None and head.content_length > limit:
             raise too_large(head.content_length, limit)
         permit = call.permit = self._port.admit(head)
-        body = await self._reader.read(receive, limit, head.deadline_ns)
-        request = await self._decode(head, body, receive)
+        body = await self._reader.read(receive, limit, head.deadline_ns, permit.hold)
+        request = await self._decode(head, permit, body, receive)
         reply = SingleReply(asyncio.get_running_loop())
         await self._run(permit, request, reply, receive)
         call.decision = reply.decision
@@ -224,23 +224,25 @@ class InferApp:
             watcher.cancel()
             ticket.cancel()
 
-    async def _decode(self, head: RequestHead, body: Buffer, receive: Receive) -> InferenceRequest:
+    async def _decode(self, head: RequestHead, permit: Permit, body: Buffer, receive: Receive) -> InferenceRequest:
         metadata, limits, offload = head.metadata, self._port.limits, self._settings.offload_bytes
         encoding = metadata.get("content-encoding")
         if encoding:
             # A small body may inflate a thousandfold, so even those leave the loop.
             packed = body
             body = await self._offload.run(lambda: compression.decompress(packed, encoding, limits.max_body_bytes))
+            permit.hold(len(body))
         json_size = binary.parse_header_length(metadata.get(LENGTH_HEADER), len(body))
+        whole = len(body) <= pieces.SMALL_BODY_BYTES
         if json_size == 0:
             spec, _ = self._catalog.metadata(head.model, head.version)
-            request = binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=False)
+            request = binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=whole)
             return await self._finished(request, receive, head.deadline_ns)
         decode = partial(
             json_codec.decode_infer, body, model=head.model, version=head.version, limits=limits, json_size=json_size
         )
         if (len(body) if json_size is None else json_size) <= offload:
-            return await self._finished(decode(whole=False), receive, head.deadline_ns)
+            return await self._finished(decode(whole=whole), receive, head.deadline_ns)
         if self._codec is not None:
             work = self._codec.decode(body, model=head.model, version=head.version, limits=limits, json_size=json_size)
             with suppress(Unavailable):

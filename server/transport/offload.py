@@ -23,7 +23,9 @@ class Offload:
         await self._places.acquire()
         working = asyncio.ensure_future(asyncio.to_thread(work))
         working.add_done_callback(self._ended)
-        return await asyncio.shield(working)
+        # Not shielded: a shield tells the loop of an exception that nobody waits for any more.
+        await asyncio.wait([working])
+        return working.result()
 
     def _ended(self, working: asyncio.Task[Any]) -> None:
         self._places.release()

@@ -6,7 +6,7 @@ Subclass ``RegistryContract`` in a test module and implement ``case``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,11 @@ GRAPH = b"graph"
 
 @dataclass(frozen=True)
 class Case:
-    """A backend, and how a version comes to be in it: ``add(model, files)`` returns its number."""
+    """A backend, how a version comes to be in it (``add(model, files)`` returns its number), and what ends it all."""
 
     backend: RegistryBackend
     add: Callable[[str, Files], int]
+    close: Callable[[], None] = lambda: None
 
 
 def model_files(seed: int = 0) -> Files:
@@ -35,8 +36,10 @@ class RegistryContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def subject(self, tmp_path: Path) -> Case:
-        return self.case(tmp_path)
+    def subject(self, tmp_path: Path) -> Iterator[Case]:
+        found = self.case(tmp_path)
+        yield found
+        found.close()
 
     def test_empty(self, subject: Case) -> None:
         backend = subject.backend

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
-from tests.support.climbing import STANDING, audited, defaults, reaches, section, status_of, traffic
-from tests.support.routed import Place
+from tests.support.climbing import STANDING, audited, defaults, order, reaches, section, status_of, traffic, write
+from tests.support.routed import Place, ask
 from tests.support.server import Server, serving
 
 TAKEN = "another process works on the rollouts of this state folder"
@@ -51,3 +53,36 @@ def test_a_plan_keeps_no_other_server_from_its_rollouts(tmp_path: Path) -> None:
         climbing.write_text(text)
         with serving(str(climbing), "--state-dir", str(place.state)) as server, traffic(server):
             reaches(place, server, "step")
+
+
+def test_what_is_damaged_on_disk_concerns_nothing_else(tmp_path: Path) -> None:
+    """Another rollout's row takes no promotion back; and one that cannot be read is not begun over under its id."""
+    place = Place(tmp_path)
+    write(place, section("[{weight: 50%, approve: true}]", more="keep_warm: 0s"))
+    with place.serve() as server, traffic(server):
+        reaches(place, server, "awaiting")
+        assert order(place, server, "approve", x_tidegate_actor="ada")[0] == 200
+        reaches(place, server, "promoted")
+        server.terminate()
+        assert server.wait() == 0
+    on_disk(place, "INSERT INTO rollout_state VALUES ('old', 'n', 't', 'd', 1, 'aborted', NULL, 0, 0, 0, '{\"mach')")
+    with place.serve() as server:
+        assert ask(server, "anybody")[0] == "2"
+        status, found, _ = place.admin(server, "GET", "rollouts")
+        assert status == 200
+        assert {row["id"]: row["state"] for row in found["rollouts"]} == {"r1": "promoted", "old": "aborted"}
+        assert order(place, server, "clear", "old", x_tidegate_actor="ada")[0] == 200
+    on_disk(place, "UPDATE rollout_state SET document = '[]' WHERE id = 'r1'")
+    with place.serve() as server:
+        found = reaches(place, server, "waiting")
+        assert found["reason"] == (
+            "what was written down of rollout 'r1' (promoted) cannot be read; give the new one an id of its own"
+        )
+        assert ask(server, "anybody")[0] == "1"
+        assert place.apply(server, place.path.read_text().replace("id: r1", "id: r2"))["generation"] > 1
+        assert reaches(place, server, "step", rollout="r2")["weight"] == 50
+
+
+def on_disk(place: Place, statement: str) -> None:
+    with closing(sqlite3.connect(place.state / "tidegate.db")) as connection, connection:
+        connection.execute(statement)

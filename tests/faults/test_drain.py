@@ -12,13 +12,18 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from server._pb import inference_pb2 as pb
 from tests.support import models
+from tests.support.metrics import wait_total
 from tests.support.server import Server, serving
 from tests.support.v2 import get
+from tests.support.wire import Wire, post
 
 CALLERS = 8
+#: A run that takes far longer than the process has.
+ENDLESS = 1_000_000
 BEFORE_SIGNAL = 40
 
 
@@ -134,3 +139,49 @@ def test_readiness_goes_off_first_and_in_flight_is_answered(transport: str, tmp_
         assert answered.status == 200
         assert json.loads(answered.read())["outputs"][0]["data"] == [3.0]
         assert server.wait() == 0
+
+
+def endless(path: Path, size: int = 256) -> None:
+    """``y`` is the mean of a matrix multiplied ``n[0]`` times by a matrix: a run as long as its caller wants."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["on"]),
+            helper.make_node("MatMul", ["v", "w"], ["product"]),
+            helper.make_node("Identity", ["product"], ["next"]),
+        ],
+        "step",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, [size, size]),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [size, size]),
+        ],
+    )
+    models.save(
+        path,
+        [
+            helper.make_node("Squeeze", ["n", "axis"], ["turns"]),
+            helper.make_node("Loop", ["turns", "yes", "w"], ["last"], body=body),
+            helper.make_node("ReduceMean", ["last"], ["y"], axes=[0, 1], keepdims=0),
+        ],
+        [("n", TensorProto.INT64, [1])],
+        [("y", TensorProto.FLOAT, [])],
+        {"axis": np.array([0]), "yes": np.array(True), "w": np.eye(size, dtype=np.float32)},
+    )
+
+
+def test_a_run_that_hangs_does_not_break_the_end(tmp_path: Path) -> None:
+    """It is left behind in the middle of native code, and the process ends as it would without it."""
+    endless(tmp_path / "repository" / "endless" / "1" / "model.onnx")
+    options = ("--model-repository", str(tmp_path / "repository"), "--state-dir", str(tmp_path / "state"))
+    with serving(*options, "--drain-seconds", "0") as server, Wire(server.http) as wire:
+        body = {"inputs": [{"name": "n", "shape": [1], "datatype": "INT64", "data": [ENDLESS]}]}
+        wire.send(post("/v2/models/endless/infer", json.dumps(body).encode()))
+        wait_total(server, "tidegate_requests_in_flight", 1)
+        server.terminate()
+        server.wait_for("engine_left_open")
+        assert server.wait() == 0
+        assert server.lines[-1]["event"] == "stopped"

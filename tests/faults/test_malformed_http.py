@@ -519,6 +519,33 @@ def test_pipelined_good_and_bad(server: Server) -> None:
     assert_sane(server)
 
 
+_OFFER = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+
+
+def test_an_offer_of_another_protocol_spares_the_requests_before_it(server: Server) -> None:
+    good, offer = post(AFFINE, _BODY), post(AFFINE, _BODY, _OFFER)
+    with Wire(server.http) as wire:
+        wire.send((good + offer) * 3)
+        for _ in range(6):
+            answer = wire.answer()
+            assert answer is not None
+            assert (answer.status, answer.body["outputs"][0]["data"]) == (200, [3.0, 5.0, 7.0, 9.0])
+    assert_sane(server)
+
+
+def test_many_offers_of_another_protocol(server: Server) -> None:
+    """They are as many requests, and what is wrong behind them is told as it is."""
+    offer = b"GET /v2/health/live HTTP/1.1\r\nHost: t\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    with Wire(server.http) as wire:
+        wire.send(offer * 1000 + b"GET / HTTP/1.1\r\nHost: t\r\nX: " + b"a" * 70_000 + b"\r\n\r\n")
+        for _ in range(1000):
+            answer = wire.answer()
+            assert answer is not None
+            assert answer.status == 200
+        assert_refused(wire.answer(), 431)
+    assert_sane(server)
+
+
 def test_early_closes(server: Server) -> None:
     """A client that leaves at any byte of a request takes nothing with it."""
     whole = post(AFFINE, _BODY)

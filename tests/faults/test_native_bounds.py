@@ -139,6 +139,30 @@ def test_bytes_behind_a_message_are_refused_as_they_come(server: Running) -> Non
         assert "one message" in answer.headers["grpc-message"]
 
 
+@pytest.mark.parametrize("flag", [0, 1])
+def test_messages_are_admitted_before_they_are_gathered(server: Running, flag: int) -> None:
+    """Compressed ones too: what they inflate to is known late, that they are held is known at once."""
+    before, size = len(server.port.admitted), 100_000
+    with Http2Wire(server.grpc) as wire:
+        wire.send(
+            opened(1, ("grpc-encoding", "gzip")) + frame(DATA, 0, 1, http2.grpc_message(b"x" * size, flag)[:1000])
+        )
+        wire.settled()
+        assert [head.content_length for head in server.port.admitted[before:]] == [size]
+    assert server.port.wait(lambda: len(server.port.released) == len(server.port.admitted))
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_messages_of_other_methods_are_small(server: Running, flag: int) -> None:
+    """Nobody admits them: they are refused by what their prefix says."""
+    path = http2.INFER.replace("ModelInfer", "ModelReady")
+    with Http2Wire(server.grpc) as wire:
+        wire.send(opened(1, ("grpc-encoding", "gzip"), path=path) + frame(DATA, 0, 1, b"%c\0\x20\0\0" % flag))
+        answer = wire.answer(1)
+        assert answer.status == "8"
+        assert "2097152 bytes is over the limit of 1048576 bytes" in answer.headers["grpc-message"]
+
+
 @pytest.mark.parametrize("path", [http2.INFER, http2.STREAM_INFER])
 def test_messages_are_bounded_by_what_they_inflate_to(path: str) -> None:
     packed = gzip.compress(echoed(2_000_000)[5:])
@@ -286,6 +310,26 @@ def test_bodies_of_any_declared_or_real_size_are_not_gathered() -> None:
         assert first_status(server, BINARY + b"Content-Length: 1001\r\n\r\n") == 413
         chunk = b"1f4\r\n" + bytes(500) + b"\r\n"
         assert first_status(server, BINARY + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk) == 413
+
+
+def test_what_a_body_does_not_say_counts_as_it_comes() -> None:
+    """Chunked bodies are refused while they come, packed ones when they are unpacked; nothing stays held."""
+    piece = b"1f4\r\n" + bytes(500) + b"\r\n"
+    packed = gzip.compress(b" " * 5000)
+    with running(transport="native") as server:
+        server.port.room = 1000
+        assert first_status(server, BINARY + b"Transfer-Encoding: chunked\r\n\r\n", piece, piece, piece) == 503
+        coded = b"Content-Encoding: gzip\r\n"
+        size = b"Content-Length: %d\r\n\r\n" % len(packed)
+        assert first_status(server, BINARY + coded + size + packed) == 503
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+        assert first_status(server, BINARY + coded + chunked, piece, piece, piece) == 503
+        message = http2.grpc_message(gzip.compress(echoed(2_000_000)[5:]), 1)
+        with Http2Wire(server.grpc) as wire:
+            wire.send(opened(1, ("grpc-encoding", "gzip")) + frame(DATA, END_STREAM, 1, message))
+            assert wire.answer(1).status == "14"
+        assert len(server.port.admitted) == 4
+        assert server.port.wait(lambda: len(server.port.released) == 4)
 
 
 @pytest.mark.parametrize(

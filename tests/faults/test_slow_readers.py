@@ -221,7 +221,7 @@ class Refusing(EchoPort):
 
     refusal: weakref.ref[QueueFull]
 
-    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> EchoTicket:
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> EchoTicket:
         error = QueueFull("full")
         self.refusal = weakref.ref(error)
         reply.finish(error)

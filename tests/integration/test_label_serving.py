@@ -116,6 +116,10 @@ def test_labels_late_twice_early_and_of_nobody_over_both_protocols(place: Place,
         request = feedback_pb2.ReportRequest(model_name="m")
         request.outcomes.add(id=ids[0], row=1, value=float(truth[1]))
         report(request, timeout=20)
+        request.outcomes.add(id=ids[0], row=2, value=float("nan"))
+        with pytest.raises(grpc.RpcError, match="item 1: 'value' must be a finite number, got nan"):
+            report(request, timeout=20)
+        assert tell(server, [{"id": ids[0], "row": 3, "outcome": 2}]) == {"accepted": 1, "joined": 0}  # of no class
 
         eventually(
             lambda: (

@@ -16,6 +16,7 @@ from server.codec.binary import encode_bytes
 from server.codec.process.steps import Steps
 from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE
 from server.transport.native.server import NativeServer
+from server.transport.reference.grpcio import GrpcServer
 from server.types import Permit, Reply
 from tests.support.echo import EchoPort, EchoTicket, Running, running
 from tests.support.http2 import DATA, END_STREAM, Http2Wire, frame, grpc_message, opened
@@ -32,7 +33,7 @@ class Counting(EchoPort):
 
     handled = 0
 
-    def handle(self, permit: Permit, request: Any, reply: Reply) -> EchoTicket:
+    def handle(self, permit: Permit, request: Any, reply: Reply, received_ns: int = 0) -> EchoTicket:
         self.handled += 1
         return super().handle(permit, request, reply)
 
@@ -41,6 +42,19 @@ class Counting(EchoPort):
 def server() -> Iterator[Running]:
     with running(transport="native", port=Counting) as started:
         yield started
+
+
+@pytest.fixture(scope="module", params=["native", "reference"])
+def called(server: Running, request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """Where gRPC is served: by ``server`` itself, or by the reference, which shares its models and its turns."""
+    if request.param == "native":
+        yield server.grpc
+        return
+    turns = cast("NativeServer", server.http_server).infer.turns
+    reference = server.call(lambda: GrpcServer(server.port, server.services, turns=turns))
+    address = server.run(reference.start("127.0.0.1", 0))
+    yield address
+    server.run(reference.drain(0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +129,12 @@ def test_a_small_call_behind_a_large_one_is_answered_before_it(server: Running) 
         assert wire.answer(1).headers["grpc-message"] == "input 's' wants FP32, got BYTES"
 
 
-def test_a_small_message_is_answered_while_a_large_answer_is_written(server: Running) -> None:
+def test_a_small_message_is_answered_while_a_large_answer_is_written(server: Running, called: tuple[str, int]) -> None:
     """Typed contents come as elements: nothing is read by turns, so that it must be the answer that waits."""
     request = pb.ModelInferRequest(model_name="echo")
     entry = request.inputs.add(name="s", datatype="BYTES", shape=[len(ELEMENTS)])
     entry.contents.bytes_contents.extend(ELEMENTS)
-    with Http2Wire(server.grpc) as wire:
+    with Http2Wire(called) as wire:
         wire.send(opened(1))
         with held(server):
             wire.upload(1, grpc_message(request.SerializeToString()))
@@ -131,10 +145,10 @@ def test_a_small_message_is_answered_while_a_large_answer_is_written(server: Run
         assert answer.raw_output_contents[0] == RAW
 
 
-def test_messages_of_a_stream_keep_their_order(server: Running) -> None:
+def test_messages_of_a_stream_keep_their_order(server: Running, called: tuple[str, int]) -> None:
     other = pb.ModelInferRequest(model_name="affine", id="small")
     other.MergeFromString(grpc_small())
-    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+    with grpc.insecure_channel("{}:{}".format(*called)) as channel:
         call = channel.stream_stream(STREAM)(
             iter([grpc_request(id="large"), other.SerializeToString(), grpc_request(id="last", raw=RAW[:-1])]),
             timeout=30,
@@ -145,14 +159,14 @@ def test_messages_of_a_stream_keep_their_order(server: Running) -> None:
     assert "element 99999 goes past the end" in answers[2].error_message
 
 
-def test_streams_wait_for_their_turn_too(server: Running) -> None:
-    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+def test_streams_wait_for_their_turn_too(server: Running, called: tuple[str, int]) -> None:
+    with grpc.insecure_channel("{}:{}".format(*called)) as channel:
         with held(server):
             before = handled(server)
             call = channel.stream_stream(STREAM)(iter([grpc_request(id="large"), grpc_small()]), timeout=30)
             port = server.port
             assert port.wait(lambda: len(port.admitted) > len(port.released))
-            with Http2Wire(server.grpc) as wire:
+            with Http2Wire(called) as wire:
                 for i in range(1, 40, 2):
                     assert wire.call(i, grpc_small()).status == "0"
             assert handled(server) == before + 20
@@ -162,8 +176,8 @@ def test_streams_wait_for_their_turn_too(server: Running) -> None:
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-def test_damaged_contents_are_refused(server: Running, compression: grpc.Compression) -> None:
-    with grpc.insecure_channel("{}:{}".format(*server.grpc)) as channel:
+def test_damaged_contents_are_refused(server: Running, called: tuple[str, int], compression: grpc.Compression) -> None:
+    with grpc.insecure_channel("{}:{}".format(*called)) as channel:
         ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         with pytest.raises(grpc.RpcError) as refused:
             ask(grpc_request(raw=RAW + b"x"), timeout=30, compression=compression)
@@ -172,26 +186,30 @@ def test_damaged_contents_are_refused(server: Running, compression: grpc.Compres
         assert pb.ModelInferResponse.FromString(ask(grpc_request(), timeout=30)).raw_output_contents[0] == RAW
 
 
-def test_a_deadline_of_a_call_that_waits_for_its_turn(server: Running) -> None:
+def test_a_deadline_of_a_call_that_waits_for_its_turn(server: Running, called: tuple[str, int]) -> None:
     """The client's own clock is not asked: it would have told the same without the server."""
-    with Http2Wire(server.grpc) as wire, held(server):
+    port, seen = server.port, handled(server)
+    with Http2Wire(called) as wire, held(server):
         wire.send(opened(1, ("grpc-timeout", "300m")))
         wire.upload(1, grpc_message(grpc_request()))
+        assert wire.call(3, grpc_small()).status == "0"
         answer = wire.answer(1)
         assert answer.status == "4"
-        assert answer.headers["grpc-message"] == DECODED_LATE
-        assert wire.call(3, grpc_small()).status == "0"
+        # In the reference, gRPC's core ends calls by itself.
+        assert answer.headers["grpc-message"] == (DECODED_LATE if called == server.grpc else "Deadline Exceeded")
+        assert port.wait(lambda: len(port.admitted) == len(port.released))
+    assert handled(server) == seen + 1
 
 
-def test_a_cancelled_call_gives_its_turn_back(server: Running) -> None:
+def test_a_cancelled_call_gives_its_turn_back(server: Running, called: tuple[str, int]) -> None:
     port = server.port
     before, seen = len(port.released), handled(server)
-    with Http2Wire(server.grpc) as wire:
+    with Http2Wire(called) as wire:
         with held(server):
             for stream in (1, 3):
                 wire.send(opened(stream))
                 wire.upload(stream, grpc_message(grpc_request()))
-            wire.settled()
+            assert port.wait(lambda: len(port.admitted) == before + 2)
             wire.send(frame(3, 0, 1, (8).to_bytes(4)))
             assert port.wait(lambda: len(port.released) == before + 1)
         assert wire.answer(3).status == "0"
@@ -314,7 +332,7 @@ def test_damaged_contents_over_http(server: Running) -> None:
 class Breaks(EchoPort):
     """Raises where a request is handed over, which no port may."""
 
-    def handle(self, permit: Permit, request: Any, reply: Reply) -> EchoTicket:
+    def handle(self, permit: Permit, request: Any, reply: Reply, received_ns: int = 0) -> EchoTicket:
         raise RuntimeError("secret")
 
 

@@ -18,8 +18,10 @@ import pytest
 from server._pb import inference_pb2 as pb
 from server.transport.native.h2 import Http2Settings
 from server.types import RequestLimits
+from tests.support import pki
 from tests.support.echo import Running, running
 from tests.support.http2 import INFER, STREAM_INFER
+from tests.support.secured import secured
 
 LIMITS = RequestLimits(max_body_bytes=16 * 1024 * 1024)
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -266,3 +268,37 @@ def test_nghttp(server: Running, tmp_path: Path) -> None:
     url = f"http://{server.http[0]}:{server.http[1]}/v2/models/affine/infer"
     assert json.loads(told("nghttp", "-d", str(sent), url))["outputs"][0]["data"] == [3.0, 6.0]
     assert "200" in told("nghttp", "-nv", "-m", "5", url.replace("/infer", ""))
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pki.usual(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def secret(server: Running, certificates: Path) -> Iterator[str]:
+    """An address where both sides show a certificate."""
+    with secured(server, certificates) as address:
+        yield address
+
+
+@needs_curl
+@pytest.mark.parametrize(("flag", "version"), [("--http1.1", "1.1"), ("--http2", "2")])
+def test_curl_over_tls(secret: str, certificates: Path, flag: str, version: str) -> None:
+    """ALPN decides."""
+    shown = ("--cacert", "ca.pem", "--cert", "client.pem", "--key", "client.key")
+    files = [part if part.startswith("--") else str(certificates / part) for part in shown]
+    out = ("-s", flag, "-w", "\n%{http_code} %{http_version}", "-d", JSON, *files)
+    answer, _, code = told("curl", *out, f"https://{secret}/v2/models/affine/infer").rpartition("\n")
+    assert code == f"200 {version}"
+    assert json.loads(answer)["outputs"][0]["data"] == [3.0, 6.0]
+
+
+@needs_nghttp
+def test_nghttp_over_tls(secret: str, certificates: Path, tmp_path: Path) -> None:
+    sent = tmp_path / "body.json"
+    sent.write_text(JSON)
+    files = (f"--cert={certificates}/client.pem", f"--key={certificates}/client.key")
+    url = f"https://{secret}/v2/models/affine/infer"
+    assert json.loads(told("nghttp", *files, "-d", str(sent), url))["outputs"][0]["data"] == [3.0, 6.0]
+    assert "The negotiated protocol: h2" in told("nghttp", *files, "-nv", url.replace("/infer", ""))

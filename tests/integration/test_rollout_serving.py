@@ -274,6 +274,33 @@ def test_a_challenger_climbs_to_champion_and_a_person_goes_first(tmp_path: Path)
     assert not callers.failures
 
 
+@pytest.mark.parametrize("keep_warm", ["10m", "0s"])
+def test_what_was_stable_is_kept_no_longer_than_the_rollout_needs_it(tmp_path: Path, keep_warm: str) -> None:
+    """Promoted and taken back, or promoted for good at once: what nobody names any more goes as it always does."""
+    place = Registered(tmp_path)
+    place.publish(2.0, "champion")
+    steps = "[{weight: 50%, approve: true}]"
+    place.write(section(steps, candidate='"@challenger"', more=f"keep_warm: {keep_warm}"))
+    with place.serve() as server, traffic(server) as callers:
+        place.publish(2.0, "challenger", shift=1e-9)
+        reaches(place, server, "awaiting", rollout="r1-2")
+        assert order(place, server, "approve", "r1-2", x_tidegate_actor="ada")[0] == 200
+        reaches(place, server, "promoted", rollout="r1-2")
+        if keep_warm != "0s":
+            assert order(place, server, "rollback", "r1-2", x_tidegate_actor="ada")[0] == 200
+            reaches(place, server, "rolled_back", rollout="r1-2")
+        for scale in (3.0, 4.0, 5.0):
+            place.publish(scale, "champion")
+        eventually(lambda: version_of(server) == "5")
+        eventually(lambda: ready_versions(server) == {"4", "5"})
+    assert not callers.failures
+
+
+def ready_versions(server: Server) -> set[str]:
+    _, rows, _ = call(server.http, "POST", "/v2/repository/index", {"ready": True})
+    return {row["version"] for row in rows}
+
+
 SHADOWED = (
     "{errors: {event: error, worse_than: 1.2}, ceiling: {event: error, max_rate: 10%}, "
     "diverge: {paired: disagree, max_rate: 20%, action: hold}}"

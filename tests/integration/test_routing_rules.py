@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from router.types import RouteQuery
+from router.decision import RouteQuery
 from server.cli.routes import explain
 from server.config.load import load_config
 from server.config.routing import compile_all

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
-import subprocess
 from pathlib import Path
 
 import grpc
@@ -13,39 +12,14 @@ import pytest
 
 from server._pb import inference_pb2 as pb
 from tests.support import models
+from tests.support.pki import usual
 from tests.support.server import Server, serving
-
-
-def openssl(*args: str) -> None:
-    subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CA, a server certificate for 127.0.0.1 and a client certificate."""
-    root = tmp_path_factory.mktemp("pki")
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl(
-        "req",
-        "-x509",
-        *key,
-        "-keyout",
-        f"{root}/ca.key",
-        "-out",
-        f"{root}/ca.pem",
-        "-subj",
-        "/CN=test ca",
-        "-days",
-        "2",
-    )
-    (root / "names.cnf").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-    for name in ("server", "client"):
-        openssl("req", *key, "-keyout", f"{root}/{name}.key", "-out", f"{root}/{name}.csr", "-subj", f"/CN={name}")
-        openssl(
-            "x509", "-req", "-in", f"{root}/{name}.csr", "-CA", f"{root}/ca.pem", "-CAkey", f"{root}/ca.key",
-            "-CAcreateserial", "-out", f"{root}/{name}.pem", "-days", "2", "-extfile", f"{root}/names.cnf",
-        )  # fmt: skip
-    return root
+    return usual(tmp_path_factory.mktemp("pki"))
 
 
 def config(root: Path, pki: Path, extra: str) -> Path:

@@ -10,14 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.batching.planner import GONE, NEW, TAKEN, WAITING, Expire, Full, Limits, Planner, Reason, Run, WakeAt
+from server.batching.planner import (
+    GONE,
+    NEW,
+    TAKEN,
+    WAITING,
+    Expire,
+    Full,
+    Limits,
+    Member,
+    Planner,
+    Reason,
+    Run,
+    WakeAt,
+)
 from server.runtime.base import QueuePolicy
 
 US = 1000
 
 
 @dataclass(eq=False)
-class Item:
+class Item(Member):
     number: int
     rows: int = 1
     plan: str = "a"

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from router.decision import RouteQuery
 from router.errors import KeyMissing, UnknownVersion
 from router.policy.base import SPACE
 from router.policy.sticky import position, redraw, seed_of
@@ -20,7 +21,6 @@ from router.types import (
     Match,
     ModelRoutes,
     RolloutSplit,
-    RouteQuery,
     Rule,
     ShadowRoute,
     ValueTest,

@@ -72,6 +72,10 @@ class EchoPermit:
     traceresponse: str | None = None
     released: int = 0
 
+    def hold(self, size: int) -> None:
+        if size > self.port.room:
+            raise TooManyRequests(f"{size} bytes are over the room of {self.port.room}")
+
     def release(self) -> None:
         self.released += 1
         self.port.released.append(self.tidegate_id)
@@ -125,6 +129,8 @@ class EchoPort:
     def __init__(self, limits: RequestLimits) -> None:
         self.limits = limits
         self.max_in_flight = 10_000
+        #: What a request may hold that did not say how much it has.
+        self.room = 1 << 40
         self.admitted: list[RequestHead] = []
         self.released: list[str] = []
         self.cancelled: list[str] = []
@@ -150,7 +156,7 @@ class EchoPort:
         traceparent = head.metadata.get("traceparent")
         return EchoPermit(head, f"echo-{len(self.admitted)}", self, traceparent)
 
-    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply) -> EchoTicket:
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> EchoTicket:
         ticket = EchoTicket(self, request, reply)
         if request.model == "broken":
             raise RuntimeError("secret: /etc/passwd")

@@ -15,12 +15,14 @@ def openssl(*args: str) -> None:
 def authority(root: Path, name: str = "ca") -> None:
     """``NAME.pem`` and ``NAME.key``: who signs."""
     files = ("-keyout", f"{root}/{name}.key", "-out", f"{root}/{name}.pem")
-    openssl("req", "-x509", *_KEY, *files, "-subj", f"/CN=test {name}", "-days", "2")
+    # Clients of Python 3.13 and newer ask for an authority's key usage, and who signed a certificate.
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    openssl("req", "-x509", *_KEY, *files, "-subj", f"/CN=test {name}", "-days", "2", *usage)
 
 
 def certificate(root: Path, name: str, by: str = "ca", *, expired: bool = False) -> None:
     """``NAME.pem`` and ``NAME.key`` for 127.0.0.1 and localhost, signed ``by`` an authority of the same folder."""
-    (root / "names.cnf").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    (root / "names.cnf").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n")
     openssl("req", *_KEY, "-keyout", f"{root}/{name}.key", "-out", f"{root}/{name}.csr", "-subj", f"/CN={name}")
     signer = ("-CA", f"{root}/{by}.pem", "-CAkey", f"{root}/{by}.key", "-CAcreateserial")
     life = ("-days", "-1" if expired else "2")

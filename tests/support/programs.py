@@ -19,12 +19,17 @@ from tests.support.server import ROOT
 #: Debian's golang-google-grpc-dev, a GOPATH; its libgrpc-java with what it needs, a folder of jars.
 _GOPATH: Final = Path("/usr/share/gocode")
 _JARS: Final = Path("/usr/share/java")
-_GRPC_JAVA_PACKAGES: Final = "libgrpc-java libnetty-java libperfmark-java libguava-java"
+_GRPC_JAVA_PACKAGES: Final = (
+    "libgrpc-java libnetty-java libnetty-tcnative-java libnetty-tcnative-jni libperfmark-java libguava-java"
+)
 _GRPC_JAVA: Final = (
     "grpc-api", "grpc-context", "grpc-core", "grpc-netty", "grpc-stub",
     "guava", "jsr305", "netty-all", "netty-buffer", "netty-codec", "netty-codec-http", "netty-codec-http2",
-    "netty-common", "netty-handler", "netty-resolver", "netty-transport", "opencensus-api", "perfmark-api",
+    "netty-common", "netty-handler", "netty-resolver", "netty-tcnative", "netty-transport", "opencensus-api",
+    "perfmark-api",
 )  # fmt: skip
+#: OpenSSL for Netty, which Debian builds without the JDK's ALPN.
+_TCNATIVE: Final = "*/jni/libnetty-tcnative.so"
 
 
 def needs(*commands: str) -> None:
@@ -58,15 +63,17 @@ def grpc_go(folder: Path) -> list[str]:
 
 
 def grpc_java(folder: Path) -> list[str]:
-    """Compiled into ``folder``. No TLS: Debian's Netty is built without ALPN, which gRPC wants."""
+    """Compiled into ``folder``, where a copy of Netty's OpenSSL has the name that Netty asks for."""
     needs("java", "javac")
     jars = [_JARS / f"{name}.jar" for name in _GRPC_JAVA]
-    absent = [jar.name for jar in jars if not jar.is_file()]
+    native = next(Path("/usr/lib").glob(_TCNATIVE), Path(_TCNATIVE))
+    absent = [file.name for file in (*jars, native) if not file.is_file()]
     if absent:
         pytest.skip(f"grpc-java ({_GRPC_JAVA_PACKAGES}) is not installed: no {', '.join(absent)}")
+    shutil.copy(native, folder / "libnetty_tcnative.so")
     path = ":".join([str(folder), *map(str, jars)])
     run("javac", "-d", str(folder), "-cp", path, str(CLIENTS / "grpc_java" / "Checks.java"))
-    return ["java", "-XX:TieredStopAtLevel=1", "-cp", path, "Checks"]
+    return ["java", "-XX:TieredStopAtLevel=1", f"-Djava.library.path={folder}", "-cp", path, "Checks"]
 
 
 def grpc_js(_: Path) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router.types import Arm, Destination, KeySpec, ModelRoutes, RolloutSplit, RouteQuery, ValueTest
+from router.decision import RouteQuery
+from router.types import Arm, Destination, KeySpec, ModelRoutes, RolloutSplit, ValueTest
 
 USER = KeySpec(("header:x-user",))
 PRESENT = ValueTest(present=True)

@@ -183,6 +183,29 @@ def test_strings_and_several_inputs() -> None:
     assert sums.mean == pytest.approx(2 * parts[:, 0].mean())
 
 
+def test_strings_of_a_text_file_are_what_the_model_is_sent() -> None:
+    """Though they look like numbers or truth values."""
+    Path("d.csv").write_text("x\n" + "01067\n80331\n" * 1500)
+    model = models.identity(Path("m.onnx"), "BYTES", 1)
+    ok("monitor", "profile", "d.csv", "--model", model, "--run", "-o", "p.tgp")
+    assert [c.categories for c in ReferenceProfile.load(Path("p.tgp")).columns] == [(b"01067", b"80331")] * 2
+    shown = json.loads(ok("monitor", "skew", "p.tgp", "d.csv", "--model", model, "--run", "--json").output)
+    assert [score["psi"] for score in shown["report"]["windows"][0]["scores"]] == [0.0, 0.0]
+    ok("monitor", "profile", "d.csv", "--signature", signature("BYTES"), "-o", "q.tgp")
+    shown = json.loads(ok("monitor", "skew", "q.tgp", "d.csv", "--json").output)  # nothing but the profile knows it
+    assert [score["psi"] for score in shown["report"]["windows"][0]["scores"]] == [0.0]
+    Path("e.csv").write_text("x\n" + "true\nfalse\n" * 1500)
+    ok("monitor", "profile", "e.csv", "--signature", signature("BYTES"), "-o", "q.tgp")
+    assert ReferenceProfile.load(Path("q.tgp")).columns[0].categories == (b"false", b"true")
+    ok("monitor", "calibrate", "q.tgp", "e.csv", "-o", "c.json")
+
+
+def signature(datatype: str) -> Path:
+    path = Path(f"{datatype}.json")
+    path.write_text(json.dumps({"inputs": [{"name": "x", "datatype": datatype, "shape": [-1, 1]}]}))
+    return path
+
+
 def test_a_model_may_lie_beside_anything() -> None:
     csv("d.csv", values())
     Path("library.so").write_bytes(b"\x7fELF" + bytes(60))
@@ -211,7 +234,10 @@ def test_exact_knots() -> None:
         (["--kind", "zip=categorical"], "--kind: there is no column 'zip'"),
         (["--kind", "a=colour"], "--kind: wanted COLUMN=KIND with one of numeric"),
         (["--knots", "some"], "--knots must be a whole number or 'all', got 'some'"),
-        (["--knots", "1"], "at least 2 knots"),
+        (["--knots", "1"], "2 to 4000000 knots per column, got 1"),
+        (["--knots", "999999999"], "2 to 4000000 knots per column, got 999999999"),
+        (["--map", "a=x[0]", "--map", "b=x[0]"], "'a' and 'b' are both mapped to x[0]"),
+        (["--map", "a=x[0]", "--map", "b=x"], "'a' and 'b' are both mapped to x[0]"),
         (["--bins", "1"], "bins must be in 2..1000"),
         (["--signature", "s.json"], "give --model or --signature, not both"),
     ],
@@ -230,6 +256,7 @@ def test_what_does_not_fit_is_told(arguments: list[str], text: str) -> None:
         ("bad.csv", b"a,a\n1,2\n", "the first line must name the columns, each once"),
         ("bad.npz", b"not a zip", "bad.npz: not a readable npz file"),
         ("bad.txt", b"a", "wanted a .csv, .csv.gz, .npz or .parquet file"),
+        (".", None, ".: wanted a .csv"),
         ("short.csv", b"a,b\n1,2\n", "input 'x' has 4 elements a row, the data have 2 columns"),
         ("empty.csv", b"a,b,c,d\n", "rows"),
     ],
@@ -239,6 +266,21 @@ def test_files_that_are_no_tables_are_told(name: str, content: bytes | None, tex
         Path(name).write_bytes(content)
     model = models.affine(Path("m.onnx"))
     assert text in refused("monitor", "profile", name, "--model", model, "-o", "p.tgp")
+
+
+def test_columns_of_other_lengths_are_told() -> None:
+    np.savez("d.npz", a=np.arange(30.0), b=np.arange(30.0))
+    ok("monitor", "profile", "d.npz", "-o", "p.tgp")
+    np.savez("e.npz", a=np.arange(3000.0), b=np.arange(2500.0))
+    text = "the data's columns differ in rows: a 3000, b 2500"
+    assert text in refused("monitor", "skew", "p.tgp", "e.npz")
+    assert text in refused("monitor", "calibrate", "p.tgp", "e.npz", "-o", "c.json")
+    assert text in refused("monitor", "profile", "e.npz", "--label", "b", "-o", "q.tgp")
+
+
+def test_names_do_not_move_the_cursor() -> None:
+    Path("d.csv").write_text("a\x1b[31m\n1\n")
+    assert "\x1b" not in ok("monitor", "profile", "d.csv", "-o", "p.tgp").output
 
 
 def test_more_rows_than_there_is_memory_are_told() -> None:
@@ -252,6 +294,7 @@ def test_where_nothing_can_be_written_the_file_is_named() -> None:
     csv("d.csv", values())
     text = refused("monitor", "profile", "d.csv", "--model", models.affine(Path("m.onnx")), "-o", "no/p.tgp")
     assert "no/p.tgp cannot be written: No such file" in text
+    assert ". cannot be written" in refused("monitor", "profile", "d.csv", "-o", ".")
 
 
 @pytest.mark.parametrize(
@@ -524,6 +567,18 @@ def test_labels_by_the_names_of_classes_and_numbers() -> None:
     assert json.loads(many.output)["labels"]["accuracy"] == 1.0
     number = ok(*common, "--label", "amount", "--predict", "y[1]", "--task", "regression")
     assert json.loads(number.output)["labels"]["bias"] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"), [(("true", "false"), ("--classes", "true,false")), (("no", "yes"), ()), (("0", "1"), ())]
+)
+def test_labels_mean_what_they_mean_to_the_server(words: tuple[str, str], classes: tuple[str, ...]) -> None:
+    scores = np.random.default_rng(2).random(ROWS).round(6)
+    rows = [f"{score},{words[score >= 0.5]}" for score in scores.tolist()]
+    Path("v.csv").write_text("x,fate\n" + "\n".join(rows))
+    common = ("--model", models.identity(Path("m.onnx"), width=1), "--run", "-o", "p.tgp", "--json")
+    shown = ok("monitor", "profile", "v.csv", *common, "--label", "fate", *classes)
+    assert json.loads(shown.output)["labels"]["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(

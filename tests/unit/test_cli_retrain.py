@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,14 @@ def test_asks_with_a_reason(admin: Admin) -> None:
     assert result.output == "abc  fraud  requested\n"
     asked = {"reason": "new labels", "actor": "ana"}
     assert admin.asked == [("POST", "/admin/v1/retrains/fraud", "Bearer t", asked)]
+
+
+def test_the_token_is_that_of_the_state_folder_when_none_is_given(admin: Admin, tmp_path: Path) -> None:
+    (tmp_path / "admin-token").write_text("made\n")
+    for folder, sent in ((tmp_path, "Bearer made"), (tmp_path / "none", None)):
+        done = run("fraud", "--reason", "now", "--actor", "ana", "--url", admin.url, "--state-dir", str(folder))
+        assert done.exit_code == 0
+        assert admin.asked.pop() == ("POST", "/admin/v1/retrains/fraud", sent, {"reason": "now", "actor": "ana"})
 
 
 def test_shows_jobs(admin: Admin) -> None:

@@ -471,6 +471,32 @@ def test_explicit_control(tmp_path: Path) -> None:
     run(tmp_path, body, "explicit")
 
 
+def test_a_load_that_leaves_the_old_bytes_serving_has_failed(tmp_path: Path) -> None:
+    """As often as it is asked for, until the bytes can be loaded."""
+
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start(("m",))
+        rig.put("m", "1", "bad")
+        for _ in range(2):
+            with pytest.raises(ModelLoadError, match=r"failed to load 'm': model\.onnx is bad"):
+                await rig.control.load("m", {})
+        rig.put("m", "1", "2")
+        rig.runtime.unreachable = True
+        with pytest.raises(ModelLoadError, match="it is down"):
+            await rig.control.load("m", {})
+        assert rig.rows()["m", "1"] == ("READY", "it is down.")
+        rig.runtime.unreachable = False
+        await rig.control.load("m", {})  # the same bytes: who asks again has them tried again
+        assert rig.rows()["m", "1"] == ("READY", "")
+        (tmp_path / "m" / "config.pbtxt").write_text("max_batch_size: many")
+        with pytest.raises(ModelLoadError, match=r"failed to load 'm': config\.pbtxt:1:17"):
+            await rig.control.load("m", {})
+        assert rig.stable("m") == "1"
+
+    run(tmp_path, body, "explicit")
+
+
 def test_an_unload_of_what_is_not_loaded_leaves_it_so(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         rig.put("m", "1", "1")
@@ -519,13 +545,58 @@ def test_load_and_unload_need_explicit_control(tmp_path: Path, mode: str) -> Non
     async def body(rig: Rig) -> None:
         rig.put("m", "1", "1")
         await rig.control.start()
-        for act in (rig.control.load("m", {}), rig.control.unload("m")):
-            with pytest.raises(FailedPrecondition, match="explicit"):
-                await act
-        with pytest.raises(ModelNotFound):
-            await rig.control.load("nobody", {})
+        async with rig.control.turn:  # somebody loads, for as long as it takes: nobody waits to be refused
+            for act in (rig.control.load("m", {}), rig.control.unload("m")):
+                with pytest.raises(FailedPrecondition, match="explicit"):
+                    await act
+            with pytest.raises(ModelNotFound):
+                await rig.control.load("nobody", {})
 
     run(tmp_path, body, mode)
+
+
+def test_a_version_is_held_until_everybody_has_let_it_go(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        for _ in range(2):
+            rig.control.hold("m", "1")
+        rig.put("m", "2", "2")
+        for loaded in ({"1", "2"}, {"1", "2"}, {"2"}):
+            await rig.control.refresh()
+            assert set(rig.gateway.routes("m").versions) == loaded
+            rig.control.let_go("m", "1")
+        rig.control.hold("m", "2")  # letting go of what nobody held has left nothing behind
+        rig.put("m", "3", "3")
+        await rig.control.refresh()
+        assert set(rig.gateway.routes("m").versions) == {"2", "3"}
+
+    run(tmp_path, body)
+
+
+def test_a_look_that_crashes_is_not_the_last(tmp_path: Path) -> None:
+    class Crashing(DirectorySource):
+        looks = 0
+
+        def scan(self) -> dict[str, ModelPlan]:
+            self.looks += 1
+            if self.looks == 2:
+                raise ZeroDivisionError
+            return super().scan()
+
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        rig.put("m", "2", "2")
+        with structlog.testing.capture_logs() as logs:
+            following = asyncio.ensure_future(rig.control.poll(0.01))
+            assert await rig.closed.get() == ("m", "1")
+            following.cancel()
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["poll_failed"]
+        assert rig.stable("m") == "2"
+
+    rules = ReloadSettings(keep_warm_s=0)
+    run(tmp_path, body, reload=rules, source=Crashing(tmp_path, tmp_path / ".state"))
 
 
 def test_named_models_have_their_own_sources_and_options(tmp_path: Path) -> None:

@@ -240,6 +240,25 @@ def test_admission_limits_name_themselves() -> None:
     run(body)
 
 
+def test_a_request_holds_what_comes_of_it() -> None:
+    async def body() -> None:
+        rig = Rig(max_bytes=1000)
+        permit = rig.admit(content_length=100)
+        permit.hold(50)
+        permit.hold(900)
+        permit.hold(800)
+        with pytest.raises(TooManyRequests, match="hold 900 bytes, 101 more"):
+            rig.admit(content_length=101)
+        with pytest.raises(TooManyRequests, match="hold 900 bytes, 101 more"):
+            permit.hold(1001)
+        permit.release()
+        permit.hold(2000)
+        rig.admit(content_length=1000).release()
+        await rig.close()
+
+    run(body)
+
+
 def test_answers_that_nobody_reads_keep_new_requests_out() -> None:
     async def body() -> None:
         rig = Rig()

@@ -8,20 +8,10 @@ from typing import Any
 import pytest
 import structlog
 
+from router.decision import RouteQuery
 from router.policy.sticky import position, seed_of
 from router.table import RoutingTable
-from router.types import (
-    Arm,
-    Destination,
-    ExperimentSplit,
-    KeySpec,
-    Match,
-    ModelRoutes,
-    RolloutSplit,
-    RouteQuery,
-    Rule,
-    ValueTest,
-)
+from router.types import Arm, Destination, ExperimentSplit, KeySpec, Match, ModelRoutes, RolloutSplit, Rule, ValueTest
 from server.gateway.decisions import DecisionLog
 
 ALL = 10_000

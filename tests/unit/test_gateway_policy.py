@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from monitor.outcomes import LabelSettings
 from router.breaker import BreakerPolicy, State
 from router.experiment import ExperimentBooks, ExperimentSpec, OutcomeSpec
 from router.retry import RetryBudget, RetryPolicy
@@ -19,6 +20,7 @@ from router.types import Arm, Destination, ExperimentSplit, KeySpec, ModelRoutes
 from server.batching.batcher import Batcher
 from server.errors import InvalidArgument, ModelNotReady, RuntimeFailure, TidegateError, VersionTimeout
 from server.gateway import AdmissionLimits, Breakers, Gateway, ModelPolicy, Served
+from server.monitoring.labels import LabelService, LabelWatch
 from server.runtime.base import BatchingOptions, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.telemetry.instruments import Telemetry
@@ -247,6 +249,23 @@ def test_an_experiment_is_sticky_and_hears_of_its_outcomes() -> None:
             rig.gateway.hear("m", "id-user-3", "clack", 1)
         with pytest.raises(InvalidArgument, match="finite"):
             rig.gateway.hear("m", "id-user-3", "click", float("nan"))
+        await rig.close()
+
+    run(body)
+
+
+def test_an_outcome_that_the_labels_have_no_room_for_is_dropped_and_not_called_wrong() -> None:
+    async def body() -> None:
+        rig = Rig(Script(scale=5.0, offset=0.0), ModelPolicy())
+        watch = LabelWatch(LabelSettings("binary", "y", classes=("bad", "good"), queue_labels=1))
+        labels = LabelService().acquire("m", "1", watch)
+        rig.stable.labels = labels.tap(rig.stable.spec)
+        assert rig.gateway.hear("m", "id", "", None, text="good")
+        assert not rig.gateway.hear("m", "id", "", None, text="good")
+        assert labels.monitor.join.dropped_labels == 1
+        with pytest.raises(InvalidArgument, match="'neither'"):
+            rig.gateway.hear("m", "id", "", None, text="neither")
+        assert not rig.gateway.hear("m", "id", "", 2.0)  # no value of the task
         await rig.close()
 
     run(body)

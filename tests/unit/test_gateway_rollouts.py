@@ -19,7 +19,9 @@ def books(share: float = 0.5) -> RolloutBooks:
 
 
 def took(compute_ns: int, rows: int = 1) -> Work:
-    return Work([], 1, lambda _: None, assembled_ns=1, computed_ns=1 + compute_ns, batch_rows=rows)
+    work = Work([], 1, lambda _: None)
+    work.assembled_ns, work.computed_ns, work.batch_rows = 1, 1 + compute_ns, rows
+    return work
 
 
 def test_requests_without_a_key_count_one_by_one() -> None:

@@ -105,6 +105,18 @@ def test_versions_agree() -> None:
     assert released[0] == version == server.__version__
 
 
+def test_python_versions_agree() -> None:
+    """What is declared, what the set-up takes, and what the README promises."""
+    project = PROJECT["project"]
+    versions = [match[1] for line in project["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))]
+    assert project["requires-python"] == f">={versions[0]}"
+    set_up = (ROOT / "scripts" / "venv.sh").read_text()
+    first, last = (version.replace(".", ", ") for version in (versions[0], versions[-1]))
+    assert f"({first}) <= sys.version_info[:2] <= ({last})" in set_up
+    assert re.findall(r"python(3\.\d+)", set_up) == versions
+    assert f"Python {versions[0]} to {versions[-1]}" in (ROOT / "README.md").read_text()
+
+
 def test_licence_is_the_one_declared() -> None:
     assert PROJECT["project"]["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text()
@@ -163,6 +175,29 @@ def test_constraints_pin_every_declared_requirement_inside_its_bounds() -> None:
     for name, requirement in declared().items():
         assert name in constraints, f"{name} is not in constraints.txt; run `make constraints`"
         assert requirement.specifier.contains(constraints[name]), f"{requirement} but {constraints[name]}"
+
+
+def stood_on() -> set[str]:
+    """Canonical names of all that the declared requirements ask for, and those in turn, with this interpreter."""
+    found: set[str] = set()
+    # With the extra that a requirement's marker may name.
+    asked = [(requirement, "") for requirement in declared().values()]
+    seen: set[tuple[str, str]] = set()
+    while asked:
+        requirement, extra = asked.pop()
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            name = canonicalize_name(requirement.name)
+            found.add(name)
+            new = {(name, wanted) for wanted in ("", *requirement.extras)} - seen
+            seen |= new
+            lines = importlib.metadata.requires(name) or []
+            asked += [(Requirement(line), wanted) for _, wanted in new for line in lines]
+    return found
+
+
+def test_constraints_pin_all_that_development_stands_on() -> None:
+    """What a requirement requires too, by the markers of this interpreter: nothing is left to what is newest today."""
+    assert stood_on() - set(pins("constraints.txt")) == set()
 
 
 def test_constraints_keep_the_onnx_release_that_ships_the_node_tests() -> None:

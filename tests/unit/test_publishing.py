@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router.breaker import Outcome, State
-from router.types import RouteQuery
+from router.decision import RouteQuery
 from server.batching.batcher import Batcher
 from server.config.load import load_config
 from server.config.routing import compile_routing

@@ -260,6 +260,31 @@ def test_an_event_that_every_sink_gave_up_is_a_lost_job(house: House) -> None:
     assert "exit code 1" in job["detail"]
 
 
+def test_a_lost_job_whose_event_a_person_has_tried_again_is_a_job_again(house: House) -> None:
+    """No second training is asked for while the first is on its way after all; and given up again it is lost again."""
+    trigger_id = house.drifted()
+    for outcome, state in (("dead", "lost"), ("dead", "lost"), ("delivered", "accepted")):
+        for sink in ("train", "log"):
+            lease = house.outbox.claim(sink, "me", 30, max_attempts=9)
+            assert lease is not None
+            if outcome == "dead":
+                house.outbox.dead(lease, "exit code 1")
+            else:
+                house.outbox.delivered(lease)
+        house.after(SECOND_NS)
+        assert house.jobs() == [(state, "")]
+        house.after(SECOND_NS)
+        assert house.jobs() == [(state, "")]
+        if state == "lost":
+            house.outbox.retry(trigger_id, actor="ana")
+            house.after(SECOND_NS)
+            assert house.jobs() == [("requested", "")]
+            house.after(RULES.cooldown_ns)
+            assert house.jobs() == [("requested", "")]
+    house.after(RULES.cooldown_ns)
+    assert house.jobs() == [("accepted", "")]
+
+
 def test_a_sink_that_took_it_is_enough(house: House) -> None:
     house.drifted()
     lease = house.outbox.claim("train", "me", 30, max_attempts=9)

@@ -22,7 +22,7 @@ from server.control.sources import ModelPlan
 from server.errors import FailedPrecondition, ModelNotFound, NotFound
 from server.gateway import Served
 from server.monitoring.service import MonitorService
-from server.outbox import Outbox
+from server.outbox import Limits, Outbox
 from server.retraining import RetrainSpec
 from server.runtime.base import ModelOptions
 from server.state import State, open_state
@@ -65,9 +65,10 @@ class House:
     troubles: int = 0
     well: asyncio.Event | None = None
 
-    def control(self, **specs: RetrainSpec) -> RetrainControl:
+    def control(self, *, max_pending: int = 1000, **specs: RetrainSpec) -> RetrainControl:
         """As in a process that was just started."""
-        outbox = Outbox(self.state.store, self.state.audit, sinks=["train"])
+        limits = Limits(max_pending=max_pending)
+        outbox = Outbox(self.state.store, self.state.audit, sinks=["train"], limits=limits)
         world = World(
             self.plan, self.served, self.rollouts, self.monitors, self.state.registry,
             lambda model: (f"/captured/{model}/requests-*",), frozenset({"train"}),
@@ -305,6 +306,18 @@ def test_a_look_that_fails_is_logged_once_and_made_good(house: House) -> None:
     job = control.retraining.list("m")[0]
     assert (job["state"], job["version"]) == ("registered", number)
     assert sum(line["event"] == "retrain_look_failed" for line in logs) == 1
+
+
+def test_a_full_outbox_holds_up_nobody_elses_jobs(house: House) -> None:
+    """``shop`` is due for a training, and the one that a person has asked for ``m`` fills the outbox."""
+    due = replace(SPEC, rules=RetrainRules("shop", age_ns=1, coalesce_ns=0))
+    control = house.control(max_pending=1, shop=due, m=SPEC)
+    number = house.publish(1.0, None, fire(control))
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert house.look(control) == ("registered", number)
+    assert [line["event"] for line in logs].count("retrain_not_requested") == 1
+    assert control.retraining.list("shop") == []
 
 
 def test_what_is_known_of_a_champion() -> None:

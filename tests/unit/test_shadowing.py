@@ -113,10 +113,9 @@ def tensor(name: str, values: Any) -> Tensor:
 def answered(value: float = 1.0, width: int = 4) -> Work:
     """What the primary's batcher gives back: it echoes."""
     values = np.full((1, width), value)
-    return Work(
-        [tensor("x", values)], 1, lambda _: None, outputs=[tensor("y", values)],
-        assembled_ns=1, computed_ns=1_001, batch_rows=1,
-    )  # fmt: skip
+    work = Work([tensor("x", values)], 1, lambda _: None, outputs=[tensor("y", values)])
+    work.assembled_ns, work.computed_ns, work.batch_rows = 1, 1_001, 1
+    return work
 
 
 class Rig:

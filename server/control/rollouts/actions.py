@@ -50,6 +50,7 @@ log: Any = structlog.get_logger("rollout")
 
 #: Between tries of what did not work: the disk, the registry, a version that is not loaded.
 _AGAIN_S: Final = 0.5
+_SEE_LOG: Final = "see the server's log"
 #: How often what has not changed is written down.
 SAVE_EVERY_NS: Final = 5_000_000_000
 
@@ -191,12 +192,21 @@ class Hands:
                     return True
                 self.publisher.steer(run.template.entry, run.steering(), run.books)
             case KeepWarm(version):
-                self.keeper.hold(run.template.model, version)
+                if not run.kept:
+                    self.keeper.hold(run.template.model, version)
+                    run.kept = version
             case Release(version):
-                self.keeper.let_go(run.template.model, version)
+                if version == run.kept:
+                    self.release(run)
             case _:
                 return False
         return True
+
+    def release(self, run: Run) -> None:
+        """The version that a rollout has kept loaded may go, if there is one."""
+        if run.kept:
+            self.keeper.let_go(run.template.model, run.kept)
+            run.kept = ""
 
     def _publish(self, run: Run, action: Publish) -> bool:
         """Put the table of an action in force; False when something that it leads to is not loaded."""
@@ -276,6 +286,9 @@ class Hands:
             found = await self.quality(template.model, version, run.machine.spec.stable)
         except TidegateError as error:
             found = Admission("failed", error.message)
+        except Exception:  # the boundary of one judgement: that says nothing of the candidate, so people are asked
+            log.exception("rollout_admission_crashed", id=run.id)
+            found = Admission("undecidable", f"internal error in its quality gates, {_SEE_LOG}")
         detail = {"id": run.id, "status": found.status, "reason": found.reason, "evidence": list(found.evidence)}
         await self._noted(AuditEvent("tidegate", "rollout.gated", f"{template.model}:{version}", detail))
         match found.status:
@@ -316,5 +329,8 @@ class Hands:
             self.tell(run, CandidateFailed(error.message))
         except RolloutRefused:
             return
+        except Exception:  # the boundary of one rehearsal: what crashed would crash again
+            log.exception("rollout_rehearsal_crashed", id=run.id)
+            self.tell(run, CandidateFailed(f"internal error in its rehearsal, {_SEE_LOG}"))
         finally:
             run.loading = None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -26,6 +26,7 @@ from server.config.rollouts import RolloutTemplate, Steering
 from server.config.routing import Reference
 from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
 from server.control.rollouts.evidence import Levels, Look
+from server.control.rollouts.known import Known
 from server.control.rollouts.run import GATEWAY, Run, books_for, revived
 from server.control.rollouts.store import Standing, StoredRollout
 from server.control.rollouts.tenure import Tenure
@@ -59,25 +60,6 @@ def no_levels(_model: str, _version: str, _statistic: str, _since_ns: int) -> No
     """Where nothing is watched, no level is known."""
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is on disk of rollouts that this process does not work on."""
-
-    stored: dict[str, StoredRollout] = field(default_factory=dict)
-
-    def of(self, template: RolloutTemplate) -> StoredRollout | None:
-        """The newest that this very section has asked for."""
-        fingerprint = template.fingerprint()
-        found = [row for row in self.stored.values() if (row.name, row.template) == (template.entry, fingerprint)]
-        return max(found, key=lambda row: row.began_ns, default=None)
-
-    def tries(self, template: RolloutTemplate, candidate: str) -> list[StoredRollout]:
-        """Every rollout of one candidate of a template, oldest first."""
-        first = template.run_id(candidate)
-        found = [row for row in self.stored.values() if row.id == first or row.id.startswith(f"{first}.")]
-        return sorted(found, key=lambda row: row.began_ns)
-
-
 class RolloutControl:
     """All rollouts of one process. ``levels`` tells drift and may block; ``tenure`` keeps other processes away."""
 
@@ -90,8 +72,7 @@ class RolloutControl:
         self._runs: dict[str, Run] = {}
         #: Rollouts whose section is gone, until all of them is written down.
         self._leaving: list[Run] = []
-        self._known = _Known()
-        self._unreadable: set[str] = set()
+        self._known = Known()
         self._waiting: dict[str, str] = {}
         self._starter = GATEWAY
         self._meter = Meter()
@@ -115,12 +96,7 @@ class RolloutControl:
         self._rest()
 
     async def _read(self) -> None:
-        try:
-            rows = await asyncio.to_thread(self._hands.store.all)
-        except BadRolloutState as error:
-            log.error("rollouts_unreadable", error=str(error))
-            rows = []
-        self._known.stored = {row.id: row for row in rows}
+        self._known.replace(await asyncio.to_thread(self._hands.store.all))
 
     @asynccontextmanager
     async def claimed(self, templates: Mapping[str, RolloutTemplate]) -> AsyncIterator[None]:
@@ -155,11 +131,11 @@ class RolloutControl:
                     row.id, row.name, row.template, row.digest, row.began_ns, State.ABORTED.value, row.failed_ns,
                     row.cooldown_ns, row.cleared, False, row.document,
                 )  # fmt: skip
-                why = _UNREADABLE if row.id in self._unreadable else _REMOVED
+                why = _UNREADABLE if row.id in self._known.unreadable else _REMOVED
                 detail = {"id": row.id, "reason": why}
                 event = AuditEvent(GATEWAY, "rollout.aborted", row.name, detail)
                 await asyncio.to_thread(self._hands.store.save, ended, (event,))
-                self._known.stored[row.id] = ended
+                self._known.put(ended)
 
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]:
         """Why these sections cannot be put in the place of those in force."""
@@ -168,16 +144,9 @@ class RolloutControl:
             run = self._runs.get(entry)
             if run is not None and run.template.id == template.id and not run.machine.ended:
                 wrong += [f"{entry}: {text}" for text in _changes(run, template)]
-            elif not template.follows and (used := self._used(template)):
+            elif not template.follows and (used := self._known.used(template)):
                 wrong.append(f"{entry}: {used}")
         return wrong
-
-    def _used(self, template: RolloutTemplate) -> str:
-        """Why a section cannot have its id; "" when it can."""
-        row = self._known.stored.get(template.id)
-        if row is None or (row.name, row.template) == (template.entry, template.fingerprint()):
-            return ""
-        return f"rollout '{template.id}' has been used ({row.state}); give the new one an id of its own"
 
     def follow(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None:
         """Sections of a configuration that is about to be swapped in."""
@@ -203,7 +172,7 @@ class RolloutControl:
         """Another is in its place, or none. What is known of it is how it stands now, and in the end how it ended."""
         run.left = True
         self._leaving.append(run)
-        self._known.stored[run.id] = run.stored(is_open=False)
+        self._known.put(run.stored(is_open=False))
 
     def _restored(self, entry: str, template: RolloutTemplate) -> bool:
         stored = self._known.of(template)
@@ -213,7 +182,7 @@ class RolloutControl:
             run = revived(template, stored)
         except (BadRolloutState, ValueError, KeyError, TypeError) as error:
             log.error("rollout_unreadable", id=stored.id, error=str(error))
-            self._unreadable.add(stored.id)
+            self._known.unreadable.add(stored.id)
             return False
         promoted = run.machine.state is State.PROMOTED
         run.stable = run.machine.spec.candidate if promoted and not template.stable.is_alias else ""
@@ -237,10 +206,12 @@ class RolloutControl:
         """Look at everything, again and again, until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s())
-            looks = [self._look_at(entry) for entry in tuple(self._templates)]
-            for look in (self._note_traffic(), *looks, self._bury()):
+            looks: list[Callable[[], Awaitable[None]]] = [partial(self._look_at, entry) for entry in self._templates]
+            for look in (self._note_traffic, *looks, self._bury):
                 try:
-                    await look
+                    await look()
+                except TidegateError as error:  # of the disk, which will be tried again
+                    log.error("rollout_look_failed", error=error.message)
                 except Exception:  # the boundary: one rollout's fault must not end the others
                     log.exception("rollout_look_failed")
 
@@ -265,13 +236,16 @@ class RolloutControl:
             if run.machine.ended and run.idle.is_set():
                 await _ended(run)
                 self._leaving.remove(run)
-                self._known.stored[run.id] = run.stored(is_open=False)
+                self._hands.release(run)
+                self._known.put(run.stored(is_open=False))
             elif not run.machine.ended:
                 self._hands.tell(run, Tick())
         self._rest()
 
     async def _look_at(self, entry: str) -> None:
-        template, run = self._templates[entry], self._runs.get(entry)
+        template, run = self._templates.get(entry), self._runs.get(entry)
+        if template is None:  # a reload has taken it out while others were looked at
+            return
         if run is not None and not run.machine.ended:
             await self._look(run)
         elif run is not None:
@@ -314,7 +288,8 @@ class RolloutControl:
     def _settle(self, run: Run) -> None:
         """After the end: nothing is counted any more, and an alias decides again once it has been seen to have moved.
 
-        Until then the registry's last known word would take a promotion back.
+        Until then the registry's last known word would take a promotion back. What was stable stays loaded as long as
+        it answers by this rollout's word.
         """
         stable = run.template.stable
         free = bool(run.stable) and stable.is_alias and self._alias_of(stable) != run.machine.spec.stable
@@ -323,6 +298,8 @@ class RolloutControl:
         if free or (run.counting and not run.queue):
             run.counting = False
             self._hands.publisher.steer(run.template.entry, run.steering(), None)
+            if run.stable != run.machine.spec.stable:
+                self._hands.release(run)
 
     # -- aliases ------------------------------------------------------------------------------------------------
 
@@ -365,20 +342,25 @@ class RolloutControl:
                 return
             starter = await self._setter(template, template.candidate) if template.follows else self._starter
             machine = Rollout(spec, starter)
-        except (RolloutRefused, BadRollout) as error:
+        except RolloutRefused as error:
+            self._wait(entry, error.reason)
+            return
+        except BadRollout as error:
             self._wait(entry, str(error))
             return
         run = Run(template, machine, books_for(template), time.time_ns())
         event = AuditEvent(starter, "rollout.begun", f"{template.model}:{spec.candidate}", {"spec": spec.to_dict()})
-        stored = run.stored(is_open=True)
-        await asyncio.to_thread(self._hands.store.save, stored, (event,))
-        if self._templates.get(entry) is not template:  # a reload was faster
-            self._known.stored[run.id] = stored
-            return
+        await asyncio.to_thread(self._hands.store.save, run.stored(is_open=True), (event,))
+        now = self._templates.get(entry)
         before = self._runs.get(entry)
+        if now is None or now.fingerprint() != template.fingerprint():  # a reload was faster
+            self._hands.tell(run, SpecRemoved(starter))
+            self._leave(run)
+            self._set_to_work(run)
+            return
         if before is not None:
             self._leave(before)
-        self._known.stored[run.id] = stored
+        self._known.put(run.stored(is_open=True))
         self._waiting.pop(entry, None)
         self._runs[entry] = run
         self._hands.publisher.steer(entry, run.steering(), run.books)
@@ -402,26 +384,11 @@ class RolloutControl:
         if stable_number == number:
             self._wait(template.entry, f"{template.candidate} is stable itself")
             return None
-        run_id = self._free_id(template, number)
-        if run_id is None:
-            return None
+        run_id = self._known.free_id(template, number)
         digest = served.spec.digest or f"{template.model}:{number}"
         spec = template.spec(run_id, stable_number, number, digest)
-        failed = (row.failed_attempt() for row in self._known.stored.values())
-        plan.admit(spec, [attempt for attempt in failed if attempt is not None], time.time_ns())
+        plan.admit(spec, self._known.failed(), time.time_ns())
         return spec
-
-    def _free_id(self, template: RolloutTemplate, number: str) -> str | None:
-        """An id for a rollout of this candidate; None when it was tried and nobody has said to try it again."""
-        if not template.follows:
-            if used := self._used(template):
-                raise RolloutRefused(template.id, used)
-            return template.id
-        tries = self._known.tries(template, number)
-        if tries and not tries[-1].cleared:
-            self._wait(template.entry, f"version {number} was tried in '{tries[-1].id}' ({tries[-1].state}); clear it")
-            return None
-        return template.run_id(number, len(tries))
 
     def _wait(self, entry: str, why: str) -> None:
         if self._waiting.get(entry) != why:
@@ -460,8 +427,9 @@ class RolloutControl:
 
     async def _clear(self, rollout_id: str, actor: str, reason: str) -> dict[str, Any]:
         await asyncio.to_thread(self._hands.store.clear, rollout_id, actor, reason)
-        rows = await asyncio.to_thread(self._hands.store.all)
-        self._known.stored |= {row.id: row for row in rows if row.id == rollout_id}
+        for row in await asyncio.to_thread(self._hands.store.all):
+            if row.id == rollout_id:
+                self._known.put(row)
         for run in (*self._runs.values(), *self._leaving):
             run.cleared = run.cleared or run.id == rollout_id
         return self.status(rollout_id)
@@ -486,8 +454,7 @@ class RolloutControl:
             if entry in self._templates
         ]
         ids = {row["id"] for row in running}
-        past = sorted(self._known.stored.values(), key=lambda row: -row.began_ns)
-        return running + waiting + [past_shown(row) for row in past if row.id not in ids]
+        return running + waiting + [past_shown(row) for row in self._known.newest() if row.id not in ids]
 
     def standing(self) -> list[Standing]:
         """How every rollout that began stands, those at work first and then the newest first. Cheap."""
@@ -498,8 +465,7 @@ class RolloutControl:
             for run in self._runs.values()
         ]
         ids = {run.id for run in self._runs.values()}
-        past = sorted(self._known.stored.values(), key=lambda row: -row.began_ns)
-        return now + [row.standing() for row in past if row.id not in ids]
+        return now + [row.standing() for row in self._known.newest() if row.id not in ids]
 
     def status(self, rollout_id: str) -> dict[str, Any]:
         """One rollout. Raises NotFound."""

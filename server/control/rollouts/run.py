@@ -34,7 +34,8 @@ class Run:
 
     ``seen_moved``: the registry has been seen to say what a promotion made of it. ``wall_ns``: when it failed, by the
     clock of the wall. ``serving_ns``: since when the candidate has served in this process, by the same clock; 0 before.
-    ``levels_until``: up to when the rows came that levels were read from, by statistic.
+    ``levels_until``: up to when the rows came that levels were read from, by statistic. ``kept``: the version that
+    stays loaded for it, "" for none.
     """
 
     template: RolloutTemplate
@@ -64,6 +65,7 @@ class Run:
     weight: int = 0
     stable: str = ""
     serving_ns: int = 0
+    kept: str = ""
     levels_until: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -10,14 +10,17 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from router.errors import BadRolloutState
+import structlog
+
 from router.rollout.events import State
 from router.rollout.plan import FailedAttempt
 from server.audit import AuditEvent, AuditLog
 from server.errors import NotFound
 from server.store.base import Store
+
+log = structlog.get_logger("rollout")
 
 #: id, name, template, digest, began_ns, state, failed_ns, cooldown_ns, cleared, open, document
 _Columns: TypeAlias = tuple[str, str, str, str, int, str, int | None, int, int, int, str]
@@ -30,6 +33,16 @@ _WRITE = """
     ON CONFLICT (id) DO UPDATE SET
         state = excluded.state, failed_ns = excluded.failed_ns, open = excluded.open, document = excluded.document
 """
+
+
+#: Who moved an alias last: by itself, or with a promotion, whose subject is the version that it made champion.
+_SETTER: Final = """
+    SELECT actor FROM audit WHERE (action = 'registry.alias' AND subject = :model || '@' || :alias)
+        OR (action = 'registry.promote' AND substr(subject, 1, length(:model) + 1) = :model || ':'
+            AND json_extract(detail, '$."' || :alias || '"') IS NOT NULL)
+    ORDER BY seq DESC LIMIT 1
+"""
+_STATES: Final = frozenset(state.value for state in State)
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,7 +61,7 @@ class StoredRollout:
     """A rollout as it was written down. ``failed_ns``: when it was rolled back or failed, if it was.
 
     ``template`` is the fingerprint of the section that asked for it, ``name`` the models entry. ``document`` is plain
-    JSON: the machine, the counts that a restart needs, and how often it has changed.
+    JSON: the machine, the counts that a restart needs, and how often it has changed; empty where that is damaged.
     """
 
     id: str
@@ -84,7 +97,7 @@ class RolloutStore:
         self._audit = audit
 
     def all(self) -> list[StoredRollout]:
-        """Every rollout, oldest first. Raises BadRolloutState for a row that is no rollout."""
+        """Every rollout, oldest first. Of one that is damaged the rest is known, and the others are not concerned."""
         with self._store.reading() as connection:
             return [_parsed(row) for row in connection.execute(_ROWS + " ORDER BY began_ns, id")]
 
@@ -112,9 +125,8 @@ class RolloutStore:
 
     def setter(self, model: str, alias: str) -> str:
         """Who pointed an alias of the registry where it is, by the audit; "" when that cannot be told."""
-        query = "SELECT actor FROM audit WHERE action = 'registry.alias' AND subject = ? ORDER BY seq DESC LIMIT 1"
         with self._store.reading() as connection:
-            row = connection.execute(query, (f"{model}@{alias}",)).fetchone()
+            row = connection.execute(_SETTER, {"model": model, "alias": alias}).fetchone()
         return "" if row is None else str(row[0])
 
 
@@ -127,11 +139,22 @@ def _columns(rollout: StoredRollout) -> _Columns:
 
 
 def _parsed(row: Sequence[Any] | sqlite3.Row) -> StoredRollout:
-    id_, name, template, digest, began_ns, state, failed_ns, cooldown_ns, cleared, open_, document = row
-    try:
-        found = json.loads(document)
-    except ValueError as error:
-        raise BadRolloutState(f"the stored rollout '{id_}' is no JSON: {error}") from None
+    id_, name, template, digest, began_ns, state, failed_ns, cooldown_ns, cleared, open_, text = row
+    document = _document(text)
+    if not document or state not in _STATES:
+        log.error("rollout_damaged", id=id_, name=name, state=state)
+        state, document = state if state in _STATES else State.ABORTED.value, {}
     return StoredRollout(
-        id_, name, template, digest, began_ns, state, failed_ns, cooldown_ns, bool(cleared), bool(open_), found
+        id_, name, template, digest, began_ns, state, failed_ns, cooldown_ns, bool(cleared), bool(open_), document
     )
+
+
+def _document(text: Any) -> Mapping[str, Any]:
+    """A document with a machine's state in it; nothing when that is not what it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    machine = found.get("machine") if isinstance(found, dict) else None
+    sound = isinstance(machine, dict) and isinstance(machine.get("spec", {}), dict)
+    return found if sound else {}

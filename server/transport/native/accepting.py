@@ -28,6 +28,12 @@ _TOLD: Final = 64
 #: Accepted in one turn of the loop, and the pause when the system has no descriptor or memory for one more.
 _AT_ONCE: Final = 64
 _PAUSE_S: Final = 1.0
+#: What accept says of a connection that failed while it waited, not of the system (accept(2), "Error handling"): it has
+#: left the kernel's queue, so the next one is not made to wait.
+_LOST: Final = frozenset(
+    {errno.EPROTO, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
+    | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
 
 
 class _Bare:
@@ -167,7 +173,8 @@ class SecureListener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._pause(listening, error)
+                if error.errno not in _LOST:
+                    self._pause(listening, error)
                 return
             self._take(connection)
 

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 import structlog
@@ -125,8 +125,14 @@ class InferCycle:
         limit = self._protocol.server_side.limits.max_body_bytes
         if self._size > limit:
             self._fail(too_large(self._size, limit))
-        else:
-            self._parts.append(data)
+            return
+        self._parts.append(data)
+        permit, head = self._permit, self._head
+        if permit is not None and head is not None and head.content_length is None:
+            try:
+                permit.hold(self._size)
+            except TidegateError as error:
+                self._fail(error)
 
     def complete(self) -> None:
         """The body is there: decode, and hand over to the port."""
@@ -138,22 +144,32 @@ class InferCycle:
         except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._crash(error)
 
-    def repeat(self, head: RequestHead, body: bytes) -> None:
-        """A whole request at once."""
+    def repeat(self, head: RequestHead, body: bytes, json_size: int | None) -> None:
+        """A whole request at once, of whose JSON part the size is known."""
         self.more_body = False
         self.begin(head)
-        if not self.response_complete:
-            self._parts = [body]
-            self.complete()
+        if self.response_complete:
+            return
+        try:
+            self._take(body, json_size)
+        except TidegateError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
+            self._crash(error)
 
     def _start(self) -> None:
+        parts, self._parts = self._parts, []
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        head = self._head
+        if head is not None:
+            self._take(body, binary.parse_header_length(head.metadata.get(LENGTH_HEADER), len(body)))
+
+    def _take(self, body: bytes, json_size: int | None) -> None:
         head, permit = self._head, self._permit
         if head is None or permit is None:
             return
-        parts, self._parts = self._parts, []
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
         large = len(body) > pieces.SMALL_BODY_BYTES
-        request = self._request = _decode(head, body, self._protocol.server_side, whole=not large)
+        request = self._request = _decode(head, body, json_size, self._protocol.server_side, whole=not large)
         if large and pieces.unfinished(request):
             self._working = self._protocol.later(self._finish_later(head, permit, request))
         else:
@@ -230,7 +246,7 @@ class InferCycle:
             binary_default=request.binary_output,
             strict_json=server.settings.strict_json,
         )
-        self._write(200, b"" if json_size is None else b"%d" % json_size, chunks)
+        self._write(-1 if json_size is None else json_size, chunks)
 
     async def _answer_later(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> None:
         """Large answers are encoded, and compressed, off the loop."""
@@ -257,32 +273,23 @@ class InferCycle:
 
     # --- the answer ------------------------------------------------------------------------------------------
 
-    def _write(self, status: int, json_size: bytes, chunks: list[Buffer]) -> None:
-        """The usual answer: its head is one join of what is known already."""
+    def _write(self, json_size: int, chunks: list[Buffer]) -> None:
+        """The usual answer: one join of what is known already. ``json_size`` -1: all is JSON."""
         if self.disconnected:
             self._over()
             return
         decision, permit = self._decision, self._permit
         if decision is None or permit is None:
             raise Internal(self._tidegate_id())
-        protocol = self._protocol
-        length = sum(map(len, chunks))
+        length = 0
+        for chunk in chunks:
+            length += len(chunk)
+        sizes = _sizes(json_size, length, self.keep_alive)
         trace = getattr(permit, "traceresponse", None)
-        head = b"".join(
-            (
-                protocol.server_side.status_ok,
-                _decided(decision.version, decision.arm, decision.generation, decision.reason),
-                permit.tidegate_id.encode(),
-                b"\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: " + json_size
-                if json_size
-                else b"\r\ncontent-type: application/json",
-                b"\r\ntraceresponse: " + header_value(trace) if trace else b"",
-                b"\r\ncontent-length: %d\r\n\r\n" % length
-                if self.keep_alive
-                else b"\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % length,
-            )
-        )
-        self._out(head, chunks, length)
+        if trace:
+            sizes = b"\r\ntraceresponse: " + header_value(trace) + sizes
+        status = self._protocol.server_side.status_ok
+        self._out([status, _decided(decision), permit.tidegate_id.encode(), sizes, *chunks], length)
 
     def _send(self, answer: Answer) -> None:
         """Any other answer."""
@@ -302,16 +309,16 @@ class InferCycle:
         length = sum(map(len, answer.chunks))
         lines = [b"%b: %b\r\n" % header for header in headers]
         head = b"".join([STATUS_LINE[answer.status], *lines, b"content-length: %d\r\n\r\n" % length])
-        self._out(head, answer.chunks, length)
+        self._out([head, *answer.chunks], length)
 
-    def _out(self, head: bytes, chunks: list[Buffer], length: int) -> None:
+    def _out(self, parts: list[Buffer], length: int) -> None:
         self.response_started = self.response_complete = True
         self._over()
         protocol = self._protocol
         if length > _JOINED_BYTES:
-            protocol.transport.writelines([head, *chunks])
+            protocol.transport.writelines(parts)
         else:
-            protocol.transport.write(b"".join((head, *chunks)))
+            protocol.transport.write(b"".join(parts))
         protocol.answered(self)
 
     def abandon(self) -> None:
@@ -331,14 +338,27 @@ class InferCycle:
             permit.release()
 
 
-class _Head(NamedTuple):
+class _Head:
     """A request's head as it came, and what it says. ``target``: (model, version) of what is taken here, else None."""
 
-    url: bytes
-    headers: list[tuple[bytes, bytes]]
-    target: tuple[str, str] | None
-    metadata: dict[str, str]
-    length: int | None
+    __slots__ = ("headers", "json_size", "length", "limited", "metadata", "target", "url")
+
+    def __init__(
+        self,
+        url: bytes,
+        headers: list[tuple[bytes, bytes]],
+        target: tuple[str, str] | None,
+        metadata: dict[str, str],
+        length: int | None,
+    ) -> None:
+        self.url = url
+        self.headers = headers
+        self.target = target
+        self.metadata = metadata
+        self.length = length
+        self.limited = TIMEOUT_HEADER in metadata
+        #: Of the JSON part, once a body of this length has been read.
+        self.json_size: int | None = None
 
 
 class KnownHeads:
@@ -376,6 +396,8 @@ class NativeHttp1(HttpProtocol):
         self._body_from = 0.0
         self._started: Any = None
         self._peer = ""
+        #: The newest request, where it came whole, known by its head, and nothing has happened since.
+        self._repeated: InferCycle | None = None
         #: The last head that could be an inference: clients repeat themselves, and to compare costs less than to read.
         self._known: _Head | None = None
 
@@ -444,7 +466,7 @@ class NativeHttp1(HttpProtocol):
         if known.target is None:
             return None
         received_ns = time.monotonic_ns()
-        deadline_ns = deadline_of(known.metadata, received_ns) if TIMEOUT_HEADER in known.metadata else 0
+        deadline_ns = deadline_of(known.metadata, received_ns) if known.limited else 0
         model, version = known.target
         return RequestHead("http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer)
 
@@ -466,6 +488,8 @@ class NativeHttp1(HttpProtocol):
 
     def on_message_complete(self) -> None:
         cycle = self.cycle
+        if self._upgrading:
+            return  # the head alone, which is parsed again: what runs is the request before it
         if not isinstance(cycle, InferCycle):
             super().on_message_complete()
         elif cycle.response_complete:
@@ -481,13 +505,15 @@ class NativeHttp1(HttpProtocol):
         if known is not None and known.length == len(data) - len(raw):
             head = self._request_head(known)
             if head is not None:
-                self._disarm()
-                self._unset_keepalive_if_required()
+                self._on_due = None
+                if self._repeated is None:
+                    self._unset_keepalive_if_required()
                 self._known = known  # as everywhere, that of the newest request taken here: ``_learn`` goes by it
-                repeated = InferCycle(self, not self.server_side.draining)
+                repeated = self._repeated = InferCycle(self, not self.server_side.draining)
                 self.cycle = self._started = repeated  # type: ignore[assignment]
-                repeated.repeat(head, data[len(raw) :])
+                repeated.repeat(head, data[len(raw) :], known.json_size)
                 return
+        self._repeated = None
         before: Any = self.cycle
         super().data_received(data)
         cycle = self.cycle
@@ -500,6 +526,9 @@ class NativeHttp1(HttpProtocol):
 
     def _between_requests(self) -> bool:
         """Whether the next byte begins a request that may be answered at once."""
+        repeated = self._repeated
+        if repeated is not None and repeated.response_complete and repeated.keep_alive:
+            return True  # it was so before that request
         cycle = self.cycle
         return (
             (cycle is None or (cycle.response_complete and not cycle.more_body and cycle.keep_alive))
@@ -515,11 +544,20 @@ class NativeHttp1(HttpProtocol):
             return
         # A parser may take a line feed alone for the end of a line, and then the head has ended before ``raw`` does.
         if raw.endswith(b"\r\n\r\n") and raw.count(b"\n") == raw.count(b"\r\n"):
+            known.json_size = binary.parse_header_length(known.metadata.get(LENGTH_HEADER), size)
             self.server_side.heads.learn(raw, known)
 
     def _send_refusal(self, error: TidegateError) -> None:
         super()._send_refusal(error)
         self._abandon()
+
+    def _close_gently(self) -> None:
+        self._repeated = None
+        super()._close_gently()
+
+    def pause_writing(self) -> None:
+        self._repeated = None
+        super().pause_writing()
 
     def _bound_idleness(self) -> None:
         if self._on_due is None:
@@ -538,19 +576,19 @@ class NativeHttp1(HttpProtocol):
 
     def answered(self, cycle: InferCycle) -> None:
         """The answer of ``cycle`` is out: go on, or end."""
-        if self.transport.is_closing():
+        if cycle is self._repeated and cycle.keep_alive:
+            self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+        elif self.transport.is_closing():
             return
-        if not cycle.keep_alive:
+        elif not cycle.keep_alive:
             if cycle.more_body or self.pipeline:
                 self._close_gently()
             else:
                 self.transport.close()
         elif self.pipeline or self._refusal is not None or cycle.more_body:
             self.on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-            if not self._head_open:
-                self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+        elif not self._head_open:
+            self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
 
     def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A request or an answer that takes long to read or write."""
@@ -587,8 +625,9 @@ def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeSer
     return header is None or not header.isdecimal() or len(header) > 20 or int(header) > server.settings.offload_bytes
 
 
-def _decode(head: RequestHead, body: Buffer, server: NativeServer, *, whole: bool) -> InferenceRequest:
-    json_size = binary.parse_header_length(head.metadata.get(LENGTH_HEADER), len(body))
+def _decode(
+    head: RequestHead, body: Buffer, json_size: int | None, server: NativeServer, *, whole: bool
+) -> InferenceRequest:
     if json_size == 0:
         spec, _ = server.catalog.metadata(head.model, head.version)
         return binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=whole)
@@ -607,8 +646,19 @@ def _target(url: bytes) -> tuple[str, str] | None:
     return None if target is None else (decoded(target[0]), decoded(target[1]))
 
 
-@lru_cache(maxsize=512)
-def _decided(version: str, arm: str, generation: int, reason: str) -> bytes:
+@lru_cache(maxsize=1024)
+def _sizes(json_size: int, length: int, keep_alive: bool) -> bytes:
+    """The header lines from behind the id's value on."""
+    kind = b"application/json"
+    if json_size >= 0:
+        kind = b"application/octet-stream\r\ninference-header-content-length: %d" % json_size
+    end = b"" if keep_alive else b"connection: close\r\n"
+    return b"\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b\r\n" % (kind, length, end)
+
+
+def _decided(decision: Decision) -> bytes:
     """The header lines that repeat from answer to answer, up to the value of the id."""
-    headers = decision_headers("", Decision("", version, arm, generation, reason), None)
-    return b"".join([b"%b: %b\r\n" % header for header in headers[1:]]) + b"x-tidegate-id: "
+    if not decision.lines:
+        headers = decision_headers("", decision, None)
+        decision.lines = b"".join([b"%b: %b\r\n" % header for header in headers[1:]]) + b"x-tidegate-id: "
+    return decision.lines

@@ -13,15 +13,21 @@ _BINARY: Final = b"-bin"
 class Metadata(Mapping[str, str]):
     """The headers of one call by their lower-case names, without pseudo headers and ``-bin`` metadata.
 
-    Values of a name that comes again are joined by ", ". ``raw`` has every header undecoded, the last one of a name:
-    it is made in one step, while decoding each name and value of each call would cost several times as much.
+    Values of a name that comes again are joined by ", ". ``raw`` has every header undecoded, the last one of a name;
+    ``size`` is the bytes of all names and values.
     """
 
-    __slots__ = ("_headers", "raw")
+    __slots__ = ("_headers", "raw", "size")
 
     def __init__(self, headers: tuple[Header, ...]) -> None:
         self._headers = headers
-        self.raw = dict(headers)
+        raw: dict[bytes, bytes] = {}
+        size = 0
+        for name, value in headers:
+            raw[name] = value
+            size += len(name) + len(value)
+        self.raw = raw
+        self.size = size
 
     def __getitem__(self, key: str) -> str:
         wanted = key.encode()

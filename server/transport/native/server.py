@@ -6,7 +6,6 @@ import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final, cast
 
 import structlog
@@ -163,8 +162,7 @@ class NativeServer(HttpServer):
     ) -> Stream | None:
         """What a new stream is; None when it was answered already."""
         metadata = Metadata(headers)
-        size = len(b"".join(chain.from_iterable(headers))) + _HEADER_OVERHEAD * len(headers)
-        fits = size <= self.limits.max_header_bytes
+        fits = metadata.size + _HEADER_OVERHEAD * len(headers) <= self.limits.max_header_bytes
         if not _is_grpc(metadata.raw.get(b"content-type", b"")):
             if not fits:
                 asgi.refuse(connection, stream_id, error_answer(self._too_large(), self.statuses), ended=ended)

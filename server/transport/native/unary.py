@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from server.codec import pieces, protobuf
-from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
+from server.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    PayloadTooLarge,
+    TidegateError,
+    TooManyRequests,
+    Unimplemented,
+)
 from server.transport.answers import decision_headers, header_value
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE, by_deadline
@@ -26,7 +33,8 @@ if TYPE_CHECKING:
 
 _OK: Final = ((b"grpc-status", b"0"),)
 _HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-_KNOWN_DECISIONS: Final = 512
+#: Of a message of any method but ``ModelInfer``, as of a body over HTTP: they are small and admitted by nobody.
+_METHOD_BYTES: Final = 1024 * 1024
 _INCOMPLETE: Final = "the call ended before its message was complete"
 
 _log: Any = structlog.get_logger("tidegate.grpc")
@@ -49,11 +57,13 @@ class GrpcHead:
             wire.check_coding(self.coding)
 
 
-@lru_cache(maxsize=_KNOWN_DECISIONS)
-def _decided(version: str, arm: str, generation: int, reason: str) -> tuple[Header, ...]:
+def _decided(decision: Decision | None) -> tuple[Header, ...]:
     """The head of an answer up to what differs from request to request."""
-    decision = Decision("", version, arm, generation, reason)
-    return (*_HEAD, *decision_headers("", decision, None)[1:])
+    if decision is None:
+        return _HEAD
+    if not decision.metadata:
+        decision.metadata = (*_HEAD, *decision_headers("", decision, None)[1:])
+    return decision.metadata
 
 
 class UnaryCall:
@@ -113,8 +123,7 @@ class UnaryCall:
     def _begin(self, data: bytes) -> None:
         """The first piece, with the whole prefix in it as it nearly always is."""
         self._declared = wire.declared(data, self._connection.server.limits.max_body_bytes)
-        if not data[0]:
-            self._admit(self._declared)
+        self._admit(self._declared)
         self._size = len(data)
         self._parts.append(data)
         self._check_size()
@@ -156,7 +165,7 @@ class UnaryCall:
             message = await server.offload.run(
                 partial(wire.inflated, payload, self._head.coding, server.limits.max_body_bytes)
             )
-            self._admit(len(message))
+            self._hold(len(message))
             self._start(bytes(message))
         except TidegateError as error:
             self._fail(error)
@@ -165,6 +174,9 @@ class UnaryCall:
 
     def _admit(self, size: int) -> None:
         """Take or refuse before the message is gathered."""
+
+    def _hold(self, size: int) -> None:
+        """It was packed, and has so many bytes."""
 
     def _start(self, message: bytes) -> None:
         raise NotImplementedError
@@ -254,6 +266,10 @@ class InferCall(UnaryCall):
             )
         )  # fmt: skip
 
+    def _hold(self, size: int) -> None:
+        if self._permit is not None:
+            self._permit.hold(size)
+
     def _start(self, message: bytes) -> None:
         server, permit = self._connection.server, self._permit
         if permit is None:  # an empty message is admitted like any other
@@ -324,7 +340,7 @@ class InferCall(UnaryCall):
 
     def _send(self, response: InferenceResponse) -> None:
         connection = self._connection
-        body = wire.framed_parts(protobuf.infer_parts(response))
+        body = protobuf.framed_infer(response)
         head = self._answer_head()
         self._over()
         connection.done(self._id, len(body) if connection.session.unary(self._id, head, body, _OK) else 0)
@@ -337,11 +353,7 @@ class InferCall(UnaryCall):
         if permit is None:
             return (*_HEAD, (b"x-tidegate-id", new_id().encode()))
         trace = getattr(permit, "traceresponse", None)
-        head = (
-            _HEAD
-            if decision is None
-            else _decided(decision.version, decision.arm, decision.generation, decision.reason)
-        )
+        head = _decided(decision)
         if trace:
             head = (*head, (b"traceresponse", header_value(trace)))
         return (*head, (b"x-tidegate-id", permit.tidegate_id.encode()))
@@ -364,6 +376,10 @@ class MethodCall(UnaryCall):
         super().__init__(connection, stream_id, head)
         self._method = method
         self._task: asyncio.Task[None] | None = None
+
+    def _admit(self, size: int) -> None:
+        if size > _METHOD_BYTES:
+            raise PayloadTooLarge(f"message of {size} bytes is over the limit of {_METHOD_BYTES} bytes")
 
     def _start(self, message: bytes) -> None:
         self._connection.windows.forget(self._id)

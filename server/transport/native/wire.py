@@ -6,7 +6,6 @@ https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import Final
 from urllib.parse import quote_from_bytes
 
@@ -44,19 +43,15 @@ def framed(message: Buffer) -> bytes:
     return PREFIX.pack(0, len(message)) + message
 
 
-def framed_parts(parts: Sequence[Buffer]) -> bytes:
-    """``framed`` for a message in pieces, which are copied once."""
-    return b"".join((PREFIX.pack(0, sum(map(len, parts))), *parts))
-
-
-def declared(prefix: Buffer, limit: int) -> int:
+def declared(prefix: bytes, limit: int) -> int:
     """The length that a prefix says. Raises PayloadTooLarge over ``limit``, InvalidArgument for a bad flag."""
-    flag, size = PREFIX.unpack_from(prefix)
+    flag = prefix[0]
+    size = prefix[1] << 24 | prefix[2] << 16 | prefix[3] << 8 | prefix[4]
     if flag > 1:
         raise InvalidArgument(f"the first byte of a gRPC message must be 0 or 1, got {flag}")
     if size > limit:
         raise PayloadTooLarge(f"message of {size} bytes is over the limit of {limit} bytes")
-    return int(size)
+    return size
 
 
 def check_coding(coding: str) -> None:
@@ -90,7 +85,9 @@ class Deframer:
         start = 0
         with memoryview(buffer) as view:
             while len(view) - start >= PREFIX_BYTES:
-                self._wanted = self._wanted or PREFIX_BYTES + declared(view[start:], self._limit)
+                self._wanted = self._wanted or PREFIX_BYTES + declared(
+                    bytes(view[start : start + PREFIX_BYTES]), self._limit
+                )
                 if len(view) - start < self._wanted:
                     break
                 messages.append((bool(view[start]), bytes(view[start + PREFIX_BYTES : start + self._wanted])))

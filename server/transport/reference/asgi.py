@@ -133,21 +133,32 @@ class HttpProtocol(HttpToolsProtocol):
         self._server.connection_lost()
 
     def data_received(self, data: bytes) -> None:
-        if self._closing:
-            self._discard(len(data))
-            return
-        if self._refusal is not None:
-            return
-        self._unset_keepalive_if_required()
+        while data:  # what follows an ``Upgrade`` is parsed anew, and may offer another
+            if self._closing:
+                self._discard(len(data))
+                return
+            if self._refusal is not None:
+                return
+            self._unset_keepalive_if_required()
+            data = self._parse(data)
+
+    def _parse(self, data: bytes) -> bytes:
+        """What is still to be parsed: nothing, or a request without the ``Upgrade`` that it offered, and the rest.
+
+        Nothing is parsed while an exception is handled: the parser's next one would then hide what a callback raised.
+        """
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parse_without_upgrade(data[upgrade.args[0] :])
+            rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             cause = error.__context__
             self._refuse(cause.error if isinstance(cause, _Violation) else _malformed(error))
+            return b""
         else:
             self._check_open_head(len(data))
+            return b""
+        return self._without_upgrade(rest)
 
     def announce_close(self) -> None:
         """The answer in flight, if any, is the last one on this connection."""
@@ -272,14 +283,14 @@ class HttpProtocol(HttpToolsProtocol):
     def _headers_too_large(self) -> HeadersTooLarge:
         return HeadersTooLarge(f"request line and headers are over the limit of {self._max_header_bytes} bytes")
 
-    def _parse_without_upgrade(self, rest: bytes) -> None:
+    def _without_upgrade(self, rest: bytes) -> bytes:
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
         lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         self._upgrading = False
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"".join([*lines, b"\r\n", rest]))
+        return b"".join([*lines, b"\r\n", rest])
 
     def _refuse(self, error: TidegateError) -> None:
         """Stop parsing. Good requests before this one on the connection are answered first."""
@@ -413,7 +424,11 @@ def _malformed(error: Exception) -> InvalidArgument:
 
 
 class HttpServer:
-    """A listener for one ASGI app: ``start``, then ``drain``. Signals are the caller's business."""
+    """A listener for one ASGI app: ``start``, then ``drain``. Signals are the caller's business.
+
+    Over TLS, asyncio makes a connection known when its handshake is complete: until then it is bounded by time
+    (``head_s``) and not by number. The native transport, which accepts by itself, counts it from accept on.
+    """
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
-from server.codec import protobuf
+from server.codec import pieces, protobuf
+from server.codec.process.steps import Turns
 from server.errors import Cancelled, TidegateError
 from server.transport.answers import decision_headers
 from server.transport.bridge import SingleReply, infer
@@ -28,7 +29,7 @@ from server.transport.rpc.health import WATCH_PATH, HealthRpcs
 from server.transport.rpc.session import StreamSession
 from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
 from server.transport.status import StatusTable, safe_text
-from server.types import Decision, Permit, Port, RequestHead
+from server.types import Decision, InferenceRequest, Permit, Port, RequestHead
 
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _COMPRESSION: Final = {
@@ -110,7 +111,10 @@ class _Router(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 class GrpcServer:
-    """The listener: ``start``, then ``drain``."""
+    """The listener: ``start``, then ``drain``.
+
+    ``turns``: of messages that take long to read or write, here and wherever else they were given to.
+    """
 
     def __init__(
         self,
@@ -120,11 +124,13 @@ class GrpcServer:
         settings: GrpcSettings | None = None,
         statuses: StatusTable | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._port = port
         self._settings = settings or GrpcSettings()
         self._statuses = statuses or StatusTable()
         self._credentials = credentials
+        self._turns = turns or Turns()
         self._health = HealthRpcs(services)
         feedback = FeedbackRpcs(services)
         self._methods = {**InferenceRpcs(services).methods, **self._health.methods, **feedback.methods}
@@ -204,6 +210,8 @@ class GrpcServer:
             ("grpc.server_handshake_timeout_ms", round(settings.handshake_s * 1000)),
             ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
+            # The core's timer for the option above never starts (1.85): that of any ping, a minute if unsaid, holds.
+            ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_client_ping_s * 1000)),
             ("grpc.so_reuseport", 0),
@@ -248,12 +256,23 @@ class GrpcServer:
 
     async def _answer(self, call: _Call, raw: bytes) -> bytes:
         permit = call.permit = self._port.admit(_head(call.context, len(raw)))
-        request = protobuf.decode_infer(raw, self._port.limits)
-        check_version(request.version)
+        request = await self._decoded(raw)
         reply = SingleReply(asyncio.get_running_loop())
         await infer(self._port, permit, request, reply)
         call.decision = reply.decision
-        return protobuf.encode_infer(reply.result(permit))
+        response = reply.result(permit)
+        if pieces.has_many(response):
+            response = await self._turns.take(pieces.wired(response))
+        return protobuf.encode_infer(response)
+
+    async def _decoded(self, raw: bytes) -> InferenceRequest:
+        """Contents that take long to read are read by turns with other requests, until gRPC's core ends a late call."""
+        large = len(raw) > pieces.SMALL_BODY_BYTES
+        request = protobuf.decode_infer(raw, self._port.limits, whole=not large)
+        check_version(request.version)
+        if large and pieces.unfinished(request):
+            await self._turns.take(pieces.finish(request))
+        return request
 
     async def _stream_infer(self, _: object, context: _Context) -> None:
         call = _Call(context)
@@ -266,6 +285,7 @@ class GrpcServer:
                 lambda: self._read(context),
                 context.write,
                 max_in_flight=self._settings.max_in_flight_per_stream,
+                turns=self._turns,
             )
             await session.run()
         except Exception as error:  # noqa: BLE001 - the boundary of one stream
@@ -315,7 +335,9 @@ class GrpcServer:
         return None if raw is grpc.aio.EOF else raw
 
     async def _end_stream(self, context: _Context) -> None:
+        """A stream that a drain ends: not at once, for clients lose what they have not read when an error follows."""
         if self._draining:
+            await self._hold(context)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
     def _told(self, error: Exception, id_: str) -> TidegateError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Final
 
 from server._pb import feedback_pb2 as pb
 from server.errors import InvalidArgument
-from server.transport.feedback import MAX_ITEMS, MAX_TEXT, Feedback, number_of, time_of
+from server.transport.feedback import MAX_ITEMS, Feedback, check_size, number_of, time_of
 from server.transport.port import Services
 from server.transport.rpc.unary import Method, parse
 
@@ -37,8 +38,9 @@ def _feedback(number: int, outcome: pb.Outcome) -> Feedback:
     if not outcome.id and not outcome.key:
         raise InvalidArgument(f"{where}'id' or 'key' must say whose outcome it is")
     for name in ("id", "key", "name", "text"):
-        if len(getattr(outcome, name)) > MAX_TEXT:
-            raise InvalidArgument(f"{where}'{name}' must be text of at most {MAX_TEXT} characters")
+        check_size(getattr(outcome, name), name, where)
+    if not isfinite(outcome.value):
+        raise InvalidArgument(f"{where}'value' must be a finite number, got {outcome.value}")
     time_ns = time_of(outcome.time, where) if outcome.time else None
     # A value of 0 that is not sent is a value of 0 to older clients.
     value = number_of(outcome.text) if outcome.text else outcome.value

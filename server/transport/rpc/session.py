@@ -7,6 +7,7 @@ sends what is finished, first in first out. The error of one request is one mess
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -105,6 +106,7 @@ class StreamSession:
                 await self._room.wait()
 
     async def _take(self, raw: bytes) -> None:
+        received_ns = time.monotonic_ns()
         slot = _Slot(self._changed.set, len(raw))
         self._slots.append(slot)
         self._bytes += slot.size
@@ -116,7 +118,7 @@ class StreamSession:
             if large and pieces.unfinished(request):
                 await self._turns.take(pieces.finish(request))
             slot.empty_final = request.parameters.pop(_EMPTY_FINAL, False) is True
-            ticket = self._port.handle(self._permit, request, slot)
+            ticket = self._port.handle(self._permit, request, slot, received_ns)
             if not slot.finished:
                 slot.ticket = ticket
         except TidegateError as error:

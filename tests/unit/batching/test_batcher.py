@@ -401,14 +401,14 @@ def test_queued_work_expires_by_one_timer_while_the_engine_is_busy() -> None:
 
 def test_the_queue_delay_gathers_over_turns() -> None:
     engine, answers = DoublingEngine(), Answers()
-    loop, batcher = manual_batcher(engine, BatchingOptions(max_queue_delay_us=100))
+    loop, batcher = manual_batcher(engine, BatchingOptions(max_queue_delay_us=5000))
     submit_all(batcher, [1.0], answers)
     loop.settle()
-    loop.advance(60_000)
+    loop.advance(3 * MS)
     submit_all(batcher, [2.0], answers)
     loop.settle()
     assert engine.batches == []
-    loop.advance(40_000)
+    loop.advance(2 * MS)
     assert [batch.rows for batch in engine.batches] == [2]
     assert len(answers.works) == 2
 

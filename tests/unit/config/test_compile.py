@@ -57,6 +57,7 @@ server:
            overload_status: 429, max_unsent: 13KiB}
   connections: {idle: 5s, ping_after: 6s, ping_timeout: 7s, max_age: 1h}
   strict_json: true
+  busy_poll: 100us
   codec: {process: false, offload_over: 1KiB}
   drain: 1500ms
   model_control: explicit

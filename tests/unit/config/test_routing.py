@@ -10,21 +10,11 @@ import pytest
 
 from monitor.compare import CompareSpec
 from router.breaker import BreakerPolicy
+from router.decision import RouteQuery
 from router.experiment import ExperimentSpec, OutcomeSpec
 from router.shadow import ShadowBudget
 from router.table import RoutingTable
-from router.types import (
-    Arm,
-    Destination,
-    ExperimentSplit,
-    KeySpec,
-    Match,
-    RolloutSplit,
-    RouteQuery,
-    Rule,
-    ShadowRoute,
-    ValueTest,
-)
+from router.types import Arm, Destination, ExperimentSplit, KeySpec, Match, RolloutSplit, Rule, ShadowRoute, ValueTest
 from server.config.compile import RegistryVersion, compile_models, compile_versions
 from server.config.load import parse_config
 from server.config.model import Config

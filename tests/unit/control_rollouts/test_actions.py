@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from router.rollout.events import Accepted, Order, Ordered, State
 from router.rollout.machine import Rollout
@@ -20,7 +22,7 @@ from server.config.load import parse_config
 from server.config.rollouts import compile_rollouts
 from server.config.routing import compile_routing
 from server.control.publishing import Loaded, Publisher
-from server.control.rollouts.actions import Hands
+from server.control.rollouts.actions import Admission, Hands
 from server.control.rollouts.run import Run, books_for
 from server.control.rollouts.store import RolloutStore
 from server.errors import ModelLoadError
@@ -57,10 +59,10 @@ class Nothing:
 class Rig:
     """A rollout of version 2 beside version 1, with a store whose writers give up soon."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, busy_timeout_s: float = 0.1) -> None:
         self.loop = asyncio.get_running_loop()
         self.telemetry = Telemetry.create("test")
-        self.store = SqliteStore(folder / "tidegate.db", busy_timeout_s=0.1)
+        self.store = SqliteStore(folder / "tidegate.db", busy_timeout_s=busy_timeout_s)
         self.audit = AuditLog(self.store)
         self.deferred = DeferredAudit(self.audit, self.store)
         self.gateway = Gateway(
@@ -172,6 +174,44 @@ def test_a_verdict_of_the_quality_gates_waits_for_no_disk(tmp_path: Path) -> Non
         await rig.until(lambda: rig.share == 0.5)
         assert rig.deferred.flush(10)
         assert "rollout.gated" in [row.event.action for row in rig.audit.tail(9)]
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_quality_gates_that_crash_leave_it_to_people(tmp_path: Path) -> None:
+    async def crashing(_model: str, _candidate: str, _stable: str) -> Admission:
+        raise ZeroDivisionError
+
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        rig.hands.quality = crashing
+        with capture_logs() as logs:
+            await rig.hands.admit(rig.run)
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["rollout_admission_crashed"]
+        machine = rig.run.machine
+        assert (machine.state, "internal error in its quality gates" in machine.reason) == (State.PENDING, True)
+        rig.hands.tell(rig.run, Ordered(Order.APPROVE, "bob"))
+        await rig.until(lambda: rig.share == 0.5)
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_rehearsal_that_crashes_fails_the_candidate(tmp_path: Path) -> None:
+    async def crashing(_: Served) -> Engine:
+        raise ZeroDivisionError
+
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        golden = tmp_path / "golden.json"
+        golden.write_text('{"requests": [{"inputs": [], "outputs": []}]}')
+        rig.run.template = replace(rig.run.template, golden=golden)
+        rig.hands.load_again = crashing
+        rig.hands.tell(rig.run, Accepted())
+        await rig.until(lambda: rig.run.machine.state is State.FAILED)
+        assert "internal error in its rehearsal" in rig.run.machine.reason
+        assert rig.share == 0
         await rig.close()
 
     asyncio.run(asyncio.wait_for(body(), 30))

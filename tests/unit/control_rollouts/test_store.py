@@ -59,3 +59,34 @@ def test_who_set_an_alias_is_known_by_the_audit(state: State) -> None:
     for actor in ("ada", "bob"):
         state.audit.record(AuditEvent(actor, "registry.alias", "m@challenger"))
     assert store.setter("m", "challenger") == "bob"
+
+
+def test_who_promoted_a_version_has_set_every_alias_that_moved_with_it(state: State, tmp_path: Path) -> None:
+    store, registry = RolloutStore(state.store, state.audit), state.registry
+    for number, alias in ((1, "champion"), (2, "challenger")):
+        (tmp_path / "m.onnx").write_text(str(number))
+        registry.publish("m", tmp_path / "m.onnx", alias=alias, actor="ada")
+    (tmp_path / "m.onnx").write_text("of another model whose name begins alike")
+    registry.publish("m2", tmp_path / "m.onnx", alias="champion", actor="eve")
+    assert [store.setter("m", alias) for alias in ("champion", "challenger", "previous")] == ["ada", "ada", ""]
+    registry.promote("m", 2, actor="bob")
+    assert [store.setter("m", alias) for alias in ("champion", "challenger", "previous")] == ["bob", "bob", "bob"]
+    registry.set_alias("m", "champion", 1, actor="cleo")
+    assert [store.setter("m", alias) for alias in ("champion", "challenger")] == ["cleo", "bob"]
+
+
+@pytest.mark.parametrize("text", ["", '{"machine": {"sp', "[]", "null", '{"machine": []}', '{"machine": {"spec": 1}}'])
+def test_of_a_damaged_rollout_the_rest_is_known_and_the_others_are_whole(state: State, text: str) -> None:
+    store = RolloutStore(state.store, state.audit)
+    store.save(replace(ROW, id="r0", began_ns=0))
+    store.save(replace(ROW, state="promoted"))
+    with state.store.transaction() as connection:
+        connection.execute("UPDATE rollout_state SET document = ? WHERE id = 'r1'", (text,))
+    assert store.all() == [replace(ROW, id="r0", began_ns=0), replace(ROW, state="promoted", document={})]
+    assert [row.standing().candidate for row in store.all()] == ["", ""]
+
+
+def test_a_state_that_only_a_newer_tidegate_knows_is_damage_too(state: State) -> None:
+    store = RolloutStore(state.store, state.audit)
+    store.save(replace(ROW, state="levitating"))
+    assert store.all() == [replace(ROW, state="aborted", document={})]

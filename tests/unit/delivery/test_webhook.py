@@ -228,7 +228,11 @@ def test_interim_answers_without_end_are_no_answer() -> None:
             peer.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
 
     with scripted(talk) as url:
-        assert sink(url, timeout_s=0.3).send(message()) == Failed("no answer within 0.3 s")
+        # Newer Pythons count interim answers, and give up before the time is over.
+        assert sink(url, timeout_s=0.3).send(message()) in (
+            Failed("no answer within 0.3 s"),
+            Failed("the answer is no HTTP: HTTPException"),
+        )
 
 
 def test_a_receiver_changes_its_secret_without_losing_an_event() -> None:

@@ -12,6 +12,7 @@ from monitor.errors import SettingsError, StateError
 from monitor.types import AlarmRules
 
 RULES = AlarmRules(k=2, m=3, clear_looks=3)
+NONE = np.zeros(3, bool)
 
 
 def run(book: AlarmBook, signs: str, window: str = "short") -> list[str]:
@@ -108,3 +109,39 @@ def test_restart_forgets_alarms_but_not_numbers() -> None:
 def test_impossible_rules_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError):
         AlarmRules(**wrong)
+
+
+@pytest.mark.parametrize("m", [1, 3, 64])
+def test_looks_at_which_nothing_happens_are_looks(m: int) -> None:
+    """Stretches of them, longer than a history too, leave what a book knows that enters each by itself."""
+    rules = AlarmRules(k=1 if m == 1 else 2, m=m, clear_looks=4)
+    rng = np.random.default_rng(m)
+    book, twin = (AlarmBook(3, ["short", "long"], rules) for _ in range(2))
+    for stretch in rng.integers(1, 90, 40).tolist():
+        window = str(rng.choice(["short", "long"]))
+        over, quiet = rng.random(3) < 0.4, rng.random(3) < 0.4
+        assert book.look(window, over, quiet & ~over) == twin.look(window, over, quiet & ~over)
+        for _ in range(stretch):
+            assert book.look(window, NONE, ~NONE) == twin.look(window, NONE, ~NONE)
+            twin.to_dict()
+        assert book.alarmed == twin.alarmed == bool(book.active.any())
+    assert book.to_dict() == twin.to_dict()
+
+
+def test_what_passes_by_is_a_look_with_nothing_over_and_all_quiet() -> None:
+    one, other = book(), book()
+    for each in (one, other):
+        run(each, "x")
+    for _ in range(70):
+        one.pass_by("short")
+    run(other, "." * 70)
+    assert one.to_dict() == other.to_dict()
+    assert one.to_dict()["looks"] == {"short": 71, "long": 0}
+    assert run(one, "x") == ["_"]  # the first is forgotten
+
+
+def test_a_restart_forgets_what_passed_by() -> None:
+    one = book()
+    one.pass_by("short")
+    one.restart()
+    assert one.to_dict() == book().to_dict()

@@ -14,13 +14,13 @@ from monitor.calibration import (
     calibrate,
     critical_ks,
     critical_psi,
-    kolmogorov_log_p,
     log_level,
+    log_tail_chi_square,
     looks_per_false_alarm,
-    psi_log_p,
 )
 from monitor.errors import CalibrationError, ProfileMismatch
 from monitor.judging import Judge
+from monitor.kernels import tails
 from monitor.layout import Layout
 from monitor.panes import PaneStore
 from monitor.profile import ReferenceProfile
@@ -166,6 +166,8 @@ def test_critical_values_have_the_p_that_they_are_for(log_p: float) -> None:
     n, m, one = np.array([200.0, 5000.0, 0.0]), np.array([50_000.0, 300.0, 10.0]), np.array([1.0, 2.5, 1.0])
     levels, degrees = np.full(3, log_p), np.array([9.0, 3.7, 9.0])
     ks, psi = critical_ks(levels, n, m, one), critical_psi(levels, n, m, degrees, one)
-    assert kolmogorov_log_p(ks[:2], n[:2], m[:2], one[:2]) == pytest.approx([log_p] * 2, rel=1e-5)
-    assert psi_log_p(psi[:2], n[:2], m[:2], degrees[:2], one[:2]) == pytest.approx([log_p] * 2, rel=1e-6)
+    size, of_ks = (n * m / (n + m) / one)[:2], np.empty(2)
+    tails.kolmogorov_log_tail(ks[:2] * np.sqrt(size), of_ks)
+    assert of_ks == pytest.approx([log_p] * 2, rel=1e-5)
+    assert log_tail_chi_square(psi[:2] * size, degrees[:2]) == pytest.approx([log_p] * 2, rel=1e-6)
     assert np.isinf([ks[2], psi[2]]).all()

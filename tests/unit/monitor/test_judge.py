@@ -9,7 +9,7 @@ import pytest
 
 from monitor.calibration import Calibration
 from monitor.drift.base import Pair
-from monitor.drift.judge import Judgement, judge
+from monitor.drift.judge import Judgement, Known, judge
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
 from monitor.types import AlarmRules
@@ -36,3 +36,36 @@ def test_those_of_many_columns_go_with_their_look() -> None:
     tables = [weakref.ref(held.ks_threshold.table), weakref.ref(held.psi_threshold.table)]
     del held
     assert [table() for table in tables] == [None, None]
+
+
+@pytest.mark.parametrize("columns", [3, 300])
+def test_what_is_known_changes_no_judgement(columns: int) -> None:
+    """Looks of other levels, rows, missing rows and bins, of which many come again."""
+    rng = np.random.default_rng(columns)
+    layout = Layout(ReferenceProfile.from_arrays({"x": rng.standard_normal((500, columns))}))
+    none, rules, known = Calibration.none(layout), AlarmRules(), Known()
+    for look in range(400 if columns == 3 else 6):
+        window = rng.standard_normal((int(rng.choice([0, 20, 200])), columns)) * 0.1
+        window[rng.random(window.shape) < rng.choice([0.0, 0.3])] = np.nan
+        counts = np.zeros(layout.cells, "i4")
+        layout.count([window], counts)
+        reference = layout.reference if look % 5 else layout.reference * 2
+        pair, level = Pair(layout, reference, counts), float(rng.choice([-9.5, -4.0]))
+        one, other = judge(pair, rules, level, none, known), judge(pair, rules, level, none)
+        for name in ("ks_log_p", "psi_log_p", "real", "over", "quiet"):
+            assert np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
+        assert np.array_equal(one.ks_threshold.table, other.ks_threshold.table)
+        assert np.array_equal(one.psi_threshold.critical, other.psi_threshold.critical)
+
+
+def test_known_thresholds_are_bounded() -> None:
+    known, look = Known(), judged(3)
+    both = look.ks_threshold, look.psi_threshold
+    keys = [(float(level), b"", b"", b"") for level in range(200)]
+    for key in keys:
+        known.keep(key, both)
+    assert known.get(keys[-1]) is both
+    assert sum([known.get(key) is not None for key in keys]) <= 128
+    wide = judged(300)
+    known.keep((-1.0, b"", b"", b""), (wide.ks_threshold, wide.psi_threshold))
+    assert known.get((-1.0, b"", b"", b"")) is None

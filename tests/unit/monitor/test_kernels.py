@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from monitor.calibration import log_tail_chi_square, log_tail_kolmogorov
+from monitor.calibration import log_tail_chi_square
 from monitor.drift.base import Pair
 from monitor.drift.chisquare import ChiSquare
 from monitor.drift.js import JensenShannon
@@ -21,13 +21,18 @@ from monitor.drift.psi import Psi
 from monitor.drift.rates import rates
 from monitor.drift.wasserstein import Wasserstein
 from monitor.kernels._jit import compile_all
-from monitor.kernels.folding import fold
+from monitor.kernels.folding import fold, tally
 from monitor.kernels.ks import cumulate, ks_distance, ks_interval
-from monitor.kernels.tails import judge_columns
+from monitor.kernels.shares import any_exceeds
+from monitor.kernels.tails import judge_columns, kolmogorov_log_tail
 from monitor.kernels.windows import close_pane, span
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
 from tests.reference import naive_monitor as naive
+
+#: NUMBA_DISABLE_JIT, to see what tests cover: a kernel is plain Python then, and warns of overflow that it deals with.
+INTERPRETED = not hasattr(fold, "compile")
+pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")] if INTERPRETED else []
 
 DENORMAL = np.float32(1e-42)
 ODD: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -246,6 +251,13 @@ def test_values_of_a_reference_without_any_are_all_outside() -> None:
     assert found.window.tolist() == [10, 0]
 
 
+def log_tail_kolmogorov(x: np.ndarray) -> np.ndarray:
+    compile_all()
+    out = np.empty(len(x))
+    kolmogorov_log_tail(x, out)
+    return out
+
+
 def test_kolmogorov_tail_is_scipys() -> None:
     x = np.concatenate([np.linspace(0, 1.2, 200), np.linspace(1.2, 15, 300)])
     assert np.allclose(np.exp(log_tail_kolmogorov(x)), stats.kstwobign.sf(x), rtol=1e-10, atol=0)
@@ -296,7 +308,31 @@ def test_fold(dtype: str) -> None:
     assert out.tolist() == [4, 8, 6]
 
 
-@pytest.mark.parametrize("dtype", ["i4", "i8"])
+@pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
+def test_what_is_told_of_a_sample(dtype: str) -> None:
+    """Two columns, of three and of two cells: the bins, the rows and the missing ones of each."""
+    compile_all()
+    cells, bins = np.array([3, 4, 5, 6, 60_000], dtype), np.full(3, 99, "i8")
+    rows, missing = np.full((2, 2), 99, "i8")
+    places = np.array([0, 1, 3, 5]), np.array([1, 0, 2], "i4"), np.array([0, 2, 3])
+    tally(cells, *places, np.array([2, 4]), bins, rows, missing)
+    assert bins.tolist() == [9, 3, 60_006]
+    assert rows.tolist() == [12, 60_006]
+    assert missing.tolist() == [5, 60_000]
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
+def test_is_any_share_over_what_is_allowed(dtype: str) -> None:
+    compile_all()
+    cells, rows, columns = np.array([5, 0, 10], dtype), np.array([100, 0]), np.array([0, 1, 0])
+    at, allowed = np.array([0, 1, 2]), np.array([0.0, 0.0, 0.06])
+    assert not any_exceeds(cells, at, rows, columns, allowed, 0.0501)
+    assert any_exceeds(cells, at, rows, columns, allowed, 0.05)  # the first, just so
+    assert not any_exceeds(cells, at[:0], rows, columns, allowed, -1.0)
+    assert any_exceeds(cells, at[1:2], rows, columns[1:], allowed, 0.0)  # without rows: a share of 0
+
+
+@pytest.mark.parametrize("dtype", ["u2", "i4", "i8"])
 @pytest.mark.parametrize("cells", [2, 3, 4, 5, 6, 17, 64, 2051])
 def test_the_distance_of_looks_is_the_interval_s_lower_end(cells: int, dtype: str) -> None:
     compile_all()
@@ -320,7 +356,9 @@ def test_the_distance_of_looks_is_the_interval_s_lower_end(cells: int, dtype: st
                 assert own == pytest.approx(float(naive.ks_interval(*sides)[0]), abs=1e-15)
 
 
-@pytest.mark.parametrize(("pane", "window", "most"), [("i4", "i8", 2**30), ("u2", "i4", 2**16)])
+@pytest.mark.parametrize(
+    ("pane", "window", "most"), [("i4", "i8", 2**30), ("u2", "i4", 2**16), ("u2", "u2", 2**16 // 5)]
+)
 def test_a_pane_enters_all_windows_and_the_oldest_leaves_each(pane: str, window: str, most: int) -> None:
     compile_all()
     rng = np.random.default_rng(1)
@@ -348,6 +386,7 @@ def test_what_spans_the_panes_of_a_window() -> None:
     assert span(facts, 4, 2) == (7, 1, 40, 70)  # the place of pane 0 holds pane 3 now
 
 
+@pytest.mark.skipif(INTERPRETED, reason="plain Python takes any types")
 def test_kernels_refuse_what_they_were_not_compiled_for() -> None:
     compile_all()
     with pytest.raises(TypeError, match="matching definition"):

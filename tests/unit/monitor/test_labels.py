@@ -308,7 +308,8 @@ def test_rows_that_are_not_there_and_other_names() -> None:
 def test_labels_of_no_class(value: Any) -> None:
     join = join_of()
     remember(join, ["a"], 0.1)
-    join.label("a", 0, value, "", 0)
+    assert not join.label("a", 0, value, "", 0)
+    assert join.waiting == 1  # the prediction alone
     assert join.drain(0) == []
     assert join.invalid_labels == 1
 

@@ -31,6 +31,25 @@ def test_csv(tmp_path: Path) -> None:
     assert list(read_table(tmp_path / "t.csv", ["x"])) == ["x"]
 
 
+def test_texts_of_a_csv_are_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("zip,flag,price\n01067,true,1.50\n80331,false,\n")
+    read = read_table(tmp_path / "t.csv")
+    assert read["zip"].tolist() == [1067, 80331]
+    texts = read_table(tmp_path / "t.csv", texts=True)
+    assert {name: values.tolist() for name, values in texts.items()} == {
+        "zip": ["01067", "80331"],
+        "flag": ["true", "false"],
+        "price": ["1.50", None],
+    }
+
+
+def test_underscores_make_no_number(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1_0,1_0.5\n10,10.5\n")
+    read = read_table(tmp_path / "t.csv")
+    assert read["a"].tolist() == ["1_0", "10"]
+    assert read["b"].tolist() == ["1_0.5", "10.5"]
+
+
 def test_compressed_csv(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "t.csv.gz", "wt") as file:
         file.write(TEXT)
@@ -42,6 +61,13 @@ def test_npz(tmp_path: Path) -> None:
     table = read_table(tmp_path / "t.npz", ["x"])
     assert list(table) == ["x"]
     assert table["x"].shape == (4, 2)
+
+
+def test_a_single_array_is_no_npz_file(tmp_path: Path) -> None:
+    with (tmp_path / "t.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ProfileError, match="not a readable npz"):
+        read_table(tmp_path / "t.npz")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,14 @@ def test_missing_strings() -> None:
         (lambda: ReferenceProfile.from_arrays({"x": []}), "no rows"),
         (lambda: ReferenceProfile.from_arrays({"x": [1.0], "y": [1.0, 2.0]}), "differ in rows"),
         (lambda: ReferenceProfile.from_arrays({"x": [1.0]}, {"x": [1.0]}), "'x' twice"),
-        (lambda: ReferenceProfile.from_arrays({"x": [1.0]}, knots=1), "at least 2 knots"),
+        (lambda: ReferenceProfile.from_arrays({"x": [1.0]}, knots=1), "2 to 4000000 knots"),
+        (lambda: ReferenceProfile.from_arrays({"x": [1.0]}, knots=10**9), "2 to 4000000 knots"),
+        (lambda: ReferenceProfile.from_arrays({"x": [[1.0, 2.0], [3.0]]}), "tensor 'x': not all rows"),
+        (lambda: ReferenceProfile.from_arrays({"x": np.array(["a\ud800"])}), "UTF-8 has no bytes for: surrogates"),
+        (
+            lambda: ReferenceProfile.from_arrays({"x": np.array([10**400], object)}, datatypes={"x": "FP64"}),
+            "too large for a double",
+        ),
         (lambda: ReferenceProfile.from_arrays({"x": [1.0]}, bins=1), "bins"),
         (lambda: ReferenceProfile.from_arrays({"x": ["a"]}, datatypes={"x": "FP32"}), "not all values are numbers"),
         (lambda: ReferenceProfile.from_arrays({"x": ["a"]}, kinds={"x": "numeric"}), "go together"),
@@ -182,6 +189,22 @@ def test_missing_strings() -> None:
 def test_what_cannot_be_profiled_is_said(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("datatype", "left"), [("INT64", [-1, 0, 1, 2]), ("BOOL", [0, 1]), ("BF16", [-1.5, -0.5, 0, 0.5, 1.5, 2])]
+)
+def test_values_are_what_is_left_of_them_in_the_datatype(datatype: str, left: list[float]) -> None:
+    values = np.array([-1.5, -0.5, 0.0, 0.5, 1.5, 2.0, np.nan])
+    built = ReferenceProfile.from_arrays({"x": values}, datatypes={"x": datatype}).columns[0]
+    assert built.knots.tolist() == left
+    assert built.rows - built.present == 1
+
+
+def test_more_knots_than_rows_are_all_of_them() -> None:
+    values = np.random.default_rng(0).standard_normal(500)
+    most = ReferenceProfile.from_arrays({"x": values}, knots=4_000_000)
+    assert most.sha256 == ReferenceProfile.from_arrays({"x": values}, knots=None).sha256
 
 
 def test_too_many_strings_are_no_categories() -> None:

@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from monitor.drift.base import Pair
-from monitor.drift.quality import QualityJudgement, checks_of, judge_quality
+from monitor.drift.quality import QualityJudgement, checks_of, is_clean, judge_quality
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
-from monitor.types import AlarmRules, Array
+from monitor.types import AlarmRules, Array, Column
 
 
 def judged(reference: Array, window: Array, tolerated: float = 0.0, marked: int = 0) -> QualityJudgement:
@@ -93,3 +93,36 @@ def test_a_tolerated_share_is_tested_by_a_bound_on_the_binomial(tolerated: float
 def test_a_rule_that_tolerates_nothing_is_over_at_one_row() -> None:
     assert judged(np.linspace(0, 1, 100), np.linspace(0, 1, 1000), 0.0, 1).over[3]
     assert not judged(np.linspace(0, 1, 100), np.linspace(0, 1, 1000), 0.0, 0).over[3]
+
+
+def test_a_clean_window_is_one_in_which_all_is_quiet_and_nothing_over() -> None:
+    rng = np.random.default_rng(5)
+    reference = rng.standard_normal((4000, 3))
+    reference[rng.random((4000, 3)) < 0.02] = np.nan
+    layout = Layout(ReferenceProfile.from_arrays({"x": reference}))
+    checks, rules = checks_of(layout, []), AlarmRules()
+    seen = set()
+    for share in np.linspace(0.0, 0.06, 40).tolist():
+        window = rng.standard_normal((300, 3)) * (1.0 + share * rng.integers(2))
+        window[rng.random((300, 3)) < share] = np.nan
+        counts = np.zeros(layout.cells, "i4")
+        layout.count([window], counts)
+        pair = Pair(layout, layout.reference, counts)
+        found = judge_quality(checks, pair, np.zeros(0), rules, math.log(1e-6), np.ones(3))
+        clean = is_clean(checks, pair, rules)
+        assert clean == bool((found.share - found.allowed < rules.clear_ratio * rules.min_rate).all())
+        assert not clean or (found.quiet.all() and not found.over.any())
+        seen.add(clean)
+    assert seen == {True, False}
+
+
+def test_what_cannot_be_told_at_a_glance_is_not_clean() -> None:
+    numbers = np.arange(100.0)
+    layout = Layout(ReferenceProfile.from_arrays({"x": numbers}))
+    own, other = (Pair(layout, reference, layout.reference) for reference in (layout.reference, layout.reference + 0))
+    assert is_clean(checks_of(layout, []), own, AlarmRules())
+    assert not is_clean(checks_of(layout, []), other, AlarmRules())
+    assert not is_clean(checks_of(layout, [(0, "rule max", 0.0)]), own, AlarmRules())
+    column = Column("x", "x", kind="categorical")
+    layout = Layout(ReferenceProfile.from_table({"x": numbers % 3}, (column,)))
+    assert not is_clean(checks_of(layout, []), Pair(layout, layout.reference, layout.reference), AlarmRules())

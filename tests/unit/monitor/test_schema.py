@@ -96,6 +96,11 @@ def rule(column: str, **given: Any) -> ColumnRule:
             "column 'level' (input 'level'): rule max: wanted at most 5, got 6 in row 1 (1 of 2 rows)",
         ),
         (
+            (rule("level", min=3.5),),
+            Tensor("level", "INT64", np.array([4, 3]).tobytes()),
+            "column 'level' (input 'level'): rule min: wanted at least 3.5, got 3 in row 1 (1 of 2 rows)",
+        ),
+        (
             (rule("level", categories=(1, 2, 4)),),
             Tensor("level", "INT64", np.array([4, 3]).tobytes()),
             "column 'level' (input 'level'): rule categories: wanted one of 1, 2, 4, got 3 in row 1 (1 of 2 rows)",

@@ -68,6 +68,12 @@ def test_segments_that_cannot_be(segment: Segment, message: str) -> None:
         with_segments(PROFILE, TABLE, segment)
 
 
+def test_no_whole_number_is_between_two() -> None:
+    table = {"k": np.array([0, 1] * 50)}
+    with pytest.raises(SettingsError, match=r"no row with the value 0\.5"):
+        with_segments(ReferenceProfile.from_arrays(table), table, Segment("k", (0.5,)))
+
+
 def test_a_reference_without_the_segment_is_refused() -> None:
     with pytest.raises(SettingsError, match="is not cut by any column, wanted the value a"):
         Cutter(Layout(PROFILE), Segment("word", ("a",)))

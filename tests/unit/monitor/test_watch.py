@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -400,3 +400,34 @@ def test_kept_rows_are_bounded_by_bytes() -> None:
     assert 0 < kept < 2000
     assert kept % 100 == 0
     assert monitor.sample()["x"][-1] == table(19, 100)["x"][-1]
+
+
+# --- what is exported ---
+
+
+@pytest.mark.parametrize("reference", ["profile", "trailing_week"])
+def test_figures_are_those_of_the_report(reference: Literal["profile", "trailing_week"]) -> None:
+    """Of every window: full and not, narrow and wide counts, with and without rows."""
+    windows = (rows_window(200), rows_window(70_000, 1000), time_window(10, 1))
+    settings = Settings(windows=windows, rules=AlarmRules(k=1, m=1, min_rows=50), reference=reference)
+    one, heard = watch(settings)
+    for step in range(60):
+        values = table(step, 100)
+        values["x"] += step > 50
+        values["score"][:20] = np.nan
+        one.ingest(one.keys, [item(values, step * SECOND_NS, "canary" if step % 7 == 6 else "stable")])
+    one.tick(61 * SECOND_NS)
+    figures, report = one.figures(), one.report()
+    assert heard
+    assert [(f.arm, f.window, f.in_alarm) for f in figures] == [(w.arm, w.window, w.in_alarm) for w in report.windows]
+    for found, whole in zip(figures, report.windows, strict=True):
+        scores = {score.column: score for score in whole.scores}
+        for name in ("psi", "ks_low", "ks_p", "missing", "below", "above", "new_category"):
+            expected = [getattr(scores[column], name) for column in found.columns]
+            assert np.allclose(getattr(found, name), expected, rtol=1e-15, atol=0, equal_nan=True), name
+        evidence = {verdict.column: verdict.ratio for verdict in whole.verdicts}
+        assert found.evidence.tolist() == [evidence[column] for column in found.columns]
+
+
+def test_figures_of_nothing() -> None:
+    assert watch()[0].figures() == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from monitor.engine import Monitor
 from monitor.profile import ReferenceProfile
 from monitor.tap import Item
-from monitor.types import AlarmRules, Settings, rows_window
+from monitor.types import AlarmRules, Settings, WindowFigures, rows_window
 from server.monitoring.gauges import Watched, drift_families
 from server.telemetry.exposition import render
 from server.telemetry.snapshot import Points
@@ -20,7 +19,7 @@ WIDTH = 12
 
 
 @pytest.fixture(scope="module")
-def report() -> Any:
+def figures() -> tuple[WindowFigures, ...]:
     """Columns 3 and 7 are shifted, 7 more; two arms."""
     stream = np.random.default_rng(1)
     reference = stream.standard_normal((5000, WIDTH)).astype("f4")
@@ -32,28 +31,31 @@ def report() -> Any:
         rows[:, 7] += shift
         rows[:500, 0] = np.nan
         monitor.ingest(monitor.keys, [Item(1, arm, 1000, 0, [[rows.tobytes()]])])
-    return monitor.report()
+    return monitor.figures()
 
 
-def points(report: Any, name: str, top: int) -> Points:
-    (family,) = (family for family in drift_families([Watched(report, top)]) if family.name == name)
+def points(figures: tuple[WindowFigures, ...], name: str, top: int) -> Points:
+    families = drift_families([Watched("m", "1", figures, top)])
+    (family,) = (family for family in families if family.name == name)
     return family.points
 
 
-def test_columns_in_alarm_come_first_and_the_rest_is_bounded(report: Any) -> None:
+def test_columns_in_alarm_come_first_and_the_rest_is_bounded(figures: tuple[WindowFigures, ...]) -> None:
     shown = {
-        labels[3]: value for labels, value in points(report, "tidegate_drift_alarm", 3).items() if labels[2] == "stable"
+        labels[3]: value
+        for labels, value in points(figures, "tidegate_drift_alarm", 3).items()
+        if labels[2] == "stable"
     }
     assert shown == {"x[7]": 1, "x[3]": 1, "x[0]": 1}
     for top in (1, 5, 100):
-        psi = points(report, "tidegate_drift_psi", top)
+        psi = points(figures, "tidegate_drift_psi", top)
         assert len(psi) == 2 * 2 * min(top, WIDTH)
         assert set(next(iter(psi))[:2]) == {"m", "1"}
 
 
-def test_the_largest_is_over_all_columns_shown_or_not(report: Any) -> None:
-    everything = points(report, "tidegate_drift_psi", WIDTH)
-    largest = points(report, "tidegate_drift_psi_max", 1)
+def test_the_largest_is_over_all_columns_shown_or_not(figures: tuple[WindowFigures, ...]) -> None:
+    everything = points(figures, "tidegate_drift_psi", WIDTH)
+    largest = points(figures, "tidegate_drift_psi_max", 1)
     assert set(largest) == {
         ("m", "1", arm, window) for arm in ("stable", "canary") for window in ("200rows", "1000rows")
     }
@@ -62,22 +64,23 @@ def test_the_largest_is_over_all_columns_shown_or_not(report: Any) -> None:
         assert (model, version) == ("m", "1")
 
 
-def test_shares_are_those_of_the_window(report: Any) -> None:
-    missing = points(report, "tidegate_drift_missing_ratio", WIDTH)
+def test_shares_are_those_of_the_window(figures: tuple[WindowFigures, ...]) -> None:
+    missing = points(figures, "tidegate_drift_missing_ratio", WIDTH)
     assert missing["m", "1", "canary", "x[0]", "1000rows"] == 0.5
     assert missing["m", "1", "canary", "x[1]", "1000rows"] == 0
 
 
-def test_what_is_undefined_has_no_sample(report: Any) -> None:
-    window = report.windows[0]
-    scores = tuple(replace(score, ks_low=float("nan"), psi=float("nan")) for score in window.scores)
-    blank = replace(report, windows=(replace(window, scores=scores),))
+def test_what_is_undefined_has_no_sample(figures: tuple[WindowFigures, ...]) -> None:
+    nothing = np.full(WIDTH, np.nan)
+    blank = (replace(figures[0], ks_low=nothing, psi=nothing),)
     assert points(blank, "tidegate_drift_ks", WIDTH) == {}
     assert points(blank, "tidegate_drift_psi_max", WIDTH) == {}
     assert points(blank, "tidegate_drift_ks_pvalue", WIDTH) != {}
 
 
-def test_families_are_the_same_with_nothing_watched(report: Any) -> None:
+def test_families_are_the_same_with_nothing_watched(figures: tuple[WindowFigures, ...]) -> None:
     names = [family.name for family in drift_families([])]
-    assert names == [family.name for family in drift_families([Watched(report, 5)])]
-    assert b'tidegate_drift_psi_max{model="m"' in render(list(drift_families([Watched(report, 5)])), openmetrics=False)
+    assert names == [family.name for family in drift_families([Watched("m", "1", figures, 5)])]
+    assert b'tidegate_drift_psi_max{model="m"' in render(
+        list(drift_families([Watched("m", "1", figures, 5)])), openmetrics=False
+    )

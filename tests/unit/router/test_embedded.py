@@ -93,6 +93,7 @@ class TestContract(RegistryContract):
         return Case(
             house.registry,
             lambda model, files: house.registry.publish(model, house.source(files), actor="alice").version,
+            house.store.close,
         )
 
 

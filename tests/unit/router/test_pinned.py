@@ -171,7 +171,7 @@ class TestContract(RegistryContract):
             place.look()
             return version
 
-        return Case(place.registry, add)
+        return Case(place.registry, add, place.rows.connection.close)
 
 
 def test_an_alias_is_followed_once_its_bytes_are_here(place: Place) -> None:
@@ -404,6 +404,7 @@ def test_sizes_are_limited(tmp_path: Path) -> None:
         "model.onnx has 2001 bytes; at most 2000 are taken",
         "the version has 2501 bytes; at most 2500 are taken",
     ]
+    place.rows.connection.close()
 
 
 def test_bytes_that_nobody_names_are_deleted_and_come_back(serving: Place) -> None:

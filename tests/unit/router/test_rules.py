@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from router.decision import RouteDecision
 from router.errors import BadRoutes
 from router.table import RoutingTable
-from router.types import Destination, Match, RouteDecision, Rule, ValueTest
+from router.types import Destination, Match, Rule, ValueTest
 from tests.support.routes import PRESENT, ask, one_of, rollout, routes, to
 
 

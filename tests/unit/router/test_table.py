@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from router.decision import RouteQuery
 from router.errors import BadRoutes, BadVersion, UnknownModel, UnknownVersion
 from router.table import RoutingTable, is_version
-from router.types import Match, ModelRoutes, RouteQuery, Rule
+from router.types import Match, ModelRoutes, Rule
 from tests.support.routes import one_of, rollout, routes, to
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from server.errors import InputRejected, OutOfMemory, RuntimeFailure
 from server.runtime.messages import MAX_CHARS, clean, run_error
@@ -54,6 +55,13 @@ def test_texts_are_bounded() -> None:
 
 def test_an_input_that_the_graph_refuses_is_the_callers() -> None:
     error = run_error(RuntimeError(_GATHER))
+    assert isinstance(error, InputRejected)
+    assert error.message == "The model refused this input: Gather node 'g': indices element out of data bounds, idx=9."
+
+
+def test_classes_of_the_runtime_are_known() -> None:
+    """They are what runs by name raise, as those of strings; none of them is a RuntimeError."""
+    error = run_error(RuntimeException(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : {_GATHER}"))
     assert isinstance(error, InputRejected)
     assert error.message == "The model refused this input: Gather node 'g': indices element out of data bounds, idx=9."
 

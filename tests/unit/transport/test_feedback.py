@@ -16,7 +16,18 @@ def test_one_and_many() -> None:
     ]
     assert parse({"id": "a", "outcome": "setosa"}) == [Feedback("a", "", "", None, "setosa")]
     assert parse([]) == []
+    assert parse({"id": "a", "outcome": True}) == [Feedback("a", "", "", 1.0, "true")]  # may be a class of that name
     assert parse({"id": "a", "outcome": False, "time": "2026-01-02T03:04:05Z"})[0].value == 0.0
+
+
+@pytest.mark.parametrize("text", ["nan", "-inf", "Infinity", "1e999", "1_0", "0x1", "setosa"])
+def test_text_that_is_no_finite_number_may_only_be_a_class(text: str) -> None:
+    assert parse({"id": "a", "outcome": text}) == [Feedback("a", "", "", None, text)]
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1.0), (" -2.5e3 ", -2500.0), ("YES", 1.0), ("false", 0.0)])
+def test_numbers_as_text(text: str, number: float) -> None:
+    assert parse({"id": "a", "outcome": text})[0].value == number
 
 
 @pytest.mark.parametrize(
@@ -43,9 +54,11 @@ def test_when_an_outcome_was(time: str, wanted: int) -> None:
         ({"id": "a", "outcome": [1]}, "got a list"),
         ({"id": "a"}, "got nothing"),
         ({"id": "a", "outcome": {"v": 1}}, "got an object"),
-        ({"id": 1, "outcome": 1}, "'id' must be text"),
-        ({"id": "a", "outcome": 1, "row": -1}, "'row'"),
-        ({"id": "a", "outcome": 1, "row": True}, "'row'"),
+        ({"id": 1, "outcome": 1}, "'id' must be text, got 1"),
+        ({"id": "x" * 4097, "outcome": 1}, "'id' must be text of at most 4096 characters, got 4097"),
+        ({"id": "a", "outcome": 1, "row": -1}, "'row' must be a whole number of 0 or more, got -1"),
+        ({"id": "a", "outcome": 1, "row": True}, "'row' .*got true"),
+        ({"id": "a", "outcome": 1, "row": "1"}, "'row' .*got '1'"),
         ({"id": "a", "outcome": 1, "time": "soon"}, "RFC 3339 with its offset, .*got 'soon'"),
         ({"id": "a", "outcome": 1, "time": "2026-01-02T03:04:05"}, "with its offset"),
         ({"id": "a", "outcome": 1, "time": 5}, "RFC 3339 with its offset, .*got 5"),

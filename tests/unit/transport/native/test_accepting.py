@@ -212,6 +212,41 @@ def test_an_address_that_is_taken(base: Running, root: Path, listener: Listener)
     listener.assert_served()
 
 
+class Failing(socket.socket):
+    """A listening socket whose ``accept`` fails."""
+
+    number = 0
+
+    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
+        raise OSError(self.number, "accept")
+
+
+@pytest.mark.parametrize(
+    ("number", "paused"),
+    [
+        (errno.EPROTO, False),
+        (errno.ENETDOWN, False),
+        (errno.EHOSTUNREACH, False),
+        (errno.EMFILE, True),
+        (errno.ENFILE, True),
+        (errno.ENOBUFS, True),
+        (errno.ENOMEM, True),
+    ],
+)
+def test_one_connection_that_fails_makes_no_other_wait(listener: Listener, number: int, paused: bool) -> None:
+    """Where the system has no room for more, connections wait for a while; where one of them was lost, none does."""
+    base = listener.base
+    opened = base.call(lambda: SecureListener(listener.server, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    with Failing() as failing:
+        failing.number = number
+        failing.bind(("127.0.0.1", 0))
+        failing.listen()
+        base.call(lambda: opened._listen(failing))
+        base.call(lambda: opened._accept(failing))
+        listened_on = base.call(lambda: base.loop.remove_reader(failing))
+    assert listened_on is not paused
+
+
 @pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
 def test_small_answers_are_not_held_back(root: Path, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     with (

@@ -1,0 +1,44 @@
+"""A rollout that begins while the configuration is changed under it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from server.config.load import parse_config
+from server.config.rollouts import RolloutTemplate, compile_rollouts
+from server.control.rollouts.control import RolloutControl
+from server.control.rollouts.tenure import Tenure
+from tests.unit.control_rollouts.test_actions import TEXT, Rig
+
+
+def templates(folder: Path) -> Mapping[str, RolloutTemplate]:
+    return compile_rollouts(parse_config(TEXT, path="f", folder=folder))
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_reload_while_a_rollout_is_written_down(tmp_path: Path, stays: bool) -> None:
+    """The same section again goes on with it. Without its section it has ended, on disk too, and is let go of."""
+
+    async def body() -> None:
+        rig = Rig(tmp_path, busy_timeout_s=10)
+        control = RolloutControl(rig.hands, Tenure(tmp_path))
+        await control.start(templates(tmp_path), "ada")
+        with rig.disk_taken():
+            begun = asyncio.ensure_future(control._look_at("m"))  # as the next look would
+            await asyncio.sleep(0)
+            control.follow(templates(tmp_path) if stays else {}, "bob")
+        await begun
+        looking = asyncio.ensure_future(control.run())
+        wanted = ["begun", "gated", "loading", "step"] if stays else ["begun", "aborted"]
+        await rig.until(lambda: [row.event.action for row in rig.audit.tail(9)] == [f"rollout.{one}" for one in wanted])
+        await rig.until(lambda: [(row.state, row.open) for row in rig.hands.store.all()] == [(wanted[-1], stays)])
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await control.close()
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
