@@ -44,11 +44,13 @@ def read(
 ) -> bytes:
     """The body at a path of an admin address (URL or HOST:PORT); ``told``: further headers.
 
-    Raises ConfigError for no address, NotFound with the server's reason, TidegateError for anything else.
+    Raises ConfigError for no address or no token, NotFound with the server's reason, TidegateError for anything else.
     """
     url = (address if "://" in address else f"http://{address}").rstrip("/") + path
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url takes the http or https URL of an admin address, got {address!r}")
+    if token is not None and not (token.isascii() and token.isprintable()):  # a message would show all of it
+        raise ConfigError("the admin token has characters that a header cannot carry, wanted printable ASCII")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     # UTF-8, which HTTP hands on as Latin-1.
     headers |= {name: value.encode().decode("latin-1") for name, value in (told or {}).items()}

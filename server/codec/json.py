@@ -411,7 +411,7 @@ def _data(tensor: Tensor, strict: bool) -> bytes:
     array = printable(tensor)
     text = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
     # Only "null" has an n in the text of numbers; of booleans none is ever null.
-    if b"n" not in text or array.dtype.kind != "f":
+    if text.find(b"n") < 0 or array.dtype.kind != "f":
         return text
     if strict:
         raise InvalidArgument(

@@ -11,11 +11,12 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from monitor.loaders import TEXT_FILES
 from server.config.gates import GatePolicy
 from server.errors import InvalidArgument
 from server.gates.scores import as_text
 from server.tabular import Tabular, arrange, input_rows, read_tables
-from server.types import ModelSpec
+from server.types import BYTES, ModelSpec
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,7 +74,11 @@ def _sample(total: int, most: int, seed: int) -> Array | None:
 
 
 def arranged(holdout: Holdout, policy: GatePolicy, spec: ModelSpec) -> Tabular:
-    """The columns that are inputs of a model. Raises InvalidArgument."""
+    """The columns that are inputs of a model; strings as the files have them. Raises InvalidArgument."""
+    return _with_texts(_inputs(holdout, policy, spec), holdout, policy)
+
+
+def _inputs(holdout: Holdout, policy: GatePolicy, spec: ModelSpec) -> Tabular:
     about = policy.holdout
     if about.columns:
         absent = [name for name in about.columns if name not in holdout.table]
@@ -84,6 +89,20 @@ def arranged(holdout: Holdout, policy: GatePolicy, spec: ModelSpec) -> Tabular:
         return arrange(holdout.table, spec, about.map)
     aside = _only_named(policy, holdout.table, spec)
     return arrange({name: values for name, values in holdout.table.items() if name not in aside}, spec)
+
+
+def _with_texts(found: Tabular, holdout: Holdout, policy: GatePolicy) -> Tabular:
+    """``007`` in a text file was taken for a number, as long as nobody knew that the model takes a string there."""
+    paths = policy.paths()
+    names = [column.name for column in found.columns if column.datatype == BYTES]
+    if not names or not any(path.name.lower().endswith(TEXT_FILES) for path in paths):
+        return found
+    table = read_tables(paths, names, texts=True)
+    if any(len(values) != holdout.total for values in table.values()):
+        raise InvalidArgument(f"the holdout's files have changed: they had {holdout.total} rows")
+    picked = _sample(holdout.total, policy.holdout.max_rows, policy.seed)
+    kept = table if picked is None else {name: values[picked] for name, values in table.items()}
+    return Tabular(found.columns, {**found.table, **kept})
 
 
 def _only_named(policy: GatePolicy, table: dict[str, Array], spec: ModelSpec) -> set[str]:

@@ -93,6 +93,16 @@ def test_the_token_is_that_of_the_state_folder_when_none_is_given(admin: Admin, 
         assert admin.asked.pop() == ("POST", "/admin/v1/retrains/fraud", sent, {"reason": "now", "actor": "ana"})
 
 
+@pytest.mark.parametrize("token", ["se\ncret", "secret\x7f", "secr\u00e9t", "secret\ud800"])
+def test_a_token_that_no_header_carries_is_refused_and_not_shown(admin: Admin, token: str) -> None:
+    for arguments in (("--list",), ("--reason", "now")):
+        refused = run("fraud", *arguments, "--token", token, "--url", admin.url)
+        assert isinstance(refused.exception, ConfigError)
+        assert "wanted printable ASCII" in str(refused.exception)
+        assert "cr" not in str(refused.exception).replace("characters", "").replace("carry", "")
+    assert admin.asked == []
+
+
 def test_shows_jobs(admin: Admin) -> None:
     result = run("fraud", "--list", "--url", admin.url)
     assert result.output.splitlines()[0].split()[:3] == ["TRIGGER_ID", "MODEL", "STATE"]

@@ -79,6 +79,29 @@ def test_inputs_are_what_is_neither_label_nor_group_unless_needed(tmp_path: Path
         names(three, policy(tmp_path, holdout={"columns": ["z"]}))
 
 
+@pytest.mark.parametrize("most", [3, 100])
+def test_strings_of_text_files_are_as_they_are_written(tmp_path: Path, most: int) -> None:
+    codes = ["01067", "1e3", "", "7", "nan"]
+    (tmp_path / "h.csv").write_text("code,flag,y\n" + "".join(f"{code},TRUE,01\n" for code in codes))
+    asked = policy(tmp_path, holdout={"label": "y", "max_rows": most})
+    spec = ModelSpec("m", "1", (TensorSpec("x", "BYTES", (-1, 2)),), ())
+    found = read_holdout(asked, "")
+    tensor = input_tensors(arranged(found, asked, spec), spec)[0]
+    places = np.sort(np.random.default_rng(asked.seed).choice(5, 3, replace=False)) if most < 5 else np.arange(5)
+    assert tensor.tolist() == [[codes[place].encode(), b"TRUE"] for place in places]
+    assert found.table["y"].tolist() == [1] * len(places)
+
+
+def test_text_files_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("a,b\n1,2\n3,4\n")
+    asked = policy(tmp_path)
+    found = read_holdout(asked, "")
+    (tmp_path / "h.csv").write_text("a,b\n1,2\n")
+    spec = ModelSpec("m", "1", (TensorSpec("x", "BYTES", (-1, 2)),), ())
+    with pytest.raises(InvalidArgument, match="have changed: they had 2 rows"):
+        arranged(found, asked, spec)
+
+
 def test_labels(tmp_path: Path) -> None:
     asked = policy(tmp_path, holdout={"label": "label"})
     texts = label_texts(held(label=["yes", None, "no"]), asked)
