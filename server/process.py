@@ -15,6 +15,8 @@ from server.telemetry import log
 from server.wiring import ConfigFile, build
 
 _OPEN_FILES = 65_536
+#: What a thread that is about to end is given to do so, at the end of the process.
+_PARTING_S = 0.5
 
 
 def serve(file: ConfigFile | None, settings: ServerSettings) -> int:
@@ -28,13 +30,19 @@ def serve(file: ConfigFile | None, settings: ServerSettings) -> int:
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(run())
-    _leave_hanging_runs(code)
+    _leave_hanging_work(code)
     return code
 
 
-def _leave_hanging_runs(code: int) -> None:
-    """End here where a run hangs: native code that is still running when the interpreter is torn down aborts it."""
-    if any(thread.daemon and thread.name.startswith("tidegate-") for thread in threading.enumerate()):
+def _leave_hanging_work(code: int) -> None:
+    """End here where a run or a load hangs.
+
+    Native code that is still running when the interpreter is torn down aborts it, and a load would be waited for.
+    """
+    working = [thread for thread in threading.enumerate() if thread.name.startswith("tidegate-")]
+    for thread in working:
+        thread.join(_PARTING_S)
+    if any(thread.is_alive() for thread in working):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

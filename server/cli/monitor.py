@@ -337,6 +337,8 @@ def _of_profile(layout: Layout, found: Tabular, data: Sequence[Path]) -> dict[st
     from server.tabular import with_strings
 
     elements = {(column.source, column.tensor, column.index): column.name for column in found.columns}
+    #: Without a model whatever is read is an input; with one the outputs are strings already, or the model's own.
+    read = {column.name for column in found.columns if column.source == "input"}
     names: dict[str, str] = {}
     strings: list[str] = []
     for profiled in layout.columns:
@@ -348,7 +350,7 @@ def _of_profile(layout: Layout, found: Tabular, data: Sequence[Path]) -> dict[st
             hint = ": use --model with --run" if column.source == "output" else ""
             raise InvalidArgument(f"the data have no column '{column.name}' of the profile{hint}")
         names[column.name] = name
-        if (column.source, column.datatype) == ("input", BYTES):
+        if column.datatype == BYTES and name in read:
             strings.append(name)
     table = with_strings(found, data, strings).table
     return {own: table[name] for own, name in names.items()}

@@ -91,7 +91,7 @@ class Loader:
         self._runtime = runtime
         self._serve = serve
         self._make_room = make_room
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tidegate-loader")
 
     async def run(self, work: Callable[[], T]) -> T:
         """Anything else that blocks and concerns models."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,3 +97,16 @@ def test_going_back_a_generation_loads_nothing(place: Place) -> None:
         assert "generation 1 is too old" in answer["error"]
         server.terminate()
         assert server.wait(20) == 0
+
+
+def test_a_load_that_hangs_does_not_hold_up_the_end(place: Place) -> None:
+    """Its upstream takes the connection and says nothing, for longer than this test waits for the process."""
+    place.path.write_text(place.text("", versions="1"))
+    with socket.create_server(("127.0.0.1", 0)) as silent, place.serve() as server:
+        silent.settimeout(20)
+        place.path.write_text(with_upstream(place, "{}:{}".format(*silent.getsockname())))
+        asked, _ = silent.accept()
+        with asked:
+            server.terminate()
+            assert server.wait(10) == 0
+        assert server.lines[-1]["event"] == "stopped"

@@ -323,6 +323,20 @@ def test_message_over_the_limit(server: Running, channel: grpc.Channel) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_only_inference_takes_large_messages(compression: grpc.Compression, transport: str) -> None:
+    """What nobody admits is small, packed or not."""
+    large = pb.ModelMetadataRequest(name="x" * 1024 * 1024)
+    with running(transport=transport) as server, connect(server) as channel:
+        with pytest.raises(grpc.RpcError, match="over the limit of 1048576 bytes") as caught:
+            call(channel, "ModelMetadata", large, lambda raw: raw, compression=compression)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        just = pb.ModelMetadataRequest(name="x" * (1024 * 1024 - 4))
+        assert just.ByteSize() == 1024 * 1024
+        assert refused(channel, "ModelMetadata", just)[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 def test_compression_both_ways(compression: grpc.Compression, transport: str) -> None:
     """Of answers on the reference only, which has it from its library; requests may be compressed on both."""

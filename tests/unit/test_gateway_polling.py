@@ -45,12 +45,26 @@ def test_it_begins_after_a_row_of_quick_requests_and_lasts_as_long_as_they_come(
         assert rig.turn()
 
 
-def test_it_stays_awake_while_a_request_is_in_flight() -> None:
+def test_it_stays_awake_for_an_answer_as_long_as_for_a_request() -> None:
+    """Not for a slow model, nor for a stream that stays open: the next wait after the answer is one awake again."""
+    rig = Rig()
+    for _ in range(ROW + 1):
+        rig.ask(50_000)
+    rig.now += 50_000
+    rig.poll.came()
+    assert sum(rig.turn() for _ in range(100)) == LIMIT_NS // 10_000
+    rig.poll.emptied(True)
+    assert sum(rig.turn() for _ in range(100)) == LIMIT_NS // 10_000
+
+
+def test_others_beside_a_request_let_the_loop_sleep() -> None:
     rig = Rig()
     for _ in range(ROW + 1):
         rig.ask(50_000)
     rig.poll.came()
-    assert all(rig.turn(10**9) for _ in range(3))
+    assert rig.turn()
+    rig.poll.emptied(False)
+    assert not rig.turn()
 
 
 def test_it_ends_with_the_first_request_that_does_not_come() -> None:

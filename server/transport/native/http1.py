@@ -14,6 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,7 @@ from uvicorn.server import ServerState
 
 from server.codec import binary, pieces
 from server.codec import json as json_codec
-from server.errors import DeadlineExceeded, TidegateError, Unimplemented
+from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, Unimplemented
 from server.transport.answers import (
     Answer,
     decision_headers,
@@ -265,6 +266,7 @@ class InferCycle:
         self._fail(Internal(tidegate_id))
 
     def _fail(self, error: TidegateError) -> None:
+        self._parts.clear()  # the cycle stays with its connection until the next one, and its permit is given back
         if not self.response_complete:
             self._send(error_answer(error, self._protocol.server_side.statuses))
 
@@ -544,8 +546,9 @@ class NativeHttp1(HttpProtocol):
             return
         # A parser may take a line feed alone for the end of a line, and then the head has ended before ``raw`` does.
         if raw.endswith(b"\r\n\r\n") and raw.count(b"\n") == raw.count(b"\r\n"):
-            known.json_size = binary.parse_header_length(known.metadata.get(LENGTH_HEADER), size)
-            self.server_side.heads.learn(raw, known)
+            with suppress(InvalidArgument):  # one that says it wrongly is read, and refused, each time
+                known.json_size = binary.parse_header_length(known.metadata.get(LENGTH_HEADER), size)
+                self.server_side.heads.learn(raw, known)
 
     def _send_refusal(self, error: TidegateError) -> None:
         super()._send_refusal(error)

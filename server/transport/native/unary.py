@@ -10,21 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from server.codec import pieces, protobuf
-from server.errors import (
-    DeadlineExceeded,
-    InvalidArgument,
-    PayloadTooLarge,
-    TidegateError,
-    TooManyRequests,
-    Unimplemented,
-)
+from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
 from server.transport.answers import decision_headers, header_value
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE, by_deadline
 from server.transport.native import wire
 from server.transport.native.metadata import Metadata
 from server.transport.native.session import Header
-from server.transport.rpc.unary import Method
+from server.transport.rpc.unary import Method, check_message_size
 from server.transport.status import safe_text
 from server.types import Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
 
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
 
 _OK: Final = ((b"grpc-status", b"0"),)
 _HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-#: Of a message of any method but ``ModelInfer``, as of a body over HTTP: they are small and admitted by nobody.
-_METHOD_BYTES: Final = 1024 * 1024
 _INCOMPLETE: Final = "the call ended before its message was complete"
 
 _log: Any = structlog.get_logger("tidegate.grpc")
@@ -378,8 +369,10 @@ class MethodCall(UnaryCall):
         self._task: asyncio.Task[None] | None = None
 
     def _admit(self, size: int) -> None:
-        if size > _METHOD_BYTES:
-            raise PayloadTooLarge(f"message of {size} bytes is over the limit of {_METHOD_BYTES} bytes")
+        check_message_size(size)
+
+    def _hold(self, size: int) -> None:
+        check_message_size(size)
 
     def _start(self, message: bytes) -> None:
         self._connection.windows.forget(self._id)

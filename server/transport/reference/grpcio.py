@@ -27,7 +27,7 @@ from server.transport.rpc import reflection
 from server.transport.rpc.feedback import FeedbackRpcs
 from server.transport.rpc.health import WATCH_PATH, HealthRpcs
 from server.transport.rpc.session import StreamSession
-from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method
+from server.transport.rpc.unary import SERVICE, InferenceRpcs, Method, check_message_size
 from server.transport.status import StatusTable, safe_text
 from server.types import Decision, InferenceRequest, Permit, Port, RequestHead
 
@@ -232,6 +232,7 @@ class GrpcServer:
         async def handle(raw: bytes, context: _Context) -> bytes:
             self._arrived += 1
             try:
+                check_message_size(len(raw))
                 answer = await method(raw)
                 await self._hold(context)
                 return answer

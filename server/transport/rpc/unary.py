@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
 from server._pb import inference_pb2 as pb
-from server.errors import InvalidArgument, NotFound, Unimplemented
+from server.errors import InvalidArgument, NotFound, PayloadTooLarge, Unimplemented
 from server.transport.faults import check_repository_name, check_version
 from server.transport.port import Services, SettingValue
 from server.types import ParameterValue, TensorSpec
@@ -21,6 +21,14 @@ Method: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 _M = TypeVar("_M", bound=Message)
 
 SERVICE: Final = "inference.GRPCInferenceService"
+#: Of a message of any method but ``ModelInfer``, as of a body over HTTP: they are small and admitted by nobody.
+_MAX_BYTES: Final = 1024 * 1024
+
+
+def check_message_size(size: int) -> None:
+    """Raises PayloadTooLarge for a message of a method that needs no large ones."""
+    if size > _MAX_BYTES:
+        raise PayloadTooLarge(f"message of {size} bytes is over the limit of {_MAX_BYTES} bytes")
 
 
 def parse(kind: type[_M], raw: bytes) -> _M:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from contextlib import suppress
 import pytest
 
 from server.transport.answers import HttpSettings
+from server.transport.native.http1 import InferCycle
 from server.types import RequestHead, RequestLimits
 from tests.support.echo import EchoPermit, EchoPort, Running, running
 from tests.support.wire import Wire, post
@@ -82,6 +84,20 @@ def test_cut_at_every_byte(server: Running) -> None:
             wire.send(whole[:cut])
             wire.send(whole[cut:])
             assert [kind(wire.answer()) for _ in range(3)] == ["infer [3.0]", "affine", "infer [5.0]"]
+    assert settled(server)
+
+
+@pytest.mark.parametrize("said", ["abc", "-1", "999999"])
+def test_a_head_that_says_its_json_part_wrongly_is_refused_each_time(server: Running, said: str) -> None:
+    wrong = infer("affine", 1.0, headers={"Inference-Header-Content-Length": said})
+    with Wire(at(server)) as wire:
+        for _ in range(4):
+            wire.send(wrong)
+            answer = wire.answer()
+            assert answer is not None
+            assert answer.status == 400
+        wire.send(infer("affine", 1.0))
+        assert kind(wire.answer()) == "infer [3.0]"
     assert settled(server)
 
 
@@ -231,6 +247,25 @@ def test_a_broken_body_gives_its_permit_back_and_the_connection_ends(quick: Runn
             except OSError:
                 ended = True
         assert ended
+
+
+def test_a_body_that_is_refused_while_it_comes_is_not_kept() -> None:
+    with running(transport="native", limits=LIMITS) as server, Wire(at(server)) as wire:
+        server.port.room = 50_000
+        head = b"Host: t\r\nInference-Header-Content-Length: 20\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunk = b"2710\r\n" + b"x" * 10_000 + b"\r\n"
+        wire.send(b"POST /v2/models/affine/infer HTTP/1.1\r\n" + head + chunk * 6 + b"0\r\n\r\n")
+        answer = wire.answer()
+        assert answer is not None
+        assert answer.status == 503
+        cycles = [one for one in gc.get_objects() if isinstance(one, InferCycle)]
+        assert cycles
+        assert not [
+            part for one in cycles for parts in gc.get_referents(one) if isinstance(parts, list) for part in parts
+        ]
+        wire.send(infer("affine", 1.0))
+        assert kind(wire.answer()) == "infer [3.0]"
+        assert settled(server)
 
 
 class Raising(EchoPort):
