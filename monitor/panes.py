@@ -261,6 +261,8 @@ class _Series:
         held = min(len(state.rows), self.capacity)
         if held < min(state.closed, self.capacity):
             raise StateError("the state has fewer panes than its windows need")
+        if self.unit == "rows" and state.rows.max(initial=0) > self.pane:  # merged: of several processes
+            self._panes, self._sums = self._panes.astype("i4"), self._sums.astype("i8")
         self.closed = state.closed
         slots = self._slots(held)
         recent = slice(len(state.rows) - held, None)

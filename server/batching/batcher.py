@@ -450,7 +450,8 @@ class Batcher:
             members = self._planner.fail(execution.slot, divide=execution.error.divides)
         self._note_start(execution)
         record = execution.record()
-        if execution.error is None:  # what fails may fail at once: that says nothing of how long a good run takes
+        # What fails may fail at once: that says nothing of how long a good run takes, but that it may take longer does.
+        if execution.error is None or record.compute_ns > self._run_ns:
             self._learn(record.compute_ns)
         if self._on_batch is not None:
             self._call_back(self._on_batch, record)

@@ -49,9 +49,7 @@ def read(
     url = (address if "://" in address else f"http://{address}").rstrip("/") + path
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url takes the http or https URL of an admin address, got {address!r}")
-    if token is not None and not (token.isascii() and token.isprintable()):  # a message would show all of it
-        raise ConfigError("the admin token has characters that a header cannot carry, wanted printable ASCII")
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    headers = bearer(token)
     # UTF-8, which HTTP hands on as Latin-1.
     headers |= {name: value.encode().decode("latin-1") for name, value in (told or {}).items()}
     try:
@@ -86,6 +84,15 @@ def token_in(state_dir: Path) -> str | None:
         return (state_dir / NAME).read_text().strip()
     except OSError:
         return None
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """The header of an admin token, if there is one. Raises ConfigError, which does not show it."""
+    if token is None:
+        return {}
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError("the admin token has characters that a header cannot carry, wanted printable ASCII")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _object(address: str, path: str, body: bytes) -> dict[str, Any]:

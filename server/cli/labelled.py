@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 import numpy as np
 
 from monitor.errors import SettingsError
+from monitor.loaders import TEXT_FILES
 from monitor.outcomes import Form, LabelReference, LabelSettings, Task
 from monitor.types import BYTES
 from server.errors import InvalidArgument
-from server.tabular import Array, Tabular
+from server.tabular import Array, Tabular, read_tables
 from server.transport.feedback import number_of
 
 if TYPE_CHECKING:
@@ -56,11 +58,20 @@ def options(command: Command) -> Command:
     return command
 
 
-def set_aside(table: dict[str, Array], column: str) -> Array:
-    """The label's values, and the table without them: they are no element of a tensor."""
+def set_aside(table: dict[str, Array], column: str, data: Sequence[Path]) -> Array:
+    """The label's values, and the table without them: they are no element of a tensor.
+
+    Those of a text file are the texts themselves, None where there is none: ``01`` may be the name of a class.
+    """
     if column not in table or table[column].ndim != 1:
         raise InvalidArgument(f"--label: the data have no column '{column}' with one value per row")
-    return table.pop(column)
+    values = table.pop(column)
+    if not any(path.name.lower().endswith(TEXT_FILES) for path in data):
+        return values
+    written = read_tables(data, [column], texts=True)[column].tolist()
+    out = np.empty(len(values), object)
+    out[:] = [None if _absent(value) else text for value, text in zip(values.tolist(), written, strict=True)]
+    return out
 
 
 def reference_of(found: Tabular, values: Array, wanted: Labelled) -> LabelReference:

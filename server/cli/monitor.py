@@ -169,7 +169,7 @@ def _arranged(
     if len({len(values) for values in table.values()}) > 1:
         rows = [f"{name} {len(values)}" for name, values in table.items()]
         raise InvalidArgument(f"the data's columns differ in rows: {_some(rows)}")
-    outcomes = None if label is None else labelled.set_aside(table, label)
+    outcomes = None if label is None else labelled.set_aside(table, label, data)
     if model is None:
         spec = None if signature is None else tabular.read_signature(signature)
         return tabular.with_strings(tabular.arrange(table, spec, places, wanted), data), outcomes

@@ -18,6 +18,7 @@ from router.compiled import CompiledRoutes, is_version
 from router.decision import RouteDecision, RouteQuery
 from router.errors import BadVersion, KeyMissing
 from server.cli import show
+from server.cli.client import bearer
 from server.cli.rollouts import STEP_HEADINGS, step_cells
 from server.config.load import load_config, parse_config
 from server.config.plan import ReloadPlan, plan_reload
@@ -233,7 +234,7 @@ def _dry_run(url: str, token: str | None, body: bytes) -> Mapping[str, Any]:
 
 
 def _ask(url: str, token: str | None, body: bytes | None = None) -> bytes:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    headers = bearer(token)
     try:
         with urlopen(Request(url, body, headers), timeout=20) as answer:  # noqa: S310 - scheme checked by the caller
             return bytes(answer.read())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -93,16 +93,20 @@ def _inputs(holdout: Holdout, policy: GatePolicy, spec: ModelSpec) -> Tabular:
 
 def _with_texts(found: Tabular, holdout: Holdout, policy: GatePolicy) -> Tabular:
     """``007`` in a text file was taken for a number, as long as nobody knew that the model takes a string there."""
-    paths = policy.paths()
     names = [column.name for column in found.columns if column.datatype == BYTES]
+    return Tabular(found.columns, {**found.table, **_as_written(names, holdout, policy)})
+
+
+def _as_written(names: Sequence[str], holdout: Holdout, policy: GatePolicy) -> dict[str, Array]:
+    """Columns of text files as the texts themselves, None for empty ones; nothing where there are no such files."""
+    paths = policy.paths()
     if not names or not any(path.name.lower().endswith(TEXT_FILES) for path in paths):
-        return found
+        return {}
     table = read_tables(paths, names, texts=True)
     if any(len(values) != holdout.total for values in table.values()):
         raise InvalidArgument(f"the holdout's files have changed: they had {holdout.total} rows")
     picked = _sample(holdout.total, policy.holdout.max_rows, policy.seed)
-    kept = table if picked is None else {name: values[picked] for name, values in table.items()}
-    return Tabular(found.columns, {**found.table, **kept})
+    return table if picked is None else {name: values[picked] for name, values in table.items()}
 
 
 def _only_named(policy: GatePolicy, table: dict[str, Array], spec: ModelSpec) -> set[str]:
@@ -121,11 +125,20 @@ def input_tensors(found: Tabular, spec: ModelSpec) -> list[Array]:
     return [input_rows(found, tensor) for tensor in spec.inputs]
 
 
-def label_texts(holdout: Holdout, policy: GatePolicy) -> Array | None:
-    """(rows,) labels as texts, "" for a row without; None when there is no label at all. Raises InvalidArgument."""
+def label_texts(holdout: Holdout, policy: GatePolicy, names: Collection[str] = ()) -> Array | None:
+    """(rows,) labels as texts, "" for a row without; None when there is no label at all. Raises InvalidArgument.
+
+    Numbers are written alike, but for those of text files that stand there as one of ``names``, those of the classes.
+    """
     values = _label_column(holdout, policy)
-    texts = None if values is None else as_text(values)
-    return None if texts is None or not (texts != "").any() else texts
+    if values is None:
+        return None
+    texts = as_text(values)
+    label = policy.holdout.label
+    if names and label is not None:
+        written = as_text(_as_written([label], holdout, policy).get(label, texts))
+        texts = np.where((texts != "") & np.isin(written, list(names)), written, texts)
+    return texts if (texts != "").any() else None
 
 
 def label_numbers(holdout: Holdout, policy: GatePolicy) -> Array | None:

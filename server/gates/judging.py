@@ -162,11 +162,11 @@ def _labelled_regression(case: Case) -> Labelled | None:
 
 
 def _labelled_classes(case: Case) -> Labelled | None:
-    texts = label_texts(case.holdout, case.policy)
+    output = case.candidate.outputs[case.output]
+    texts = label_texts(case.holdout, case.policy, {*case.policy.classes, *_names(case)})
     if texts is None:
         return None
     rows = np.flatnonzero(texts != "")
-    output = case.candidate.outputs[case.output]
     width = 0 if is_labels(output) else probabilities(output).shape[1]
     classes = scores.find_classes(texts[rows], width, case.policy.classes)
     labels = scores.places(texts[rows], classes)
@@ -180,6 +180,14 @@ def _labelled_classes(case: Case) -> Labelled | None:
         metrics[name] = scores.classification_metrics(found, labels, positive)
         decided[name] = found.decisions
     return Labelled(rows, losses["candidate"], losses.get("champion"), metrics, decided["candidate"], labels, positive)
+
+
+def _names(case: Case) -> set[str]:
+    """What models that answer with strings say."""
+    answers = [side.outputs[case.output] for _, side in _sides(case)]
+    return {
+        name for output in answers if output.dtype.kind in "OSU" for name in scores.as_text(output.ravel()).tolist()
+    }
 
 
 def _decided(policy: GatePolicy, output: Array, classes: Sequence[str], positive: int) -> Decided:

@@ -22,8 +22,8 @@ ROW: Final = 8
 class BusyPoll:
     """Told when requests come where none was in flight, and when the last one in flight has ended.
 
-    ``limit_ns`` is how long the loop stays awake for a request, and again for its answer: a slow model or a stream that
-    stays open is slept through. What comes within it counts as soon.
+    ``limit_ns`` is how long the loop stays awake for a request; what comes within it counts as soon. For an answer it
+    does not stay awake: a model on a thread of its own would have to fight it for the interpreter.
     """
 
     __slots__ = ("_call_soon", "_clock", "_limit_ns", "_polling", "_row", "_since")
@@ -32,15 +32,15 @@ class BusyPoll:
         self._limit_ns = limit_ns
         self._clock = clock
         self._call_soon = call_soon
-        self._since = 0  # when the last request ended, or when the one in flight came
+        self._since = 0  # when the last request ended; 0 while one is in flight
         self._row = 0
         self._polling = False
 
     def came(self) -> None:
         """A request, where none was in flight."""
-        now = self._clock()
-        self._row = self._row + 1 if now - self._since <= self._limit_ns else 0
-        self._since = now
+        soon = self._clock() - self._since <= self._limit_ns
+        self._row = self._row + 1 if soon else 0
+        self._since = 0
 
     def emptied(self, alone: bool) -> None:
         """The last request in flight has ended. ``alone``: no other came since it did."""
@@ -53,6 +53,6 @@ class BusyPoll:
 
     def _poll(self) -> None:
         """One turn of the loop that does not sleep."""
-        self._polling = self._row >= ROW and self._clock() - self._since <= self._limit_ns
+        self._polling = self._since > 0 and self._row >= ROW and self._clock() - self._since <= self._limit_ns
         if self._polling:
             self._call_soon(self._poll)

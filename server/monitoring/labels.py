@@ -49,6 +49,7 @@ _TEXTS: Final = {
     "tidegate_label_rows_total": "Predicted rows by what became of them.",
     "tidegate_label_join_ratio": "Share of all predicted rows that have their label by now.",
     "tidegate_label_outdated_rows_total": "Rows whose outcome was before a window of time began as their label came.",
+    "tidegate_label_invalid_labels_total": "Outcomes that are no value of the model's task, and were not taken.",
     "tidegate_label_unknown_labels_total": "Labels whose prediction is not known, or has no such row.",
     "tidegate_performance": "A metric of the rows in a window whose labels came.",
     "tidegate_performance_alarm": "1 while a signal of the labels is in alarm.",

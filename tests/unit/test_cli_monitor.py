@@ -200,6 +200,20 @@ def test_strings_of_a_text_file_are_what_the_model_is_sent() -> None:
     ok("monitor", "calibrate", "q.tgp", "e.csv", "-o", "c.json")
 
 
+def test_strings_of_outputs_that_the_data_hold_are_as_they_are_written() -> None:
+    Path("d.csv").write_text("x,y\n" + "0.5,007\n1.5,012\n" * 1500)
+    sides = {"inputs": [("x", "FP32")], "outputs": [("y", "BYTES")]}
+    told = {
+        side: [{"name": name, "datatype": datatype, "shape": [-1, 1]} for name, datatype in tensors]
+        for side, tensors in sides.items()
+    }
+    Path("s.json").write_text(json.dumps(told))
+    ok("monitor", "profile", "d.csv", "--signature", "s.json", "-o", "p.tgp")
+    assert ReferenceProfile.load(Path("p.tgp")).columns[1].categories == (b"007", b"012")
+    shown = json.loads(ok("monitor", "skew", "p.tgp", "d.csv", "--json").output)
+    assert [score["psi"] for score in shown["report"]["windows"][0]["scores"]] == [0.0, 0.0]
+
+
 def signature(datatype: str) -> Path:
     path = Path(f"{datatype}.json")
     path.write_text(json.dumps({"inputs": [{"name": "x", "datatype": datatype, "shape": [-1, 1]}]}))
@@ -567,6 +581,18 @@ def test_labels_by_the_names_of_classes_and_numbers() -> None:
     assert json.loads(many.output)["labels"]["accuracy"] == 1.0
     number = ok(*common, "--label", "amount", "--predict", "y[1]", "--task", "regression")
     assert json.loads(number.output)["labels"]["bias"] == pytest.approx(-1.0)
+
+
+def test_labels_of_a_text_file_are_names_of_classes_as_they_are_written() -> None:
+    x = np.random.default_rng(2).dirichlet(np.ones(3), 500).round(6)
+    fate = np.array(["01", "02", "00"])[x.argmax(axis=1)]
+    fate[::10] = "NA"
+    rows = [",".join([*map(str, row), name]) for row, name in zip(x.tolist(), fate.tolist(), strict=True)]
+    Path("v.csv").write_text("x[0],x[1],x[2],fate\n" + "\n".join(rows))
+    common = ("--model", models.identity(Path("m.onnx"), width=3), "--run", "-o", "p.tgp", "--json")
+    asked = ("--label", "fate", "--predict", "y", "--task", "multiclass", "--classes", "01,02,00")
+    labels = json.loads(ok("monitor", "profile", "v.csv", *common, *asked).output)["labels"]
+    assert (labels["rows"], labels["accuracy"]) == (450, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from server.cli.routes import NotAllowed, RunningText, explain_route, plan_against, show_plan
+from server.cli.routes import NotAllowed, RunningText, explain_route, plan_against, running_text, show_plan
 from server.config.problems import InvalidConfig
+from server.errors import ConfigError
 
 CONFIG = """\
 apiVersion: tidegate/v1
@@ -230,3 +231,9 @@ def test_an_unknown_model_is_told_from_some_of_the_known(tmp_path: Path) -> None
     found = CliRunner().invoke(explain_route, [str(path), "--model", "z"])
     assert found.exit_code == 2
     assert "m19 and 10 more" in found.output
+
+
+def test_a_token_that_no_header_carries_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="wanted printable ASCII") as refused:
+        running_text("127.0.0.1:9", "se\nzret")
+    assert "zret" not in str(refused.value)

@@ -38,3 +38,31 @@ def test_runs_that_fail_do_not_bring_a_long_model_onto_the_loop() -> None:
         await asyncio.to_thread(batcher.close)
 
     asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_runs_that_fail_late_leave_the_loop() -> None:
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        clock_ns = 1
+
+        def late(_: Batch) -> None:
+            nonlocal clock_ns
+            clock_ns += 100_000_000
+
+        batcher = Batcher(
+            DoublingEngine(run_ns=1000, hook=late),
+            BatchingOptions(),
+            clock=lambda: clock_ns,
+            call_soon=loop.call_soon,
+            call_soon_threadsafe=loop.call_soon_threadsafe,
+            call_later=loop.call_later,
+        )
+        assert batcher.inline()
+        for _ in range(4):
+            answered: asyncio.Future[Work] = loop.create_future()
+            batcher.submit(work_of(REJECTED, answered.set_result))
+            assert (await answered).error is not None
+        assert not batcher.inline()
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(asyncio.wait_for(body(), 30))

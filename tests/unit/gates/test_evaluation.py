@@ -149,6 +149,18 @@ def test_a_column_that_is_not_there_is_said(made: Path) -> None:
     assert every["run"].status is UNDECIDED
 
 
+@pytest.mark.parametrize("classes", [(), ("001", "002", "003")])
+def test_labels_that_look_like_numbers_are_what_a_model_of_strings_answers(
+    tmp_path: Path, classes: tuple[str, ...]
+) -> None:
+    codes = [f"{code:03d}" for code in np.random.default_rng(0).integers(1, 4, 600)]
+    (tmp_path / "holdout.csv").write_text("code,label\n" + "".join(f"{code},{code}\n" for code in codes))
+    models.identity(tmp_path / "same.onnx", "BYTES", 1)
+    asked = policy(tmp_path, holdout={"columns": ["code"]}, loss="zero_one", classes=classes)
+    evidence = found(tmp_path, "same", "same", asked)["quality"].evidence
+    assert evidence["metrics"] == {"candidate": {"accuracy": 1.0}, "champion": {"accuracy": 1.0}}
+
+
 def test_a_label_that_is_no_class_is_said(made: Path) -> None:
     every = found(made, "good", "good", policy(made, holdout={"label": "region"}))
     assert every["labels"].status is UNDECIDED

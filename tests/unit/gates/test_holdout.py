@@ -120,6 +120,16 @@ def test_labels(tmp_path: Path) -> None:
         label_numbers(held(label=["a", "b"]), asked)
 
 
+def test_labels_of_a_text_file_that_are_names_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("x,label\n" + "1,007\n1,7.0\n1,\n1,8\n1,nan\n")
+    asked = policy(tmp_path, holdout={"label": "label"})
+    found = read_holdout(asked, "")
+    for names, wanted in (((), ["7", "7", "", "8", ""]), (("007", "8", "nan"), ["007", "7", "", "8", ""])):
+        texts = label_texts(found, asked, names)
+        assert texts is not None
+        assert texts.tolist() == wanted
+
+
 def test_groups_by_value_and_by_bins() -> None:
     found = held(city=["a", None], age=[17.0, 30.0], many=[0, 1])
     assert groups_of(found, "city", ()).tolist() == ["a", "missing"]

@@ -216,6 +216,20 @@ def test_state_survives_but_for_the_open_pane() -> None:
             assert (found.rows, found.look, found.full) == (expected.rows, expected.look, expected.full)
 
 
+def test_states_of_several_processes_go_on_in_one() -> None:
+    """Together a pane of theirs has more rows than one takes, and a cell more than fits where one process counts."""
+    one, window = layout(), rows_window(40_000, 20_000)
+    part = PaneStore(one, [window])
+    part.add(matrix([7.0] * 40_000), 40_000, 0)
+    store = PaneStore(one, [window])
+    store.restore(merge_arms([part.state(), part.state(), part.state()]))
+    assert (store.windows()[window.name].cells == 3 * recount(one, [7.0] * 40_000)).all()
+    store.add(matrix([9.0] * 20_000), 20_000, 1)
+    expected = 3 * recount(one, [7.0] * 20_000) + recount(one, [9.0] * 20_000)
+    assert (store.windows()[window.name].cells == expected).all()
+    assert (store.state().window(window).cells == expected).all()
+
+
 def test_states_of_other_windows_are_refused() -> None:
     one = layout()
     state = PaneStore(one, [rows_window(4, 2)]).state()
