@@ -366,9 +366,7 @@ def encode_infer(
 
 def _single_binary(response: InferenceResponse, tensor: Tensor) -> tuple[list[Buffer], int | None]:
     raw = raw_contents(tensor)
-    document = _single_document(
-        response.model, response.version, tensor.name, tensor.datatype, tensor.shape, len(raw)
-    )  # fmt: skip
+    document = _single_document(response.model, response.version, tensor.name, tensor.datatype, tensor.shape, len(raw))
     return [document, raw], len(document)
 
 

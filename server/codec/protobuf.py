@@ -187,10 +187,15 @@ def _parameter(owner: str, key: str, message: pb.InferParameter) -> ParameterVal
 
 def encode_infer(response: InferenceResponse) -> bytes:
     """A ModelInferResponse with the outputs in ``raw_output_contents``."""
-    return b"".join(infer_parts(response))
+    return b"".join(_infer_parts(response, framed=False))
 
 
-def infer_parts(response: InferenceResponse) -> list[Buffer]:
+def framed_infer(response: InferenceResponse) -> bytes:
+    """``encode_infer`` as a gRPC message that is not compressed: behind a zero and its length in four bytes."""
+    return b"".join(_infer_parts(response, framed=True))
+
+
+def _infer_parts(response: InferenceResponse, *, framed: bool) -> list[Buffer]:
     """A ModelInferResponse in pieces, with the outputs in ``raw_output_contents``.
 
     The fields follow each other as protobuf allows for serialized messages: what repeats from answer to answer is
@@ -200,8 +205,8 @@ def infer_parts(response: InferenceResponse) -> list[Buffer]:
     if len(outputs) == 1 and not response.id and not response.parameters:
         output = outputs[0]
         raw = raw_contents(output)
-        head = _single_head(response.model, response.version, output.name, output.datatype, output.shape, len(raw))
-        return [head, raw]
+        single = _framed_head if framed else _single_head
+        return [single(response.model, response.version, output.name, output.datatype, output.shape, len(raw)), raw]
     parts: list[Buffer] = [_model_head(response.model, response.version)]
     if response.id:
         identifier = response.id.encode()
@@ -212,25 +217,17 @@ def infer_parts(response: InferenceResponse) -> list[Buffer]:
     for tensor in response.outputs:
         raw = raw_contents(tensor)
         parts += (_prefix(_RAW_CONTENTS, len(raw)), raw)
-    return parts
+    return [_frame(sum(map(len, parts))), *parts] if framed else parts
 
 
-def framed_infer(response: InferenceResponse) -> bytes:
-    """``encode_infer`` as a gRPC message that is not compressed: behind a zero and its length in four bytes."""
-    outputs = response.outputs
-    if len(outputs) == 1 and not response.id and not response.parameters:
-        output = outputs[0]
-        raw = raw_contents(output)
-        head = _framed_head(response.model, response.version, output.name, output.datatype, output.shape, len(raw))
-        return b"".join([head, raw])
-    parts = infer_parts(response)
-    return b"".join([b"\0", sum(map(len, parts)).to_bytes(4, "big"), *parts])
+def _frame(size: int) -> bytes:
+    return b"\0" + size.to_bytes(4, "big")
 
 
 @lru_cache(maxsize=4096)
 def _framed_head(model: str, version: str, name: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
     head = _single_head(model, version, name, datatype, shape, size)
-    return b"\0" + (len(head) + size).to_bytes(4, "big") + head
+    return _frame(len(head) + size) + head
 
 
 def encode_stream_infer(response: InferenceResponse) -> bytes:

@@ -4,8 +4,8 @@ A caller with one request in flight sends the next one some ten microseconds aft
 to sleep, and to put a processor to sleep and wake it again costs such a request as much as all its work: caches are
 cold, and a hypervisor has given the core away. So the loop asks again and again instead, for a bounded time, as
 hypervisors do before they halt a guest's processor. It begins only after several requests in a row that came alone,
-each soon after the answer before it, and ends for good with the first that does not: load that comes in batches, or
-now and then, never pays for it.
+each soon after the answer before it, and ends with the first that does not, after which such a row is wanted again:
+load that comes in batches, or now and then, never pays for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BusyPoll:
         self._since = 0
 
     def emptied(self, alone: bool) -> None:
-        """The last request in flight has ended. ``alone``: no other came since it did."""
+        """The last request in flight has ended. ``alone``: no other came between ``came`` and this."""
         self._since = self._clock()
         if not alone:
             self._row = 0
