@@ -81,10 +81,11 @@ def resident(server: Server) -> int:
 
 @dataclass
 class House:
-    """A server, and what its clients trust if it speaks TLS."""
+    """A server, and what its clients trust if it speaks TLS. ``exact``: it looks at the bound before each answer."""
 
     server: Server
     authority: Path | None
+    exact: bool
 
     def reader(self) -> Reader:
         context = None if self.authority is None else ssl.create_default_context(cafile=str(self.authority))
@@ -156,17 +157,21 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (own / "tidegate.yaml").write_text(text)
     args = [str(own / "tidegate.yaml"), "--model-repository", str(root), "--state-dir", str(own / "state")]
     with serving(*args, "--transport", request.param.split()[0]) as server:
-        yield House(server, authority)
+        yield House(server, authority, exact=request.param != "reference")
 
 
 def test_unread_answers_fill_a_bound_and_readers_empty_it(house: House) -> None:
     refused = house.refused()
     with ExitStack() as stack:
         readers = [stack.enter_context(house.reader()) for _ in range(READERS)]
-        for reader in readers:
-            reader.ask("wide")  # all at once: most are admitted before the first is answered
-        assert until(lambda: house.unsent() > BOUND and total(house.server, "tidegate_requests_in_flight") == 0)
-        assert house.unsent() < BOUND + 2 * ANSWER
+        # All at once: most are admitted before the first is answered, and native looks again before each answer.
+        # Reference counts an answer once its task has written it: any number may have been made until then.
+        waves, most = (1, BOUND + 2 * ANSWER) if house.exact else (2, READERS // 2 * (ANSWER + MIB))
+        for wave in range(waves):
+            for reader in readers[wave::waves]:
+                reader.ask("wide")
+            assert until(lambda: house.unsent() > BOUND and total(house.server, "tidegate_requests_in_flight") == 0)
+        assert house.unsent() < most
 
         response, body = house.http("affine")
         assert response.status == 503
