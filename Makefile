@@ -30,11 +30,13 @@ help: ## list the targets
 
 # --- environments ---
 
-# An environment whose interpreter is gone (a system upgrade) is made again.
-ifeq ($(wildcard $(PY)),)
+# An environment whose interpreter is gone or replaced (a system upgrade), or is not the one that PYTHON names, is made
+# again. PYTHON is handed on here because make before 4.4 does not.
+kept = $(shell PYTHON='$(PYTHON)' bash scripts/venv.sh $(1) && echo kept)
+ifeq ($(call kept,.venv),)
 $(DEMO) $(DEV): gone
 endif
-ifeq ($(wildcard .venv-clients/bin/python),)
+ifeq ($(call kept,.venv-clients),)
 $(CLIENTS): gone
 endif
 .PHONY: gone

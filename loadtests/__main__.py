@@ -37,6 +37,8 @@ def run(scenario: Path, output: Path | None, html: Path | None) -> None:
     output = output or ROOT / "loadtests" / "results" / f"{scenario.stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     _, generator_cores = machine.split_cores()
     try:
+        for path in filter(None, (output, html)):
+            results.check_folder(path.parent)
         wanted = load_scenario(scenario)
         with runner.target_of(wanted) as target, machine.pinned(generator_cores):
             result = uvloop.run(runner.run(wanted, target, click.echo))

@@ -27,11 +27,8 @@ import uvloop
 from loadtests import bench_table, h2load, machine, models
 from loadtests.bench_rows import (
     ALONE,
-    BARE,
     FLOORS,
-    GRPC_ECHO,
     HEAVY_ROW,
-    NATIVE_ECHO,
     OURS,
     ROWS,
     USUAL_GRPC,
@@ -43,9 +40,9 @@ from loadtests.crew import Crew, Pace, Sample, Way, checking
 from loadtests.histogram import Histogram
 from loadtests.models import HEAVY, MODEL, WIDE, bench_row
 from loadtests.payloads import Payload, made_up
-from loadtests.results import Result
+from loadtests.results import Result, check_folder
 from loadtests.scenario import signature
-from loadtests.servers import ROOT, Target, floor, parse_target, serving
+from loadtests.servers import ROOT, Target, check_reachable, floor, parse_target, serving
 from server.errors import InvalidArgument, TidegateError
 
 _HEAVY_BATCH_S: Final = 0.005
@@ -102,10 +99,10 @@ class Bench:
             answer = models.session(path).run(None, dict(self.payloads[path.stem]))[0]
             self.wanted[path.stem] = {"y": np.asarray(answer)}
         if h2load.path() is None:
-            self._note("h2load is not installed: its row is left out; all others are asked by our own generator.")
-        else:
+            self._note("h2load is not installed: its rows are left out; all others are asked by our own generator.")
+        elif any(row.external for row in self.plan.rows):
             self._note(
-                "The h2load row is asked by h2load (C, the same headers each time), all others by our own generator."
+                "Rows of h2load are asked by it (C, the same headers each time), all others by our own generator."
             )
 
     def config(self) -> Path:
@@ -126,7 +123,7 @@ class Bench:
                 print(f"  starting {transport}", flush=True)
                 pid, ready = stack.enter_context(serving(self.config(), transport, self.server_cores))
                 self.targets[transport] = Target(transport, ready["http"], ready["grpc"], pid=pid)
-        for name in (BARE, NATIVE_ECHO, GRPC_ECHO, USUAL_GRPC, USUAL_HTTP):
+        for name in (*FLOORS, USUAL_GRPC, USUAL_HTTP):
             if name in named:
                 print(f"  starting {name}", flush=True)
                 models_of = self.folder / "models"
@@ -300,6 +297,9 @@ def main() -> int:
     try:
         peers = tuple(parse_target(text) for text in options.peer)
         check_labels(peers)
+        for peer in peers:
+            check_reachable(peer)
+        check_folder(options.output)
         plan = Plan(chosen(options.only), rounds, seconds, peers)
         result = measure(plan)
     except (TidegateError, OSError, RuntimeError) as error:

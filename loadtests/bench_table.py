@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from loadtests import stats
-from loadtests.bench_rows import GOALS, NATIVE, Goal, Row
+from loadtests.bench_rows import BARE, GOALS, NATIVE, NGH2, Goal, Row
 from loadtests.results import Result
 from loadtests.stats import Estimate
 
@@ -15,12 +15,18 @@ _UNITS: Final = {"cpu_us": "us CPU", "p50_us": "us p50", "p99_us": "us p99", "ra
 _WIDTH: Final = 16
 #: Share of a core, over which rate and latency are the generator's own. CPU per request of the server is not.
 _BUSY_GENERATOR: Final = 0.9
+#: What must be known of floors to read the ratios to them.
+_FLOORS: Final = {
+    NGH2: "a gRPC echo as users of the ngh2 library write it, in plain Python: the bare echo of native's class",
+    BARE: "our own HTTP/2 session or an HTTP parser with nothing around it, no calls, no framing: no goal, to be known",
+}
 
 
 def text(result: Result, rows: Iterable[Row]) -> str:
-    """Everything that is to be read."""
+    """Everything that is to be read of the rows that were to be measured."""
+    rows = tuple(rows)
     return "\n".join(
-        [*heading(result), "", *_table(result, rows), "", *_goals(result), *_peers(result), "", *_notes(result)]
+        [*heading(result), "", *_table(result, rows), "", *_goals(result, rows), *_peers(result), "", *_notes(result)]
     )
 
 
@@ -29,6 +35,7 @@ def heading(result: Result) -> Iterator[str]:
     machine = result.machine
     commit = machine["commit"] or "unknown"
     yield f"{machine['cpu']}, {machine['usable_cores']} cores, Python {machine['python']}, commit {commit}"
+    yield "Tidegate compiled, as in a wheel" if machine["compiled"] else "Tidegate NOT compiled, slower than in a wheel"
     yield f"load average {result.load_start:.2f} at the start, {result.load_end:.2f} at the end"
 
 
@@ -59,6 +66,8 @@ def reached(goal: Goal, ratio: Estimate) -> str:
     """By the median; ``within noise`` where the interval holds the limit too."""
     if math.isnan(ratio.value):
         return "not measured"
+    if goal.limit is None:
+        return "no goal"
     good = ratio.value >= goal.limit if goal.at_least else ratio.value <= goal.limit
     word = "reached" if good else "NOT reached"
     return word + (", within noise" if ratio.low <= goal.limit <= ratio.high else "")
@@ -72,14 +81,19 @@ def estimate(result: Result, goal: Goal) -> Estimate:
     return stats.paired_ratio(values[:rounds], base[:rounds])
 
 
-def _goals(result: Result) -> Iterator[str]:
+def _goals(result: Result, rows: Iterable[Row]) -> Iterator[str]:
+    asked = {row.name for row in rows}
     yield f"{'ratio of one interleaved run':<62}{'goal':>10}  {'median [interval]':<28}"
-    for goal in GOALS:
+    for goal in (goal for goal in GOALS if goal.row in asked):
         ratio = estimate(result, goal)
         base = goal.base_column if goal.base_row == goal.row else f"{goal.base_row} {goal.base_column}"
         name = f"{goal.row}: {goal.column} to {base}, {_UNITS[goal.metric]}"
-        limit = f"{'>=' if goal.at_least else '<='} {goal.limit:.3g}"
-        yield f"{name:<62}{limit:>10}  {_shown(ratio):<28}{reached(goal, ratio)}"
+        yield f"{name:<62}{limit_of(goal):>10}  {_shown(ratio):<28}{reached(goal, ratio)}"
+
+
+def limit_of(goal: Goal) -> str:
+    """What the ratio is to be, as text."""
+    return "" if goal.limit is None else f"{'>=' if goal.at_least else '<='} {goal.limit:.3g}"
 
 
 def _peers(result: Result) -> Iterator[str]:
@@ -89,7 +103,7 @@ def _peers(result: Result) -> Iterator[str]:
         for row, columns in result.cells.items():
             if peer in columns and NATIVE in columns:
                 for metric in ("cpu_us", "rate"):
-                    ratio = estimate(result, Goal(row, peer, row, NATIVE, metric, 1.0))
+                    ratio = estimate(result, Goal(row, peer, row, NATIVE, metric, None))
                     yield f"{f'{row}: {peer} to {NATIVE}, {_UNITS[metric]}':<62}{'':>10}  {_shown(ratio)}"
 
 
@@ -100,6 +114,8 @@ def _shown(ratio: Estimate) -> str:
 def _notes(result: Result) -> Iterator[str]:
     yield "us CPU: user and system time of the server's process tree per good answer. Medians of the rounds."
     yield "Intervals of medians by order statistics (95 %, or the whole range where there are few rounds)."
+    measured = {column for columns in result.cells.values() for column in columns}
+    yield from (f"{floor}: {says}." for floor, says in _FLOORS.items() if floor in measured)
     for row, columns in result.cells.items():
         for column, samples in columns.items():
             errors = sum(sample.errors for sample in samples)

@@ -91,8 +91,11 @@ async def run(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=50)
-    asyncio.run(run(parser.parse_args().rounds))
+    parser.add_argument("--rounds", type=int, default=50, help="of each size, both ways in each")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("rounds must be positive")
+    asyncio.run(run(options.rounds))
 
 
 if __name__ == "__main__":

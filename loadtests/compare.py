@@ -15,7 +15,7 @@ from loadtests import stats
 from loadtests.results import METRICS, Result
 from loadtests.stats import Estimate
 
-_UNLIKE: Final = ("cpu", "cores", "usable_cores", "machine", "kernel", "python", "packages")
+_UNLIKE: Final = ("cpu", "cores", "usable_cores", "machine", "kernel", "python", "packages", "compiled")
 
 
 @dataclass(slots=True, frozen=True)

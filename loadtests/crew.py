@@ -94,13 +94,20 @@ def _per(amount: float | None, count: int) -> float:
 
 
 class Crew:
-    """Opened once, used for any number of windows, one at a time."""
+    """Opened once, used for any number of windows, one at a time. ``sampled``: see ``lanes``, of gRPC requests."""
 
     def __init__(
-        self, target: Target, model: str, way: Way, payload: Payload, check: Check | None = None, version: str = ""
+        self,
+        target: Target,
+        model: str,
+        way: Way,
+        payload: Payload,
+        check: Check | None = None,
+        version: str = "",
+        sampled: float = 1.0,
     ) -> None:
         self.target, self.way = target, way
-        self._make = _maker(target, request_of(target, model, version, way, payload), way, check)
+        self._make = _maker(target, request_of(target, model, version, way, payload), way, check, sampled)
         self._lanes: list[Lane] = []
 
     async def open(self) -> None:
@@ -140,13 +147,13 @@ def _loop(lanes: Sequence[Lane], pace: Pace, meter: Meter, seed: int) -> Closed 
     return Open(lanes, pace.rate, pace.arrivals, seed=seed, spin=own_core, on_begin=meter.begin, on_end=meter.end)
 
 
-def _maker(target: Target, request: Request, way: Way, check: Check | None) -> Callable[[], Lane]:
+def _maker(target: Target, request: Request, way: Way, check: Check | None, sampled: float) -> Callable[[], Lane]:
     """Makes one lane after the other, all with the same request."""
     if way.protocol.startswith("grpc"):
         if not target.grpc:
             raise InvalidArgument(f"target {target.label!r} has no gRPC address")
         kind: Any = GrpcLane if way.protocol == "grpc" else GrpcioLane
-        return lambda: kind(target.grpc, request.body, way.streams, check)
+        return lambda: kind(target.grpc, request.body, way.streams, check, sampled)
     if not target.http:
         raise InvalidArgument(f"target {target.label!r} has no HTTP address")
     content = http_request(target.http, request.path, request.body, request.headers)

@@ -2,7 +2,8 @@
 
 A lane takes ``send(due_ns)`` up to ``width`` times before answers come, and tells its ``sink`` of each request exactly
 once how it ended. It sends the same body each time; a gRPC request has a ``traceparent`` of its own, so that header
-compression has the work that real traffic gives it. Lost connections are opened again.
+compression has the work that real traffic gives it, and ``sampled`` is the share of them whose flag says that they are
+traced. Lost connections are opened again.
 
 The outcome is ``ok``, or says what happened: ``http 503``, ``grpc 14``, ``lost``, ``wrong answer``.
 """
@@ -14,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from random import getrandbits
+from random import getrandbits, random
 from typing import Any, Final, Protocol
 
 import grpc
@@ -58,6 +59,11 @@ class Lane(Protocol):
     async def close(self) -> None: ...
 
 
+def traceparent(sampled: float = 1.0) -> str:
+    """Of a new trace, flagged as sampled with this probability."""
+    return f"00-{getrandbits(128):032x}-{getrandbits(64):016x}-{'01' if random() < sampled else '00'}"
+
+
 @dataclass(slots=True)
 class Sampled:
     """Reads one answer in ``CHECK_EVERY``, the first among them."""
@@ -91,7 +97,10 @@ class _Connected(asyncio.Protocol):
         self._closed = False
 
     async def open(self) -> None:
-        await asyncio.get_running_loop().create_connection(lambda: self, self._host, self._port)
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: self, self._host, self._port)
+        except OSError as error:
+            raise ConnectionError(f"cannot connect to {self._host}:{self._port}: {error}") from None
 
     async def close(self) -> None:
         self._closed = True
@@ -211,8 +220,11 @@ class _Call:
 class GrpcLane(_Connected):
     """gRPC over HTTP/2 in clear, ``width`` calls at a time."""
 
-    def __init__(self, address: str, message: bytes, width: int = 1, check: Check | None = None) -> None:
+    def __init__(
+        self, address: str, message: bytes, width: int = 1, check: Check | None = None, sampled: float = 1.0
+    ) -> None:
         super().__init__(address, width)
+        self._traced = sampled
         self._framed = _PREFIX.pack(0, len(message)) + message
         self._sampled = Sampled(check)
         self._head = (
@@ -243,8 +255,7 @@ class GrpcLane(_Connected):
             self._waiting.append(due_ns)
             self._leave_when_idle()
             return
-        traceparent = b"00-%032x-%016x-01" % (getrandbits(128), getrandbits(64))
-        stream = self._connection.send_request((*self._head, (b"traceparent", traceparent)))
+        stream = self._connection.send_request((*self._head, (b"traceparent", traceparent(self._traced).encode())))
         self._connection.send_data(stream, self._framed, end_stream=True)
         self._calls[stream] = _Call(due_ns, [])
         if not (self._receiving or self._flushing):
@@ -319,8 +330,11 @@ class GrpcioLane:
 
     sink: Sink
 
-    def __init__(self, address: str, message: bytes, width: int = 1, check: Check | None = None) -> None:
+    def __init__(
+        self, address: str, message: bytes, width: int = 1, check: Check | None = None, sampled: float = 1.0
+    ) -> None:
         self.width = width
+        self._traced = sampled
         self._address, self._message = address, message
         self._sampled = Sampled(check)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -344,9 +358,8 @@ class GrpcioLane:
         task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, due_ns: int) -> None:
-        traceparent = f"00-{getrandbits(128):032x}-{getrandbits(64):016x}-01"
         try:
-            answer = await self._method(self._message, metadata=(("traceparent", traceparent),))
+            answer = await self._method(self._message, metadata=(("traceparent", traceparent(self._traced)),))
             outcome = self._sampled.outcome((answer,))
         except grpc.aio.AioRpcError as error:
             outcome = f"grpc {error.code().value[0]}"

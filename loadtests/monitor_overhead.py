@@ -1,12 +1,19 @@
 """What the drift monitor adds to a served request: two servers, one with a profile and one without.
 
-    python -m loadtests.monitor_overhead [--seconds 120] [--callers 8] [--rows 1] [--output FILE.json]
+    python -m loadtests.monitor_overhead [--seconds 200] [--starts 6] [--callers 8] [--rows 1] [--output FILE.json]
 
 Both serve the same model (30 floats in, 2 out) and are asked in turn over gRPC, in short rounds whose order changes,
 so that a slow spell of the machine hits both alike. What is compared is the processor time of the whole server
-process per request, as the operating system counts it: drain thread, looks and gauges are in it. The ratio is the
-median over pairs of neighbouring rounds, with a 95 % interval of it by order statistics; on a busy machine the interval
-is wide, and says so.
+process per request, as the operating system counts it: drain thread, looks, gauges and saves are in it.
+
+**What is counted.** A round ends only when the rows that wait in the tap were counted too: the server is left alone for
+longer than the drain thread's interval before its time is read. Before the first round each server has answered more
+rows than the longest window holds, so that every look is made. The time of a start is the sum of all its rounds, not
+their median: a save comes once in many rounds, and belongs to all of them.
+
+**Starts.** Two processes of the same program differ by some percent as long as they live (where things lie in memory).
+More rounds do not help against that; so both servers are started anew several times, each start gives one ratio, and
+the result is the median over the starts, with its interval by order statistics.
 
 Target: the processor time per request grows by less than 5 %.
 """
@@ -30,42 +37,56 @@ from typing import Any
 import grpc
 import numpy as np
 
+from loadtests import stats
 from loadtests.lanes import INFER_PATH as INFER
 from loadtests.machine import cpu_seconds
 from loadtests.models import FEATURES, MODEL, write_model
 from loadtests.servers import serving
 from monitor.profile import ReferenceProfile
+from monitor.types import Settings
 from server._pb import inference_pb2 as pb
+from server.monitoring.service import Timing
 
 REFERENCE_ROWS = 50_000
-#: Long against the hundredth of a second in which the operating system counts.
 ROUND_SECONDS = 2.0
-WARM_ROUNDS = 1
+#: Longer than rows wait to be counted.
+SETTLE_SECONDS = Timing().drain_s + 0.1
+#: Over the longest window by some panes.
+WARM_ROWS = 6 * max(window.length for window in Settings().windows) // 5
 #: Well over the longest window.
 DISTINCT_ROWS = 40_000
+NAMES = ("plain", "monitored")
 
 
 @dataclass
 class Server:
-    """One of the two: its process and a channel to it."""
+    """One of the two: its process, a channel to it, and the processor time and requests of its rounds."""
 
     pid: int
     infer: Any
-    per_request_us: list[float]
+    cpu_s: float = 0.0
+    requests: int = 0
     #: Which request is the next.
     places: Iterator[int] = field(default_factory=itertools.count)
+
+    def per_request_us(self) -> float:
+        return self.cpu_s / self.requests * 1e6
 
 
 @dataclass
 class Result:
-    """Processor time per request in us, and the ratio of monitored to plain with its interval."""
+    """Processor time per request in us, by start; the median ratio of monitored to plain with its interval.
 
-    plain_us: float
-    monitored_us: float
+    ``confidence``: what the interval really holds with. ``rounds``: of each server, over all starts.
+    """
+
+    plain_us: list[float]
+    monitored_us: list[float]
     ratio: float
     low: float
     high: float
-    pairs: int
+    confidence: float
+    rounds: int
 
 
 def write_profile(path: Path, seed: int = 1) -> None:
@@ -89,79 +110,99 @@ def bodies(rows: int) -> list[bytes]:
     return made
 
 
-async def one_round(server: Server, requests: Sequence[bytes], callers: int) -> float:
-    """Ask for a while from ``callers`` at once; processor time of the server per request, us."""
-    end = time.perf_counter() + ROUND_SECONDS
+async def ask(server: Server, requests: Sequence[bytes], callers: int, seconds: float, least: int = 0) -> int:
+    """Ask from ``callers`` at once, for a while and for ``least`` requests; how many were answered."""
+    end = time.perf_counter() + seconds
     done = 0
 
-    async def ask() -> None:
+    async def call() -> None:
         nonlocal done
-        while time.perf_counter() < end:
+        while done < least or time.perf_counter() < end:
             await server.infer(requests[next(server.places) % len(requests)])
             done += 1
 
+    await asyncio.gather(*[call() for _ in range(callers)])
+    return done
+
+
+async def one_round(server: Server, requests: Sequence[bytes], callers: int) -> None:
+    """Add a round to what is known of the server."""
     before = cpu_seconds(server.pid)
-    await asyncio.gather(*[ask() for _ in range(callers)])
-    return (cpu_seconds(server.pid) - before) / done * 1e6
+    server.requests += await ask(server, requests, callers, ROUND_SECONDS)
+    await asyncio.sleep(SETTLE_SECONDS)
+    server.cpu_s += cpu_seconds(server.pid) - before
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median by order statistics; the whole range where there are too few values."""
-    ordered = sorted(values)
-    reach = 0.98 * math.sqrt(len(ordered))
-    low, high = math.floor(len(ordered) / 2 - reach), math.ceil(len(ordered) / 2 + reach)
-    return ordered[max(0, low)], ordered[min(len(ordered) - 1, high)]
+async def compare(
+    pids: Sequence[int], addresses: Sequence[str], requests: Sequence[bytes], options: argparse.Namespace
+) -> tuple[float, float, int]:
+    """One start. ``pids`` and ``addresses``: of the plain server and of the monitored one.
 
-
-async def compare(pids: tuple[int, int], addresses: tuple[str, str], options: argparse.Namespace) -> Result:
-    """``pids`` and ``addresses``: of the plain server and of the monitored one."""
-    requests = bodies(options.rows)
+    Processor time per request of each, us, and how many rounds each had: at least two.
+    """
     async with grpc.aio.insecure_channel(addresses[0]) as first, grpc.aio.insecure_channel(addresses[1]) as second:
         plain, monitored = (
-            Server(pid, channel.unary_unary(INFER), []) for pid, channel in zip(pids, (first, second), strict=True)
+            Server(pid, channel.unary_unary(INFER)) for pid, channel in zip(pids, (first, second), strict=True)
         )
-        for _ in range(WARM_ROUNDS):
-            for server in (plain, monitored):
+        for server in (plain, monitored):
+            await ask(server, requests, options.callers, ROUND_SECONDS, WARM_ROWS // options.rows)
+            await asyncio.sleep(SETTLE_SECONDS)
+        end = time.perf_counter() + options.seconds / options.starts
+        rounds = 0
+        while rounds % 2 or not rounds or time.perf_counter() < end:  # each is the first as often as the other
+            for server in (plain, monitored) if rounds % 2 else (monitored, plain):
                 await one_round(server, requests, options.callers)
-        end = time.perf_counter() + options.seconds
-        while time.perf_counter() < end or len(plain.per_request_us) < 3:
-            order = (plain, monitored) if len(plain.per_request_us) % 2 else (monitored, plain)
-            for server in order:
-                server.per_request_us.append(await one_round(server, requests, options.callers))
-    ratios = [
-        with_us / without for with_us, without in zip(monitored.per_request_us, plain.per_request_us, strict=True)
-    ]
-    return Result(
-        statistics.median(plain.per_request_us),
-        statistics.median(monitored.per_request_us),
-        statistics.median(ratios),
-        *interval(ratios),
-        len(ratios),
-    )
+            rounds += 1
+    return plain.per_request_us(), monitored.per_request_us(), rounds
+
+
+def one_start(
+    repositories: Sequence[Path], requests: Sequence[bytes], options: argparse.Namespace, *, turned: bool
+) -> tuple[float, float, int]:
+    """``compare`` of two new processes; ``turned``: the monitored one is started first."""
+    with ExitStack() as stack:
+        order = reversed(repositories) if turned else repositories
+        started = [stack.enter_context(serving(repository)) for repository in order]
+        servers = started[::-1] if turned else started
+        addresses = [ready["grpc"] for _, ready in servers]
+        return asyncio.run(compare([pid for pid, _ in servers], addresses, requests, options))
+
+
+def measure(folder: Path, options: argparse.Namespace) -> Result:
+    repositories = []
+    for name in NAMES:
+        repositories.append(folder / name / "repository")
+        version = repositories[-1] / MODEL / "1"
+        version.mkdir(parents=True)
+        write_model(version / "model.onnx")
+        if name == "monitored":
+            write_profile(version / "profile.tgp")
+    requests = bodies(options.rows)
+    starts = [one_start(repositories, requests, options, turned=bool(start % 2)) for start in range(options.starts)]
+    plain, monitored, rounds = zip(*starts, strict=True)
+    found = stats.paired_ratio(monitored, plain)
+    return Result(list(plain), list(monitored), found.value, found.low, found.high, found.confidence, sum(rounds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seconds", type=float, default=200.0, help="of asking, over all starts")
+    parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = []
-        for name in ("plain", "monitored"):
-            repository = folder / name / "repository"
-            version = repository / MODEL / "1"
-            version.mkdir(parents=True)
-            write_model(version / "model.onnx")
-            if name == "monitored":
-                write_profile(version / "profile.tgp")
-            servers.append(stack.enter_context(serving(repository)))
-        (plain_pid, plain), (monitored_pid, monitored) = servers
-        result = asyncio.run(compare((plain_pid, monitored_pid), (plain["grpc"], monitored["grpc"]), options))
-    print(f"server processor time per request: plain {result.plain_us:.1f} us, monitored {result.monitored_us:.1f} us")
-    print(f"ratio {result.ratio:.3f}, 95 % interval {result.low:.3f} to {result.high:.3f}, {result.pairs} pairs")
+    if min(options.starts, options.callers, options.rows) < 1:
+        parser.error("--starts, --callers and --rows must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), options)
+    print("server processor time per request of each start, us")
+    for plain, monitored in zip(result.plain_us, result.monitored_us, strict=True):
+        print(f"  plain {plain:6.2f}, monitored {monitored:6.2f}, ratio {monitored / plain:.3f}")
+    medians = [statistics.median(values) for values in (result.plain_us, result.monitored_us)]
+    print(f"medians: plain {medians[0]:.1f} us, monitored {medians[1]:.1f} us")
+    interval = f"{result.confidence:.1%} interval {result.low:.3f} to {result.high:.3f}"
+    print(f"ratio {result.ratio:.3f}, {interval}, {options.starts} starts, {result.rounds} rounds of each")
     if options.output:
         options.output.write_text(json.dumps(asdict(result), indent=1))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
-_COMPILED: Final = _ROOT / "build" / "compiled"
+COMPILED: Final = _ROOT / "build" / "compiled"
 _PACKAGES: Final = ("server", "router", "monitor")
 
 
@@ -25,6 +25,7 @@ def _unchanged(source: Path, copy: Path) -> bool:
     return copy.exists() and source.stat().st_mtime_ns == copy.stat().st_mtime_ns
 
 
-def python_path() -> str:
-    """``PYTHONPATH`` of a server to be measured."""
-    return os.pathsep.join([*([str(_COMPILED)] if compiled() else []), str(_ROOT)])
+def python_path(copy: Path | None = None) -> str:
+    """``PYTHONPATH`` of a server to be measured; of one from a ``copy`` of the packages, if that is given."""
+    first = copy or (COMPILED if compiled() else None)
+    return os.pathsep.join([*([str(first)] if first else []), str(_ROOT)])

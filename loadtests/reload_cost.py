@@ -18,7 +18,9 @@ import asyncio
 import json
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
@@ -115,6 +117,8 @@ async def half(crew: Crew, seconds: float, reloads: Reloads | None) -> Half:
     else:
         async with reloads.going_on():
             sample = await crew.measure(seconds)
+    if not sample.completed:
+        raise RuntimeError(f"no request was answered within {seconds:g} s: {sample.outcomes}")
     loop_us = 1e6 * (loop_seconds(pid) - before) / sample.completed
     return Half(loop_us, sample.cpu_us, sample.completed, 0 if reloads is None else reloads.done - done)
 
@@ -169,7 +173,7 @@ def report(found: dict[str, list[Pair]], every_s: float) -> None:
         print(f"{name:<14}{quiet:>14.1f}{shown[0]:>26}{shown[1]:>26}{reloads:>9}{len(pairs):>7}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=12, help="of a quiet and a busy half, for each way to ask")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a half")
@@ -179,12 +183,19 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.pairs, options.seconds, options.every, options.in_flight) <= 0:
         parser.error("pairs, seconds, every and in-flight must be positive")
-    found = asyncio.run(run(options.pairs, options.seconds, options.every, options.in_flight))
+    # SIGTERM ends the server as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        found = asyncio.run(run(options.pairs, options.seconds, options.every, options.in_flight))
+    except (OSError, RuntimeError) as error:
+        print(f"reload_cost: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     report(found, options.every)
     if options.output:
         options.output.write_text(json.dumps({name: [asdict(one) for one in pairs] for name, pairs in found.items()}))
         print(f"Raw pairs: {options.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -101,6 +102,13 @@ class Result:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"the result is incomplete or damaged: {type(error).__name__}: {error}") from None
         return result
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for a result, before anything is measured. Raises OSError when none can be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"results cannot be written to {folder}")
 
 
 def load(path: Path) -> Result:

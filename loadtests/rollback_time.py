@@ -19,6 +19,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -163,15 +164,23 @@ def _verdict(admin: Admin, began: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rate", type=int, default=1000)
-    parser.add_argument("--share", default="5%")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rate", type=int, default=1000, help="requests a second")
+    parser.add_argument("--share", default="5%", help="the candidate's, of the traffic")
+    parser.add_argument("--repeats", type=int, default=5, help="rollouts that break, each with one that is aborted")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the times of each")
     options = parser.parse_args()
+    if options.rate < 1 or options.repeats < 1:
+        parser.error("rate and repeats must be positive")
+    # SIGTERM ends the servers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if shutil.which("h2load") is None:
-        print("h2load is not installed: it is in Debian's nghttp2-client")
+        print("rollback_time: h2load is not installed: it is in Debian's nghttp2-client", file=sys.stderr)
         return 2
-    found = [once(options.rate, options.share) for _ in range(options.repeats)]
+    try:
+        found = [once(options.rate, options.share) for _ in range(options.repeats)]
+    except (OSError, RuntimeError) as error:
+        print(f"rollback_time: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     for field, target in (("to_nothing_s", 3.0), ("verdict_to_nothing_s", 1.0), ("abort_s", 0.1)):
         values = [getattr(times, field) for times in found]
         print(f"{field:22s} median {statistics.median(values):.3f}, largest {max(values):.3f}; target {target:g}")

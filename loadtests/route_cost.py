@@ -152,10 +152,12 @@ def ratios(found: dict[tuple[str, int], Measured], case: str) -> list[float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Cost of one routing decision.")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--per-round", type=int, default=2_000)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of each case and table")
+    parser.add_argument("--per-round", type=int, default=2_000, help="decisions in a round")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     options = parser.parse_args()
+    if options.rounds < 1 or options.per_round < 2:
+        parser.error("rounds must be positive, and per-round at least 2")
     found = measure(options.rounds, options.per_round)
     table_rows = rows(found)
     spreads = {case: ratios(found, case) for case in CASES}

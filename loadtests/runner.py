@@ -10,15 +10,23 @@ from loadtests.crew import Crew, Pace, Sample
 from loadtests.payloads import Payload
 from loadtests.results import Result
 from loadtests.scenario import Scenario, payload_of
-from loadtests.servers import Target, serving
+from loadtests.servers import Target, check_reachable, serving
+from server.errors import ConfigError
 
 
 @contextmanager
 def target_of(scenario: Scenario) -> Iterator[Target]:
-    """The server of a scenario, started when it says so, on a core apart from the generator's."""
+    """The server of a scenario, started when it says so, on a core apart from the generator's.
+
+    Raises ConfigError or ConnectionError when a server that is to run already does not.
+    """
     given = scenario.target
     if given.serve is None:
-        yield Target(given.label, given.http, given.grpc, pid=given.pid)
+        if given.pid and machine.born(given.pid) is None:
+            raise ConfigError(f"target.pid must be that of a process of this machine, got {given.pid}")
+        target = Target(given.label, given.http, given.grpc, pid=given.pid)
+        check_reachable(target)
+        yield target
         return
     cores, _ = machine.split_cores()
     with serving(given.serve, given.transport, cores) as (pid, ready):

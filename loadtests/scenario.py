@@ -137,6 +137,8 @@ def load_scenario(path: Path) -> Scenario:
         document = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: a scenario is a mapping of keys, got {type(document).__name__}")
     try:
         scenario = Scenario.model_validate(document)
     except ValidationError as error:

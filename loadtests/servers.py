@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from server.errors import InvalidArgument
 ROOT: Final = Path(__file__).resolve().parent.parent
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 60.0
+_CONNECT_SECONDS: Final = 5.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,20 +65,30 @@ def check_address(text: str) -> None:
         raise InvalidArgument(f"an address must be HOST:PORT, got {text!r}")
 
 
+def check_reachable(target: Target) -> None:
+    """Raises ConnectionError naming the address where nobody listens."""
+    for address in filter(None, (target.http, target.grpc)):
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"{target.label}: nobody answers at {address}: {error}") from None
+
+
 @contextmanager
 def serving(
-    source: Path, transport: str = "native", cores: set[int] | None = None
+    source: Path, transport: str = "native", cores: set[int] | None = None, copy: Path | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """A gateway that serves a model file, a folder or a configuration: its process id and its ``ready`` event.
 
-    It listens on free ports; its state and log lie beside ``source``.
+    It listens on free ports; its state and log lie beside ``source``. ``copy``: of the packages, if not the product.
     """
     flags = [part for name in ("--http", "--grpc", "--metrics", "--admin") for part in (name, "127.0.0.1:0")]
     state, log = source.parent / f"state-{transport}", source.parent / f"log-{transport}"
     command = [sys.executable, "-m", "server", "serve", str(source), *flags, "--state-dir", str(state)]
     with log.open("wb") as file:
         command += ["--transport", transport, "--log-format", "json"]
-        process = _start(command, cores, product.python_path(), stderr=file)
+        process = _start(command, cores, product.python_path(copy), stderr=file)
     try:
         yield process.pid, _ready_event(process, log)
     finally:

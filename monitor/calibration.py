@@ -33,7 +33,7 @@ import numpy as np
 
 from monitor.errors import CalibrationError, StateError
 from monitor.kernels import tails
-from monitor.kernels.distances import chi_square
+from monitor.kernels.distances import add_chi_square
 from monitor.layout import Layout
 from monitor.types import HOUR_NS, AlarmRules, Array, Window, WindowCounts
 
@@ -262,17 +262,12 @@ class Inflation:
         self._degrees = np.zeros(len(layout.columns))
 
     def add(self, pane: Array) -> None:
-        """One closed pane's counts of cells; panes without rows are passed over."""
+        """The running sums of cells of one closed pane; panes without rows are passed over."""
         bins = self._layout.bins.fold(pane)
         before, self._before = self._before, bins
         if before is None:
             return
-        statistic = np.empty(len(self._sum))
-        occupied = np.empty(len(self._sum), "i8")
-        chi_square(before, bins, self._layout.bin_start, statistic, occupied)
-        known = ~np.isnan(statistic)
-        self._sum += np.where(known, statistic, 0.0)
-        self._degrees += np.where(known, occupied - 1.0, 0.0)
+        add_chi_square(before, bins, self._layout.bin_start, self._sum, self._degrees)
 
     def estimate(self) -> Array:
         """Per column, 1 while too little was seen."""

@@ -27,13 +27,12 @@ class History:
         self._values = np.zeros((capacity, len(_NAMES), columns), "f4")
         self._alarms = np.zeros((capacity, columns), "u1")
 
-    def add(self, end_ns: int, rows: int, log_level: float, values: Sequence[Array], alarms: Array) -> None:
-        """One look. ``values``: psi, its critical value, ks, its critical value, log10 p; float per column."""
+    def add(self, end_ns: int, rows: int, log_level: float, values: Array, alarms: Array) -> None:
+        """One look. ``values``: psi, its critical value, ks, its critical value, log10 p, by column."""
         slot = self._looks % self._capacity
         self._facts[slot] = (end_ns, rows)
         self._level[slot] = log_level
-        for row, own in zip(self._values[slot], values, strict=True):
-            row[:] = own
+        self._values[slot] = values
         self._alarms[slot] = alarms
         self._looks += 1
 

@@ -6,7 +6,6 @@ uses one on its own windows; whoever adds up several processes uses one on the m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -143,14 +142,7 @@ class Judge:
         key = (arm, counts.window)
         if key not in self._history:
             self._history[key] = History(len(self.layout.columns), self.settings.history_looks)
-        values = (
-            judged.psi.value,
-            judged.psi_threshold.critical,
-            judged.ks_low,
-            judged.ks_threshold.critical,
-            np.minimum(judged.psi_log_p, judged.ks_log_p) / math.log(10.0),
-        )
-        self._history[key].add(counts.end_ns, counts.rows, level, values, active)
+        self._history[key].add(counts.end_ns, counts.rows, level, judged.told, active)
 
     def book(self, arm: str, segment: str = "") -> AlarmBook:
         """The alarms of an arm, or of one of its segments; made at the first look."""
@@ -376,19 +368,18 @@ class Judge:
     # --- ingredients -----------------------------------------------------------------------------------------------
 
     def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
-        cells = counts.cells[: self.layout.cells]
-        return Pair(self.layout, self.layout.reference if reference is None else reference, cells)
+        return Pair(self.layout, self.layout.reference if reference is None else reference, counts)
 
     def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
         if self.cutter is None:
             raise StateError(f"the monitor has no segments, got '{segment}'")
-        return Pair(self.layout, self.cutter.references[segment], counts.cells)
+        return Pair(self.layout, self.cutter.references[segment], counts)
 
     def _judge(self, pair: Pair, counts: WindowCounts) -> Judgement:
         return judge(pair, self.settings.rules, self._log_level(counts), self.calibration, self._known)
 
     def _judge_quality(self, pair: Pair, counts: WindowCounts) -> QualityJudgement:
-        marks = counts.cells[self.layout.cells :]
+        marks = counts.held[self.layout.cells :].astype("i8", copy=False)
         level = self._log_level(counts, self.checks.budget)
         return judge_quality(self.checks, pair, marks, self.settings.rules, level, self.calibration.psi)
 

@@ -18,9 +18,9 @@ from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
 from monitor.kernels.folding import fold, tally
-from monitor.kernels.ks import cumulate
+from monitor.kernels.windows import run_columns
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
-from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source
+from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source, counts_of
 
 #: Buckets of the search table, and the shares of knots that may lie in each of its two end buckets.
 _BUCKETS: Final = 2048
@@ -123,23 +123,25 @@ class TensorPlan:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Folding:
-    """Which cells make up which bins, as runs of neighbours: ``start`` int64 (runs + 1), ``bin_of`` int32 (runs)."""
+    """Which cells make up which bins, as runs of neighbours: the ``last`` cell of each (int64) and its bin (int32).
+    Those of column f begin with run ``start[f]`` (int64), and the next with the last."""
 
-    start: Array
+    last: Array
     bin_of: Array
+    start: Array
     size: int
 
     @classmethod
     def of(cls, parts: Sequence[Array], size: int) -> Folding:
-        """From every cell's bin, column after column; ``size`` bins."""
+        """From every cell's bin, column after column, no bin being of two; ``size`` bins."""
         bin_of = _joined(parts, "i4")
-        first = np.flatnonzero(np.diff(bin_of, prepend=-1))
-        return cls(np.append(first, len(bin_of)).astype("i8"), bin_of[first], size)
+        last = np.flatnonzero(np.diff(bin_of, append=-1))
+        return cls(last, bin_of[last], np.searchsorted(last, _starts([len(part) for part in parts])), size)
 
-    def fold(self, cells: Array) -> Array:
-        """int64 counts of bins from counts of cells, of any type that is counted in."""
+    def fold(self, running: Array) -> Array:
+        """int64 counts of bins from running sums of cells (``kernels.windows``)."""
         out = np.empty(self.size, "i8")
-        fold(cells, self.start, self.bin_of, out)
+        fold(running, self.last, self.bin_of, self.start, out)
         return out
 
 
@@ -187,7 +189,7 @@ class Layout:
         self.levels = Folding.of(levels, int(self.level_start[-1]))
         #: Per column: its last cell, of missing values.
         self.missing = self.start[1:] - 1
-        self.profiled = Sample(self, self.reference)
+        self.profiled = Sample.of(self, self.reference)
         #: bool per column: is it discrete, and is it tested by KS.
         self.discrete = np.array([found.column.discrete for found in ordered], bool)
         self.any_discrete = bool(self.discrete.any())
@@ -244,35 +246,44 @@ class Layout:
 
 
 class Sample:
-    """Counts of one sample by cell, of any integer type, and what is made of them: int64, per bin or column.
+    """One sample by its ``running`` sums of cells (``kernels.windows``), int64, int32 or uint16, and what is made of
+    them: int64, per cell, bin or column.
 
-    ``rows`` have the ``missing`` values with them.
+    ``rows`` have the ``missing`` values with them; ``sizes`` are both.
     """
 
-    def __init__(self, layout: Layout, counts: Array) -> None:
+    def __init__(self, layout: Layout, running: Array) -> None:
         self._layout = layout
-        self.counts = np.ascontiguousarray(counts)
+        self.running = running
         self.bins = np.empty(layout.bins.size, "i8")
-        self.rows, self.missing = np.empty((2, len(layout.columns)), "i8")
-        places = layout.bins.start, layout.bins.bin_of, layout.bin_start, layout.missing
-        tally(self.counts, *places, self.bins, self.rows, self.missing)
+        self.sizes = np.empty((2, len(layout.columns)), "i8")
+        self.rows, self.missing = self.sizes
+        bins = layout.bins
+        tally(running, bins.last, bins.bin_of, bins.start, layout.missing, self.bins, self.rows, self.missing)
+
+    @classmethod
+    def of(cls, layout: Layout, counts: Array) -> Sample:
+        """Of counts of the layout's cells, of any integer type."""
+        running = running_of(counts, layout.start)
+        most = running[layout.missing].max(initial=0)
+        return cls(layout, running.astype("i4") if most <= np.iinfo("i4").max else running)
 
     @cached_property
-    def cells(self) -> Array:
-        """The counts as int64."""
-        return np.asarray(self.counts.astype("i8", copy=False))
+    def counts(self) -> Array:
+        """int64 per cell."""
+        return counts_of(self.running, self._layout.start).astype("i8", copy=False)
 
     @cached_property
     def levels(self) -> Array:
         """Counts of levels (``Layout.level_start``)."""
-        return self._layout.levels.fold(self.counts)
+        return self._layout.levels.fold(self.running)
 
-    @cached_property
-    def cumulated(self) -> Array:
-        """float64 per cell: how many values of its column are in it or below (``kernels.ks.cumulate``)."""
-        out = np.empty(len(self.counts))
-        cumulate(self.cells, self._layout.start, out)
-        return out
+
+def running_of(counts: Array, start: Array) -> Array:
+    """int64 running sums of cells from their counts, of any integer type: ``types.counts_of`` the other way."""
+    out = np.empty(len(counts), "i8")
+    run_columns(np.ascontiguousarray(counts, "i8"), start, out)
+    return out
 
 
 def cells_of(found: ColumnProfile, table: dict[str, Array]) -> Array:

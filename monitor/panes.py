@@ -2,9 +2,11 @@
 
 One ``PaneStore`` counts one arm under one layout. Rows are counted once, into ``fresh``; when a pane of any series is
 full or over, ``fresh`` is added to the open pane of every series and begun anew. (With one series, ``fresh`` is its
-open pane.) A pane is never changed after it was closed, and a window is always exactly the sum of its panes. Memory per
-series: cells x 4 bytes for each pane of the longest window, and cells x 8 bytes for each window; half of it where panes
-have at most 65,535 rows, and of the windows a quarter where these have no more either.
+open pane.) A pane is never changed after it was closed, and a window is always exactly the sum of its panes. Closed
+panes and windows are held as running sums of cells (``kernels.windows``): what a look asks is then read from a few of
+them. States have counts. Memory per series: cells x 4 bytes for each pane of the longest window, and cells x 8 bytes
+for each window; half of it where panes have at most 65,535 rows, and of the windows a quarter where these have no more
+either.
 
 Beside the cells of its layout a store may count *marks*: yes or no per row, as the rules of a schema give. Their counts
 follow the cells in every vector.
@@ -25,15 +27,17 @@ import numpy as np
 
 from monitor.errors import StateError
 from monitor.kernels.windows import close_pane, span
-from monitor.layout import Layout
-from monitor.types import HOUR_NS, Array, Window, WindowCounts
+from monitor.layout import Layout, running_of
+from monitor.types import HOUR_NS, Array, Window, WindowCounts, counts_of
 
 #: Called when a window was moved and holds something to be judged.
 OnLook: TypeAlias = Callable[[WindowCounts], None]
-#: Called with each closed pane of the first series: (rows, counts); the counts must not be kept.
+#: Called with each closed pane of the first series: (rows, running sums of cells); the sums must not be kept.
 OnPane: TypeAlias = Callable[[int, Array], None]
 
 HOURS_OF_WEEK: Final = 168
+#: More rows than any pane will hold.
+_UNBOUNDED: Final = 2**63 - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -175,8 +179,10 @@ def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
 class _Series:
     """Panes of one length, in a ring, and the windows made of them."""
 
-    def __init__(self, unit: Literal["rows", "time"], pane: int, windows: Sequence[Window], cells: int) -> None:
-        """``windows``: the shortest first."""
+    def __init__(self, unit: Literal["rows", "time"], pane: int, windows: Sequence[Window], start: Array) -> None:
+        """``windows``: the shortest first. ``start``: where the columns of a vector begin, and its end."""
+        self._start = start
+        cells = int(start[-1])
         self.unit: Literal["rows", "time"] = unit
         self.pane = pane
         self.windows = windows
@@ -197,7 +203,7 @@ class _Series:
 
     def room(self) -> int:
         """Rows that fit into the open pane; unbounded for time."""
-        return self.pane - self.rows if self.unit == "rows" else np.iinfo("i8").max
+        return self.pane - self.rows if self.unit == "rows" else _UNBOUNDED
 
     def begin(self, rows: int, first_ns: int, now_ns: int) -> None:
         self.start_ns = min(self.start_ns, first_ns) if self.rows else first_ns
@@ -208,9 +214,9 @@ class _Series:
         self._dropped += rows
 
     def close(self) -> Array:
-        """Close the open pane and move the windows. The pane's counts, valid until the next close."""
+        """Close the open pane and move the windows. The pane's running sums, valid until the next close."""
         slot = self.closed % self.capacity
-        close_pane(self.opened, self._panes, self.closed, self._lengths, self._sums)
+        close_pane(self.opened, self._start, self._panes, self.closed, self._lengths, self._sums)
         self._facts[slot] = (self.rows, self._dropped, self.start_ns, self.end_ns, self.index)
         self.closed += 1
         self.index += 1
@@ -218,15 +224,16 @@ class _Series:
         return np.asarray(self._panes[slot])
 
     def looks(self) -> list[WindowCounts]:
-        """The windows as they are now; ``cells`` are views that the next close changes."""
+        """The windows as they are now; what they hold are views that the next close changes."""
         return [self._counts(window, total) for window, total in zip(self.windows, self._sums, strict=True)]
 
     def _counts(self, window: Window, total: Array) -> WindowCounts:
         rows, dropped, start, end = span(self._facts, self.closed, window.panes)
-        return WindowCounts(window.name, rows, dropped, start, end, self.closed, self.closed >= window.panes, total)
+        full = self.closed >= window.panes
+        return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, total, self._start)
 
     def newest(self, panes: int) -> Array:
-        """Counts of the newest closed panes, at most ``capacity``, together. Not to be changed."""
+        """Running sums of the newest closed panes, at most ``capacity``, together. Not to be changed."""
         if panes == self.capacity:  # those of the longest window
             return np.asarray(self._sums[-1])
         return np.asarray(self._panes[self._slots(panes)].sum(axis=0, dtype="i8"))
@@ -254,7 +261,9 @@ class _Series:
         facts = self._facts[slots]
         index = facts[:, 4] if self.unit == "time" else np.arange(1 - len(slots), 1)
         rows, dropped, start, end = (np.ascontiguousarray(facts[:, place]) for place in range(4))
-        counts = self._panes[slots].astype("i4", copy=False)
+        counts = np.empty((len(slots), self._panes.shape[1]), "i4")
+        for place, slot in enumerate(slots.tolist()):
+            counts[place] = counts_of(self._panes[slot], self._start)
         return SeriesState(self.unit, self.pane, self.closed, index.copy(), rows, dropped, start, end, counts)
 
     def restore(self, state: SeriesState) -> None:
@@ -266,7 +275,8 @@ class _Series:
         self.closed = state.closed
         slots = self._slots(held)
         recent = slice(len(state.rows) - held, None)
-        self._panes[slots] = state.counts[recent]
+        for slot, counts in zip(slots.tolist(), state.counts[recent], strict=True):
+            self._panes[slot] = running_of(counts, self._start)
         columns = (state.rows, state.dropped, state.start_ns, state.end_ns, state.index)
         self._facts[slots] = np.stack([column[recent] for column in columns], axis=1)
         if self.unit == "time" and held:
@@ -299,11 +309,15 @@ class PaneStore:
         self._on_pane = on_pane
         self._on_fresh = on_fresh
         self._now_ns = 0
-        self._series = [_Series(*key, own, self._size) for key, own in _by_series(windows).items()]
+        #: Each mark is a column of one cell.
+        start = np.append(layout.start, np.arange(layout.cells + 1, self._size + 1))
+        self._series = [_Series(*key, own, start) for key, own in _by_series(windows).items()]
         self._alone = len(self._series) == 1 and on_fresh is None
         self._fresh = self._series[0].opened if self._alone else np.zeros(self._size, "i4")
         self._fresh_rows = 0
-        #: Everything ever counted, but for what the first series holds of later panes than its first ``_settled``.
+        self._start = start
+        #: Everything ever counted, as running sums, but for what the first series holds of later panes than its first
+        #: ``_settled``.
         self._total = np.zeros(self._size, "i8")
         self._settled = 0
 
@@ -404,7 +418,7 @@ class PaneStore:
         self._fresh_rows = 0
 
     def windows(self) -> dict[str, WindowCounts]:
-        """All windows as they are now, by name; ``cells`` are views that the next close changes."""
+        """All windows as they are now, by name; what they hold are views that the next close changes."""
         return {counts.window: counts for series in self._series for counts in series.looks()}
 
     def newest_ns(self) -> int:
@@ -415,7 +429,7 @@ class PaneStore:
         """A copy of all counts but those of open panes; ``total`` and the rows have everything."""
         self.flush()
         self._settle()
-        total = self._total + self._series[0].opened
+        total = counts_of(self._total, self._start) + self._series[0].opened
         return ArmState(self.rows, self.dropped, self.refused, total, [series.state() for series in self._series])
 
     def restore(self, state: ArmState) -> None:
@@ -426,7 +440,7 @@ class PaneStore:
         if any(array.shape[-1] != self._size for array in (state.total, *[s.counts for s in state.series])):
             raise StateError("the state has another number of cells than the profile and the schema")
         self.rows, self.dropped, self.refused = state.rows, state.dropped, state.refused
-        self._total = state.total.astype("i8")
+        self._total = running_of(state.total, self._start)
         for series, saved in zip(self._series, state.series, strict=True):
             series.restore(saved)
         self._settled = self._series[0].closed

@@ -98,11 +98,14 @@ class Tap:
     __slots__ = (
         "_bytes_in",
         "_bytes_out",
+        "_easy_bytes",
+        "_easy_rows",
         "_failed",
         "_half",
         "_inputs",
         "_max_bytes",
         "_max_rows",
+        "_only",
         "_outputs",
         "_queue",
         "_refused",
@@ -141,11 +144,16 @@ class Tap:
         )
         self._max_rows, self._max_bytes, self._wake = max_rows, max_bytes, wake
         self._half = max_rows // 2
+        #: Of the one tensor that is monitored, where that is an input and not BYTES: its place; else -1.
+        self._only = self._inputs[0] if len(texts) == 1 and self._inputs else -1
         #: Batch after batch: the four fields and the contents of each key. One flat list, so that what waits gives the
         #: garbage collector nothing to look at, and its fields can be had by slices.
         self._queue: list[Any] = []
         self._stride = _FIELDS + len(self.keys)
         self._bytes_in = self._bytes_out = 0
+        #: As long as ``offered`` and ``_bytes_in`` are not over these, there is room and nobody is to be woken: what is
+        #: taken meanwhile only makes more room.
+        self._easy_rows, self._easy_bytes = self._half, max_bytes
         self.offered = self.dropped = self._taken = self._refused = self._failed = 0
         self.dropped_by_arm: dict[str, int] = {}
 
@@ -179,23 +187,37 @@ class Tap:
         """
         count = rows or 1
         offered = self.offered = self.offered + count
-        waiting = offered - self._taken - self.dropped - self._refused
-        if waiting > self._max_rows or self._bytes_in - self._bytes_out > self._max_bytes:
-            self.dropped += count
-            self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
-            return False
+        waiting = 0
+        if offered > self._easy_rows or self._bytes_in > self._easy_bytes:
+            waiting = self._measure(offered)
+            if waiting < 0:
+                self.dropped += count
+                self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
+                return False
         try:
-            entry = [now_ns, arm, count, 0]
-            size = self._copy_general(entry, inputs, outputs) if self._texts else self._copy(entry, inputs, outputs)
+            if self._only >= 0 and (parts := inputs[self._only]) is not None:
+                joined = _join(parts)
+                size = len(joined)
+                entry = [now_ns, arm, count, size, joined]
+            else:
+                entry = [now_ns, arm, count, 0]
+                size = self._copy_general(entry, inputs, outputs) if self._texts else self._copy(entry, inputs, outputs)
+                entry[_SIZE] = size
         except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
             self._refused += count
             return False
-        entry[_SIZE] = size
         self._bytes_in += size
         self._queue.extend(entry)  # at once, as the consumer sees it
         if waiting > self._half and self._wake is not None:
             self._wake()
         return True
+
+    def _measure(self, offered: int) -> int:
+        """How many rows wait, this batch among them; -1 when there is no room for it."""
+        gone = self._taken + self.dropped + self._refused
+        self._easy_rows, self._easy_bytes = gone + self._half, self._bytes_out + self._max_bytes
+        full = offered - gone > self._max_rows or self._bytes_in > self._easy_bytes
+        return -1 if full else offered - gone
 
     def _copy(self, entry: list[Any], inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> int:
         """Append the contents of each key; their bytes."""

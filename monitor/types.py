@@ -247,12 +247,22 @@ class Settings:
             raise SettingsError("keep_bytes and history_looks must be positive, keep_rows must not be negative")
 
 
+def counts_of(running: Array, start: Array) -> Array:
+    """Counts of cells from their running sums, of the same type; columns begin at ``start``, whose last is the end."""
+    out = running.copy()
+    out[1:] -= running[:-1]  # without a sign it wraps where a column begins: that is made good
+    out[start[:-1]] = running[start[:-1]]
+    return out
+
+
 @dataclass(slots=True, frozen=True)
 class WindowCounts:
     """What a window holds. ``dropped`` rows were offered but not counted.
 
-    ``cells`` are counts per cell of the layout, and after those the violations of each counted rule of the schema.
-    ``full`` says that the window has its whole length; ``look`` numbers the panes closed so far.
+    ``held`` has an entry per cell of the layout, and after those the violations of each counted rule of the schema.
+    Of cells they are counts; or, where ``start`` says at which entries columns begin (marks are columns of their own,
+    and the last is the end), running sums (``monitor.kernels.windows``). ``full`` says that the window has its whole
+    length; ``look`` numbers the panes closed so far.
     """
 
     window: str
@@ -262,7 +272,13 @@ class WindowCounts:
     end_ns: int
     look: int
     full: bool
-    cells: Array
+    held: Array
+    start: Array | None = None
+
+    @property
+    def cells(self) -> Array:
+        """Counts in either case; int64, made anew, where they are held as sums."""
+        return self.held if self.start is None else counts_of(self.held, self.start).astype("i8")
 
     @property
     def sampled(self) -> bool:

@@ -26,7 +26,7 @@ from datetime import datetime
 from typing import Final, Literal, TypeAlias
 
 from server.audit import AuditEvent, AuditLog, utc_now
-from server.errors import InvalidArgument, NotFound, QueueFull
+from server.errors import FailedPrecondition, InvalidArgument, NotFound, QueueFull
 from server.store.base import Store
 
 NS_PER_S: Final = 1_000_000_000
@@ -200,6 +200,8 @@ class Limits:
 
 #: The clock: Unix nanoseconds.
 Clock: TypeAlias = Callable[[], int]
+#: ``refusal(connection, event_id)``: why an event is not to be tried again, "" for no reason.
+Refusal: TypeAlias = Callable[[sqlite3.Connection, str], str]
 
 _OPEN: Final = "state IN ('pending', 'leased')"
 _SETTLED: Final = f"NOT EXISTS (SELECT 1 FROM outbox_delivery d WHERE d.seq = outbox_event.seq AND d.{_OPEN})"  # noqa: S608
@@ -391,22 +393,31 @@ class Outbox:
                 self._bury(connection, lease.seq, lease.sink, _brief(error), self._clock())
         return held
 
-    def retry(self, event_id: str | None, *, actor: str) -> int:
+    def retry(self, event_id: str | None, *, actor: str, refusal: Refusal = lambda _connection, _event_id: "") -> int:
         """Make the deliveries of one event, or of all events that have dead ones, due now; attempts count anew.
 
         Of one event those in back-off are meant too; what is leased or delivered stays as it is. Audited as
         ``hook.retried``. Returns how many there were; raises NotFound when there is no such event.
+
+        ``refusal`` is asked of each event whose dead deliveries are meant, in the transaction: of one event it is
+        raised as FailedPrecondition, of all events those are left out.
         """
         wanted = "d.state = 'dead'" if event_id is None else "e.id = ? AND d.state IN ('dead', 'pending')"
-        query = f"SELECT d.seq, d.sink, e.id {_JOINED} WHERE {wanted}"
+        query = f"SELECT d.seq, d.sink, e.id, d.state {_JOINED} WHERE {wanted} ORDER BY d.seq DESC, d.sink"
         with self._store.transaction() as connection:
             if event_id is not None:
                 _check_known(connection, event_id)
             found = connection.execute(query, () if event_id is None else (event_id,)).fetchall()
-            for seq, sink, known_id in found:
+            count = 0
+            for seq, sink, known_id, state in found:
+                if state == "dead" and (why := refusal(connection, known_id)):
+                    if event_id is not None:
+                        raise FailedPrecondition(f"event {known_id} is not tried again: {why}")
+                    continue
+                count += 1
                 self._revive(connection, seq, sink)
                 self._audit.append(connection, AuditEvent(actor, "hook.retried", f"hook:{known_id}", {"sink": sink}))
-        return len(found)
+        return count
 
     def list(self, limit: int, *, state: State | None = None, event_id: str | None = None) -> list[Delivery]:
         """The newest ``limit`` deliveries, newest first, of one state or event where one is given."""
@@ -459,6 +470,12 @@ class Outbox:
             "WHERE seq = ? AND sink = ?",
             (now, now, seq, sink),
         )
+
+
+def is_under_way(connection: sqlite3.Connection, event_id: str) -> bool:
+    """Whether an event is still to come to a sink."""
+    query = f"SELECT 1 {_JOINED} WHERE e.id = ? AND d.{_OPEN}"
+    return connection.execute(query, (event_id,)).fetchone() is not None
 
 
 def rfc3339(unix_ns: int) -> str:

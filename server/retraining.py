@@ -137,7 +137,7 @@ class Retraining:
         self._untold: dict[str, list[Raised | Cleared]] = {}  # taken from the queue, not written yet
         self._ticking = threading.Lock()
         self._counts = _Counts()
-        self._full = False  # whether it was said that the outbox has no room
+        self._full: set[str] = set()  # models of which it was said that the outbox has no room for their event
 
     # -- told without waiting -------------------------------------------------------------------------------------
 
@@ -192,9 +192,9 @@ class Retraining:
         """Take everything to the triggers. A full outbox is logged and tried again by the next tick."""
         with self._ticking:
             self._sort_queue()
+            self._full.intersection_update(self.specs)
             for model in self.specs:
-                state, queued = self._state(model), self._untold.get(model, ())
-                if self._told(model, [*self._deliveries(state), *queued, Tick()]) is not None:
+                if self._told(model, [*self._untold.get(model, ()), Tick()]) is not None:
                     self._untold.pop(model, None)
 
     def _sort_queue(self) -> None:
@@ -206,14 +206,19 @@ class Retraining:
             self._untold.setdefault(model, []).append(change)
 
     def _told(self, model: str, told: Sequence[Event]) -> Sequence[Decision] | None:
-        """``_take`` of what nobody waits for. None: the outbox has no room for what follows; nothing has happened."""
+        """``_take`` of what nobody waits for. None: the outbox has no room for what follows; nothing has happened.
+
+        That is said once, until nothing of the model waits for room any more.
+        """
         try:
-            return self._take(model, told)
+            decisions = self._take(model, told)
         except OutboxFull as error:
-            if not self._full:
+            if model not in self._full:
                 log.error("retrain_not_requested", model=model, reason=str(error))
-            self._full = True
+            self._full.add(model)
             return None
+        self._full.discard(model)
+        return decisions
 
     def _deliveries(self, state: TriggerState) -> Iterator[Event]:
         """What became of the events whose jobs are only requested, or lost and tried again by a person since."""
@@ -328,8 +333,8 @@ class Retraining:
         """Tell the trigger what is true and what happened; write what follows, if anything does."""
         spec, facts, now = self._spec(model), self._facts(model), self._clock()
         known: Event = Observed(facts.champion, facts.rollout)
-        told = [known, *told]
         before = self._state(model)
+        told = [known, *self._deliveries(before), *told]
         if _steps(spec.rules, before, told, now) == (before, []):
             return ()
         with self._store.transaction() as connection:
@@ -366,8 +371,6 @@ class Retraining:
                 case Suppressed(kind, cause, names):
                     self._counts.suppressed[model, kind, cause] += 1
                     log.info("retrain_suppressed", model=model, kind=kind, cause=cause, names=names)
-                case Fire():
-                    self._full = False
                 case JobChanged(job, was):
                     self._counts.jobs[job.state] += 1
                     log.info(
@@ -384,6 +387,22 @@ class Retraining:
         if spec is None:
             raise NotFound(f"model '{model[:128]}' has no retraining configured")
         return spec
+
+
+def retry_refusal(connection: sqlite3.Connection, event_id: str) -> str:
+    """Why an event of the outbox is not to be tried again, for ``Outbox.retry``; "" when nothing speaks against it.
+
+    A job that was given up would be open again with it, beside one that something is still expected of.
+    """
+    for (model,) in connection.execute("SELECT model FROM retrain_trigger ORDER BY model").fetchall():
+        jobs = _load(connection, model).jobs
+        if all(job.trigger_id != event_id for job in jobs):
+            continue
+        for job in jobs:
+            if job.trigger_id != event_id and (job.open or events.is_under_way(connection, job.trigger_id)):
+                state = job.state if job.open else "being tried again"
+                return f"a training of model '{model}' is asked for already: job {job.trigger_id} is {state}"
+    return ""
 
 
 def _steps(

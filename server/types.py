@@ -240,7 +240,7 @@ class Permit(Protocol):
     tidegate_id: str
 
     def hold(self, size: int) -> None:
-        """It holds so many bytes, if that is more than its head said. Raises TidegateError naming the limit hit."""
+        """It holds so many bytes now, and counts for no fewer than its head said. Raises TidegateError: no room."""
         ...
 
     def release(self) -> None: ...
@@ -270,6 +270,10 @@ class Decision:
         self.metadata = ()
 
 
+#: What ``Reply.finish`` says where the answer is still being written.
+WRITING: Final = ""
+
+
 class Reply(Protocol):
     """The transport's end of one handled request; called on the loop that called ``handle``.
 
@@ -278,13 +282,23 @@ class Reply(Protocol):
 
     def message(self, response: InferenceResponse, decision: Decision) -> None: ...
 
-    def finish(self, error: TidegateError | None) -> None: ...
+    def finish(self, error: TidegateError | None) -> str | None:
+        """No more follows. ``error`` None: what came is the answer.
+
+        Returns what has become of that: None, it is written; the code of an error, which the caller is told in its
+        place; or WRITING, and ``Ticket.written`` follows, or a cancel.
+        """
+        ...
 
 
 class Ticket(Protocol):
     """A request in flight. ``cancel`` after the end is harmless; after a cancel nothing more is replied."""
 
     def cancel(self) -> None: ...
+
+    def written(self, code: str) -> None:
+        """What has become of an answer that was still being written: "ok", or the code of an error told instead."""
+        ...
 
 
 @dataclass(slots=True, eq=False)

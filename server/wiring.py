@@ -20,6 +20,7 @@ from server.admin_token import load_or_make_token
 from server.audit import DeferredAudit
 from server.batching.batcher import Batcher, BatchRecord
 from server.batching.offloop import OffLoopBatcher
+from server.batching.timers import FineTimers, fine_timers
 from server.capture.build import Recording, open_recording
 from server.catalog import ServedCatalog
 from server.codec.process.client import SUPPORTED, CodecProcess
@@ -99,6 +100,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     models = models_of(None if file is None else file.config, settings.model_repository)
     telemetry, export = _telemetry(settings)
     readiness = Readiness()
+    timers = fine_timers(loop)
     recording = open_recording(settings.capture, settings.state_dir)
     gateway = Gateway(
         limits=settings.limits,
@@ -143,7 +145,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
         source=source_of(settings, models, state, audit, mlflow),
         runtime=MonitoredRuntime(DispatchRuntime(runtime or OnnxRuntime(), UpstreamRuntime), monitors),
         gateway=gateway,
-        serve=_server_of_versions(loop, telemetry),
+        serve=_server_of_versions(loop, timers, telemetry),
         publisher=publisher,
         forget=telemetry.forget,
         audit=audit,
@@ -225,6 +227,8 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
             await asyncio.to_thread(deferred.close)
         if state is not None:
             state.close()
+        if timers is not None:
+            timers.close()
         # What is frozen is not taken apart when the interpreter ends; libraries take that for leaks, and say so.
         gc.unfreeze()
 
@@ -530,8 +534,7 @@ def _hearing(gateway: Gateway, recording: Recording | None) -> Hear:
 
     def hear(model: str, items: Sequence[Feedback]) -> int:
         for item in items:  # before any is taken
-            if item.value is None:
-                gateway.check_outcome(model, item.id, item.name, item.text)
+            gateway.check_outcome(model, item.id, item.name, item.value, item.key, text=item.text)
         return sum([one(model, item) for item in items])
 
     return hear
@@ -550,7 +553,7 @@ def _unsent(gateway: Gateway) -> FamilySnapshot:
 
 
 def _server_of_versions(
-    loop: asyncio.AbstractEventLoop, telemetry: Telemetry
+    loop: asyncio.AbstractEventLoop, timers: FineTimers | None, telemetry: Telemetry
 ) -> Callable[[Engine, ModelOptions], Served]:
     """How a loaded engine becomes something that the gateway can send requests to."""
 
@@ -565,9 +568,9 @@ def _server_of_versions(
             call_soon=loop.call_soon,
             call_soon_threadsafe=loop.call_soon_threadsafe,
             call_later=loop.call_later,
+            call_later_ns=None if timers is None else timers.call_later,
             on_batch=_counting(counted),
         )
-        counted.stats.pending = batcher.pending
         batcher.taps = taps_of(engine)
         return Served(
             spec, batcher, options, counted, telemetry.instruments, rules=rules_of(engine), labels=labels_of(engine)

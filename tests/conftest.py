@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+# Hundreds of processes import the product. What the first one compiles is kept for the others, here too, even where the
+# environment (a container's) says otherwise: it is a third of their start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from loadtests.floors import bare, grpc_echo, native_echo, usual_grpc, usual_http
+from loadtests.floors import bare, grpc_echo, native_echo, ngh2_echo, usual_grpc, usual_http
 
 #: Keeps its servers alive, and gives their addresses.
 Start = Callable[[Path], Awaitable[tuple[object, dict[str, str]]]]
@@ -59,6 +59,7 @@ async def serve(start: Start, folder: Path) -> None:
 #: Name -> how it starts, and whether it runs on uvloop. The usual gRPC stack and its echo run on asyncio, as in
 #: grpcio's documentation; uvicorn takes uvloop by itself when it is there.
 FLOORS: dict[str, tuple[Start, bool]] = {
+    "ngh2": (ngh2_echo.start, True),
     "bare": (bare.start, True),
     "native-echo": (native_echo.start, True),
     "grpc-echo": (start_grpc_echo, False),

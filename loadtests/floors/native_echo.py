@@ -47,6 +47,9 @@ class Answered:
     def cancel(self) -> None:
         """Too late."""
 
+    def written(self, code: str) -> None:
+        """Nothing is counted."""
+
 
 class EchoPort:
     """``server.types.Port``: every request gets the same output."""

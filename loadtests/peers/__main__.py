@@ -20,6 +20,7 @@ from loadtests.peers import table
 from loadtests.peers.catalog import PEERS, chosen
 from loadtests.peers.environments import FOLDER, Unavailable, python_of
 from loadtests.peers.paired import Plan, measure, rows_of, say
+from loadtests.results import check_folder
 from loadtests.servers import ROOT
 from server.errors import TidegateError
 
@@ -37,6 +38,7 @@ def main() -> int:
         peers = chosen(options.peer)
         if options.install:
             return _install([peer.name for peer in peers], options.environments)
+        check_folder(options.output)
         plan = Plan(peers, rows_of(h2load.path()), rounds, options.seconds, options.limit, options.environments)
         with tempfile.TemporaryDirectory() as folder:
             result = uvloop.run(measure(plan, Path(folder)))

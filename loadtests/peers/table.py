@@ -9,7 +9,7 @@ from typing import Final
 
 from loadtests import stats
 from loadtests.bench_rows import Goal, Row
-from loadtests.bench_table import estimate, generator_was_the_limit, heading, reached
+from loadtests.bench_table import estimate, generator_was_the_limit, heading, limit_of, reached
 from loadtests.peers.catalog import MOSEC, PYTRITON
 from loadtests.peers.paired import OURS
 from loadtests.results import Result
@@ -70,7 +70,7 @@ def _median(result: Result, row: Row, column: str, metric: str) -> float:
 
 
 def _ratio(result: Result, row: Row, column: str, metric: str) -> Estimate:
-    return estimate(result, Goal(row.name, OURS, row.name, column, metric, 1.0))
+    return estimate(result, Goal(row.name, OURS, row.name, column, metric, None))
 
 
 def _goals(result: Result, rows: list[Row]) -> Iterator[str]:
@@ -80,9 +80,8 @@ def _goals(result: Result, rows: list[Row]) -> Iterator[str]:
     for goal in every:
         if goal.limit != 1.0:
             ratio = estimate(result, goal)
-            limit = f"{'>=' if goal.at_least else '<='} {goal.limit:.3g}"
             name = f"{goal.row}: {goal.column} to {goal.base_column}, {_BEFORE[goal.metric]}"
-            yield f"{name:<58}{limit:>10}  {ratio.text(3):<28}{reached(goal, ratio)}"
+            yield f"{name:<58}{limit_of(goal):>10}  {ratio.text(3):<28}{reached(goal, ratio)}"
     for peer in result.settings["peers"]:
         if own := [replace(goal, limit=1.0) for goal in every if goal.base_column == peer]:
             lost = [f"{goal.row} ({_BEFORE[goal.metric]})" for goal in own if not _met(result, goal)]

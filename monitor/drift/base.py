@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from monitor.layout import Layout, Sample
-from monitor.types import Array
+from monitor.types import Array, WindowCounts
 
 
 class Pair:
@@ -17,10 +17,11 @@ class Pair:
     (``layout.bin_start``); ``rows`` rows per column, missing ones with them; ``missing`` missing values per column.
     """
 
-    def __init__(self, layout: Layout, reference: Array, window: Array) -> None:
+    def __init__(self, layout: Layout, reference: Array, window: Array | WindowCounts) -> None:
+        """``reference`` and ``window``: counts of the layout's cells."""
         self.layout = layout
-        self.expected = layout.profiled if reference is layout.reference else Sample(layout, reference)
-        self.found = Sample(layout, window)
+        self.expected = layout.profiled if reference is layout.reference else Sample.of(layout, reference)
+        self.found = _sample(layout, window) if isinstance(window, WindowCounts) else Sample.of(layout, window)
         self.bins = self.expected.bins, self.found.bins
         self.rows = self.expected.rows, self.found.rows
         self.missing = self.expected.missing, self.found.missing
@@ -28,17 +29,23 @@ class Pair:
     @property
     def reference(self) -> Array:
         """int64 counts by cell."""
-        return self.expected.cells
+        return self.expected.counts
 
     @property
     def window(self) -> Array:
         """int64 counts by cell."""
-        return self.found.cells
+        return self.found.counts
 
     @property
     def levels(self) -> tuple[Array, Array]:
         """Counts of levels (``layout.level_start``)."""
         return self.expected.levels, self.found.levels
+
+
+def _sample(layout: Layout, window: WindowCounts) -> Sample:
+    """What a window holds, without the marks behind the cells."""
+    own = window.held[: layout.cells]
+    return Sample(layout, own) if window.start is not None else Sample.of(layout, own)
 
 
 class DriftStatistic(Protocol):

@@ -25,19 +25,24 @@ _KS = KolmogorovSmirnov()
 #: Those of more columns are not: to make them is a tenth of such a look, and to keep them would take many MB.
 _REMEMBERED: Final = 128
 _REMEMBERED_COLUMNS: Final = 256
-_Key: TypeAlias = tuple[float, bytes, bytes, bytes]
+_Key: TypeAlias = tuple[float, bytes, bytes]
+#: Rows of the values that are told of a look.
+_TOLD: Final = 5
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Threshold:
     """What one test of a look is held against, per column; not to be changed.
 
-    ``table``: as ``kernels.tails.judge_columns`` has it. ``critical``: the statistic from which on the test is over, by
-    its level, or its floor where that is higher.
+    ``table``: as ``kernels.tails.judge_columns`` has it.
     """
 
     table: Array
-    critical: Array
+
+    @property
+    def critical(self) -> Array:
+        """The statistic from which on the test is over, by its level, or its floor where that is higher."""
+        return np.asarray(self.table[5])
 
     @property
     def log_level(self) -> Array:
@@ -55,7 +60,7 @@ class Known:
 
     def keep(self, key: _Key, found: tuple[Threshold, Threshold]) -> None:
         """Of columns that are not too many; begins anew when there are too many looks."""
-        if len(found[0].critical) > _REMEMBERED_COLUMNS:
+        if found[0].table.shape[1] > _REMEMBERED_COLUMNS:
             return
         if len(self._found) >= _REMEMBERED:
             self._found.clear()
@@ -65,7 +70,8 @@ class Known:
 @dataclass(frozen=True, eq=False)
 class Judgement:
     """Per column. ``real``: some test's p is under its level; ``over``: and that test's effect is over its floor;
-    ``quiet``: each test's p is well over its level or its effect well under its floor.
+    ``quiet``: each test's p is well over its level or its effect well under its floor. ``told``: what the history keeps
+    of it, float32 (see ``monitor.history``).
     """
 
     ks_low: Array
@@ -77,6 +83,7 @@ class Judgement:
     real: Array
     over: Array
     quiet: Array
+    told: Array
 
     @cached_property
     def _ratios(self) -> tuple[Array, Array]:
@@ -120,15 +127,15 @@ def judge(
     if known is None or pair.expected is not pair.layout.profiled:
         to_ks, to_psi = _thresholds(pair, psi.occupied, rules, log_level, calibration)
     else:
-        key = log_level, pair.found.rows.tobytes(), pair.found.missing.tobytes(), psi.occupied.tobytes()
+        key = log_level, pair.found.sizes.tobytes(), psi.occupied.tobytes()
         if (found := known.get(key)) is None:
             found = _thresholds(pair, psi.occupied, rules, log_level, calibration)
             known.keep(key, found)
         to_ks, to_psi = found
-    floor = np.array([rules.min_ks, rules.min_psi], "f8")
-    log_p, flags = np.empty((2, len(low))), np.empty((3, len(low)), bool)
-    judge_columns(low, psi.value, to_ks.table, to_psi.table, floor, rules.clear_ratio * floor, log_p, flags)
-    return Judgement(low, log_p[0], to_ks, psi, log_p[1], to_psi, *flags)
+    columns = len(low)
+    log_p, flags, told = np.empty((2, columns)), np.empty((3, columns), bool), np.empty((_TOLD, columns), "f4")
+    judge_columns(low, psi.value, to_ks.table, to_psi.table, log_p, flags, told)
+    return Judgement(low, log_p[0], to_ks, psi, log_p[1], to_psi, flags[0], flags[1], flags[2], told)
 
 
 def _thresholds(
@@ -143,8 +150,8 @@ def _thresholds(
     of_ks = _ks_threshold if few else _ks_threshold.__wrapped__
     of_psi = _psi_threshold if few else _psi_threshold.__wrapped__
     return (
-        of_ks(log_level, rules.min_ks, ordered, *present, _floats(calibration.ks)),
-        of_psi(log_level, rules.min_psi, ordered, m.tobytes(), n.tobytes(), *bins),
+        of_ks(log_level, (rules.min_ks, rules.clear_ratio), ordered, *present, _floats(calibration.ks)),
+        of_psi(log_level, (rules.min_psi, rules.clear_ratio), ordered, m.tobytes(), n.tobytes(), *bins),
     )
 
 
@@ -153,18 +160,21 @@ def _floats(values: Array) -> bytes:
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def _ks_threshold(log_level: float, floor: float, ordered: bytes, m: bytes, n: bytes, inflation: bytes) -> Threshold:
+def _ks_threshold(
+    log_level: float, effect: tuple[float, float], ordered: bytes, m: bytes, n: bytes, inflation: bytes
+) -> Threshold:
+    """``effect``: the floor, and the share of it below which a column is quiet."""
     sizes = np.frombuffer(n, "i8"), np.frombuffer(m, "i8")
     level = np.where(np.frombuffer(ordered, bool), log_level - math.log(2.0), -np.inf)
     known = np.frombuffer(inflation)
-    table = np.stack([np.sqrt(effective(*sizes) / known), level, level + _P_HYSTERESIS])
-    return Threshold(table, np.maximum(critical_ks(level, *sizes, known), floor))
+    size, critical = np.sqrt(effective(*sizes) / known), critical_ks(level, *sizes, known)
+    return Threshold(np.stack(_rows(size, level, effect, critical)))
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _psi_threshold(
     log_level: float,
-    floor: float,
+    effect: tuple[float, float],
     ordered: bytes,
     m: bytes,
     n: bytes,
@@ -176,5 +186,12 @@ def _psi_threshold(
     level = np.where(np.frombuffer(ordered, bool), log_level - math.log(2.0), log_level)
     known = np.frombuffer(inflation)
     degrees = np.maximum(np.frombuffer(occupied, "i8") - 1, 0) * np.frombuffer(psi_degrees)
-    table = np.stack([effective(*sizes), level, level + _P_HYSTERESIS, known, degrees])
-    return Threshold(table, np.maximum(critical_psi(level, *sizes, degrees, known), floor))
+    critical = critical_psi(level, *sizes, degrees, known)
+    return Threshold(np.stack([*_rows(effective(*sizes), level, effect, critical), known, degrees]))
+
+
+def _rows(size: Array, level: Array, effect: tuple[float, float], critical: Array) -> list[Array]:
+    """What the tables of both tests have, row by row."""
+    floor, calm = effect
+    floors = np.full(len(size), floor)
+    return [size, level, level + _P_HYSTERESIS, floors, calm * floors, np.maximum(critical, floor)]

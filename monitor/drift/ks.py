@@ -17,7 +17,7 @@ class KolmogorovSmirnov:
     def score(self, pair: Pair) -> Array:
         """The certain lower end, equal to D when all distinct reference values are knots."""
         low = np.empty(len(pair.layout.columns))
-        ks_distance(pair.expected.cumulated, pair.found.counts, pair.layout.start, low)
+        ks_distance(pair.expected.running, pair.found.running, pair.layout.start, low)
         if pair.layout.any_discrete:
             low[pair.layout.discrete] = np.nan
         return low

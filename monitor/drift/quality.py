@@ -26,7 +26,7 @@ import numpy as np
 from monitor.drift.base import Pair
 from monitor.drift.rates import Amounts, amounts
 from monitor.kernels.shares import any_exceeds
-from monitor.layout import Layout
+from monitor.layout import Layout, Sample
 from monitor.types import AlarmRules, Array, QualityScore, Verdict
 
 #: Checks against the reference, by the field of ``Amounts``.
@@ -50,6 +50,8 @@ class Checks:
     tolerated: Array
     #: Likewise: the one cell that its count is in, -1 where it is not in one cell.
     cells: Array
+    #: Likewise: the cell before that one in its column, -1 where there is none.
+    before: Array
     #: Likewise: what the profile's own reference leads one to expect (see ``_expected``), and its share of the rows.
     expected: Array
     allowed: Array
@@ -77,7 +79,7 @@ def checks_of(layout: Layout, rules: Sequence[tuple[int, str, float]]) -> Checks
     places = [*own.tolist(), *[place for place, _, _ in rules]]
     kinds = np.array([kind for kind, _ in found], "i8")
     cells = np.array([_cell(layout, kind, place) for kind, place in found], "i8")
-    expected = _expected(layout, layout.reference)[kinds, own]
+    expected = _expected(layout, layout.profiled)[kinds, own]
     return Checks(
         tuple([layout.names[place] for place in places]),
         np.array(places, "i8"),
@@ -85,6 +87,7 @@ def checks_of(layout: Layout, rules: Sequence[tuple[int, str, float]]) -> Checks
         kinds,
         np.array([share for _, _, share in rules], "f8"),
         cells,
+        np.where(np.isin(cells, layout.start), -1, cells - 1),
         expected,
         _ratio(expected, layout.profiled.rows[own]),
         np.flatnonzero(cells < 0),
@@ -143,7 +146,8 @@ def is_clean(checks: Checks, pair: Pair, rules: AlarmRules) -> bool:
     if len(checks) > len(checks.kinds) or len(checks.summed) or pair.expected is not pair.layout.profiled:
         return False
     margin = rules.clear_ratio * rules.min_rate
-    return not any_exceeds(pair.found.counts, checks.cells, pair.found.rows, checks.places, checks.allowed, margin)
+    found, at = pair.found, (checks.cells, checks.before)
+    return not any_exceeds(found.running, *at, found.rows, checks.places, checks.allowed, margin)
 
 
 def judge_quality(
@@ -159,7 +163,7 @@ def judge_quality(
     count = _counts(checks, pair)
     expected, allowed = checks.expected, checks.allowed
     if pair.expected is not pair.layout.profiled:
-        expected = _expected(pair.layout, pair.reference)[checks.kinds, at]
+        expected = _expected(pair.layout, pair.expected)[checks.kinds, at]
         allowed = _ratio(expected, reference_rows[at])
     n = rows[at]
     share = _ratio(count, n)
@@ -205,11 +209,12 @@ def _with_rules(found: _Found, marks: Array, rows: Array, tolerated: Array, infl
 
 def _counts(checks: Checks, pair: Pair) -> Array:
     """What ``amounts`` finds in the window, per check against the reference: most are read from one cell."""
-    count = pair.found.counts[checks.cells]
+    running = pair.found.running
+    count = running[checks.cells].astype("i8") - np.where(checks.before < 0, 0, running[checks.before])
     summed = checks.summed
     if len(summed):
         own = checks.places[: len(checks.kinds)]
-        count[summed] = _table(amounts(pair.layout, pair.found.counts))[checks.kinds[summed], own[summed]]
+        count[summed] = _table(amounts(pair.layout, pair.found))[checks.kinds[summed], own[summed]]
     return np.asarray(count)
 
 
@@ -217,10 +222,10 @@ def _table(found: Amounts) -> Array:
     return np.stack([getattr(found, name) for name in REFERENCE_CHECKS])
 
 
-def _expected(layout: Layout, reference: Array) -> Array:
+def _expected(layout: Layout, reference: Sample) -> Array:
     """What as many rows as the reference has, of its own source, would show against it: (check, column)."""
     found = _table(amounts(layout, reference))
-    once = [_once(layout, reference, place) for place in range(len(layout.columns))]
+    once = [_once(layout, reference.counts, place) for place in range(len(layout.columns))]
     found[1:] = np.maximum(found[1:], 1)
     found[3] = np.maximum(found[3], once)
     return found

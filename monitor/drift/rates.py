@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monitor.drift.base import Pair
-from monitor.layout import Layout
+from monitor.layout import Layout, Sample
 from monitor.types import Array
 
 
@@ -34,20 +34,23 @@ class Rates:
     new_category: Array
 
 
-def amounts(layout: Layout, cells: Array) -> Amounts:
-    """From counts of the layout's cells, of any integer type."""
+def amounts(layout: Layout, sample: Sample) -> Amounts:
+    """Read from the sums of few cells, but for new categories."""
     first, last = layout.start[:-1], layout.start[1:] - 1
+    running = sample.running
+    lowest, highest = running[first].astype("i8"), running[last - 1].astype("i8")
     empty = last - first == 1
+    before = np.where(empty, 0, running[last - 2])
     new = np.zeros(len(first), "i8")
     for place in np.flatnonzero(layout.discrete):
-        new[place] = cells[first[place] : last[place] : 2].sum()
-    below = np.where(layout.discrete | empty, 0, cells[first])
-    return Amounts(cells[last], below, np.where(layout.discrete, 0, cells[last - 1]), new)
+        new[place] = sample.counts[first[place] : last[place] : 2].sum()
+    below = np.where(layout.discrete | empty, 0, lowest)
+    return Amounts(sample.missing, below, np.where(layout.discrete, 0, highest - before), new)
 
 
 def rates(pair: Pair) -> Rates:
     reference_rows, rows = pair.rows
-    found = amounts(pair.layout, pair.found.counts)
+    found = amounts(pair.layout, pair.found)
     return Rates(
         _share(found.missing, rows),
         _share(pair.missing[0], reference_rows),

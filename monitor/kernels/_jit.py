@@ -26,11 +26,16 @@ def read_only(element: Any) -> Any:
     return types.Array(element, 1, "C", readonly=True)
 
 
-def kernel(*signatures: Arguments) -> Callable[[Function], Function]:
-    """A function of arrays and scalars, run without the GIL. Not callable before ``compile_all`` is done."""
+def kernel(*signatures: Arguments, brief: bool = False) -> Callable[[Function], Function]:
+    """A function of arrays and scalars, run without the GIL. Not callable before ``compile_all`` is done.
+
+    ``brief``: one of a look that goes through bins or columns, not through rows or cells, and keeps the GIL for its few
+    microseconds (some tenths per column). A GIL that is given up is taken by the thread that serves, and to get it back
+    may cost both threads more than that.
+    """
 
     def decorate(function: Function) -> Function:
-        compiled = _decorated(function)
+        compiled = _decorated(function, nogil=not brief)
         _registered.append((compiled, signatures))
         return cast("Function", compiled)
 
@@ -55,8 +60,8 @@ def compile_all() -> None:
             _registered.pop()
 
 
-def _decorated(function: Callable[..., Any]) -> Any:
+def _decorated(function: Callable[..., Any], *, nogil: bool) -> Any:
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=nogil, cache=True)(function)
     except RuntimeError:  # no folder on this machine can hold the cache
-        return njit(nogil=True)(function)
+        return njit(nogil=nogil)(function)

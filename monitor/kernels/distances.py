@@ -34,7 +34,7 @@ def _totals(reference: Array, window: Array, first: int, last: int) -> tuple[int
     return m, n, bins, m > 0 and n > 0
 
 
-@kernel((_I64, _I64, _I64, types.int64, _OUT, _OUT, _OCCUPIED))
+@kernel((_I64, _I64, _I64, types.int64, _OUT, _OUT, _OCCUPIED), brief=True)
 def psi(
     reference: Array, window: Array, start: Array, leave_out: int, out: Array, part: Array, occupied: Array
 ) -> None:
@@ -87,18 +87,33 @@ def l_infinity(reference: Array, window: Array, start: Array, out: Array) -> Non
         out[f] = largest if defined else np.nan
 
 
+@helper
+def _pearson(reference: Array, window: Array, first: int, last: int) -> tuple[float, int]:
+    """(Pearson's statistic of the bins ``first:last``, NaN where a side has no row; how many of them hold any)."""
+    m, n, bins, defined = _totals(reference, window, first, last)
+    total = 0.0
+    for b in range(first, last if defined else first):
+        both = reference[b] + window[b]
+        if both > 0:
+            difference = reference[b] / m - window[b] / n
+            total += difference * difference / both
+    return total * m * n if defined else np.nan, bins
+
+
 @kernel((_I64, _I64, _I64, _OUT, _OCCUPIED))
 def chi_square(reference: Array, window: Array, start: Array, out: Array, occupied: Array) -> None:
     """``out[f]`` = Pearson's statistic of homogeneity of the two samples over the ``occupied[f]`` bins that hold any
     row, without continuity correction.
     """
     for f in range(out.size):
-        m, n, bins, defined = _totals(reference, window, start[f], start[f + 1])
-        occupied[f] = bins
-        total = 0.0
-        for b in range(start[f], start[f + 1] if defined else start[f]):
-            both = reference[b] + window[b]
-            if both > 0:
-                difference = reference[b] / m - window[b] / n
-                total += difference * difference / both
-        out[f] = total * m * n if defined else np.nan
+        out[f], occupied[f] = _pearson(reference, window, start[f], start[f + 1])
+
+
+@kernel((_I64, _I64, _I64, _OUT, _OUT), brief=True)
+def add_chi_square(before: Array, now: Array, start: Array, total: Array, degrees: Array) -> None:
+    """Add that statistic to ``total[f]`` and its degrees of freedom to ``degrees[f]``, where both have rows."""
+    for f in range(total.size):
+        found, bins = _pearson(before, now, start[f], start[f + 1])
+        if found == found:  # noqa: PLR0124 - not NaN
+            total[f] += found
+            degrees[f] += bins - 1.0

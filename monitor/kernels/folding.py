@@ -1,4 +1,4 @@
-"""Counts of cells to counts of bins."""
+"""Running sums of cells to counts of bins."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-_I64 = read_only(types.int64)
+_I64, _I32 = read_only(types.int64), read_only(types.int32)
 _OUT = types.Array(types.int64, 1, "C")
-_COUNTED = (types.int64, types.int32, types.uint16)
+_SUMMED = (types.int64, types.int32, types.uint16)
 
 
 @helper
-def _fold(cells: Array, start: Array, bin_of: Array, out: Array) -> None:
+def _fold(running: Array, last: Array, bin_of: Array, run_start: Array, out: Array) -> None:
     out[:] = 0
-    for r in range(bin_of.size):
-        run = cells[start[r] : start[r + 1]]
-        total = int64(0)
-        for c in range(run.size):
-            total += int64(run[c])
-        out[bin_of[r]] += total
+    for f in range(run_start.size - 1):
+        before = int64(0)
+        for r in range(run_start[f], run_start[f + 1]):
+            upto = int64(running[last[r]])
+            out[bin_of[r]] += upto - before
+            before = upto
 
 
-@kernel(*[(read_only(counts), _I64, read_only(types.int32), _OUT) for counts in _COUNTED])
-def fold(cells: Array, start: Array, bin_of: Array, out: Array) -> None:
-    """``out[b]`` = sum of the cells in bin b, which ``bin_of[r]`` is for cells ``start[r]`` to ``start[r + 1]``.
+@kernel(*[(read_only(summed), _I64, _I32, _I64, _OUT) for summed in _SUMMED], brief=True)
+def fold(running: Array, last: Array, bin_of: Array, run_start: Array, out: Array) -> None:
+    """``out[b]`` = how many values are in the cells of bin b, by running sums of cells (``kernels.windows``).
 
-    Bins are made of neighbours, so runs are few and their sums are vector instructions. ``out`` is overwritten.
+    Bins are made of runs of neighbours: run r, which ends with cell ``last[r]``, belongs to bin ``bin_of[r]``; those of
+    column f are ``run_start[f]`` to ``run_start[f + 1]``. ``out`` is overwritten.
     """
-    _fold(cells, start, bin_of, out)
+    _fold(running, last, bin_of, run_start, out)
 
 
-@kernel(*[(read_only(counts), _I64, read_only(types.int32), _I64, _I64, _OUT, _OUT, _OUT) for counts in _COUNTED])
+@kernel(*[(read_only(summed), _I64, _I32, _I64, _I64, _OUT, _OUT, _OUT) for summed in _SUMMED], brief=True)
 def tally(
-    cells: Array,
-    start: Array,
+    running: Array,
+    last: Array,
     bin_of: Array,
-    bin_start: Array,
+    run_start: Array,
     missing_cell: Array,
     bins: Array,
     rows: Array,
     missing: Array,
 ) -> None:
-    """``fold`` into ``bins``; and per column f, whose bins begin at ``bin_start[f]``, its ``rows[f]`` and how many of
-    them are ``missing[f]``, which cell ``missing_cell[f]`` counts."""
-    _fold(cells, start, bin_of, bins)
+    """``fold`` into ``bins``; and per column f its ``rows[f]`` and how many of them are ``missing[f]``, which its last
+    cell, ``missing_cell[f]``, counts."""
+    _fold(running, last, bin_of, run_start, bins)
     for f in range(rows.size):
-        rows[f] = bins[bin_start[f] : bin_start[f + 1]].sum()
-        missing[f] = cells[missing_cell[f]]
+        rows[f] = running[missing_cell[f]]
+        missing[f] = rows[f] - int64(running[missing_cell[f] - 1])

@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numba import types
+from numpy import int32, int64
 
-from monitor.kernels._jit import kernel, read_only
+from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-_I64 = read_only(types.int64)
-_F64 = read_only(types.float64)
+_I64, _I32, _U16 = read_only(types.int64), read_only(types.int32), read_only(types.uint16)
+#: Products that a signed integer of 32 bits holds.
+_FEW: Final = 2.0**31
 _OUT = types.Array(types.float64, 1, "C")
 
 
-@kernel((_I64, _I64, _OUT))
-def cumulate(counts: Array, start: Array, out: Array) -> None:
-    """``out[c]`` = how many values of its column are in cell c or below. In the last cell (missing): all of them."""
-    for f in range(start.size - 1):
-        found = counts[start[f] : start[f + 1] - 1]
-        mine = out[start[f] : start[f + 1]]
-        total = 0
-        for c in range(found.size):
-            total += found[c]
-            mine[c] = np.float64(total)
-        mine[found.size] = np.float64(total)
+@helper
+def _largest_of_few(expected: Array, found: Array, m: int64, n: int64) -> float:
+    """The largest ``|expected n - found m|`` where m n, and with it every term, is below 2**31."""
+    m32 = int32(m)
+    n32 = int32(n)
+    top = int32(0)
+    bottom = int32(0)
+    for c in range(expected.size):
+        ahead = int32(int32(int32(expected[c]) * n32) - int32(int32(found[c]) * m32))
+        top = ahead if ahead > top else top
+        bottom = ahead if ahead < bottom else bottom
+    return max(np.float64(top), -np.float64(bottom))
 
 
-@kernel(*[(_F64, read_only(counts), _I64, _OUT) for counts in (types.int64, types.int32, types.uint16)])
-def ks_distance(cumulated: Array, window: Array, start: Array, low: Array) -> None:
-    """``low`` of ``ks_interval`` alone, from a reference whose counts were cumulated: for every look.
+@helper
+def _largest(expected: Array, found: Array, m: float, n: float, scratch: Array) -> float:
+    """The same in doubles, exact below 2**53. The largest by halving what is left to be compared: of doubles only that
+    becomes vector instructions."""
+    distance = scratch[: expected.size]
+    for c in range(expected.size):
+        distance[c] = abs(expected[c] * n - found[c] * m)
+    left = distance.size
+    while left > 1:
+        half = left >> 1
+        lower = distance[:half]
+        upper = distance[left - half : left]
+        for c in range(half):
+            lower[c] = lower[c] if lower[c] > upper[c] else upper[c]
+        left -= half
+    return float(distance[0])
 
-    Only the running sum has to be made one after the other. Distances and the largest of them, by halving what is left
-    to be compared, are vector instructions.
-    """
+
+@kernel(*[(expected, found, _I64, _OUT) for expected in (_I32, _I64) for found in (_U16, _I32, _I64)])
+def ks_distance(expected: Array, found: Array, start: Array, low: Array) -> None:
+    """``low`` of ``ks_interval`` alone, from running sums (``kernels.windows``) of the reference and of the window: for
+    every look."""
     longest = 0
     for f in range(low.size):
         longest = max(longest, start[f + 1] - start[f])
     scratch = np.empty(longest)
     for f in range(low.size):
-        expected = cumulated[start[f] : start[f + 1] - 1]
-        found = window[start[f] : start[f + 1] - 1]
-        distance = scratch[: found.size]
-        total = 0
-        for c in range(found.size):
-            total += found[c]
-            distance[c] = np.float64(total)
-        m = cumulated[start[f + 1] - 1]
-        n = np.float64(total)
-        if m == 0 or n == 0:
+        before = expected[start[f] : start[f + 1] - 1]
+        now = found[start[f] : start[f + 1] - 1]
+        m = int64(before[before.size - 1])
+        n = int64(now[now.size - 1])
+        whole = np.float64(m) * np.float64(n)
+        if whole == 0:
             low[f] = np.nan
-            continue
-        for c in range(found.size):  # all times m n, so exact below 2**53
-            distance[c] = abs(expected[c] * n - distance[c] * m)
-        left = found.size
-        while left > 1:
-            half = left >> 1
-            lower = distance[:half]
-            upper = distance[left - half : left]
-            for c in range(half):
-                lower[c] = lower[c] if lower[c] > upper[c] else upper[c]
-            left -= half
-        low[f] = distance[0] / (m * n)
+        elif whole < _FEW:
+            low[f] = _largest_of_few(before, now, m, n) / whole
+        else:
+            low[f] = _largest(before, now, np.float64(m), np.float64(n), scratch) / whole
 
 
 @kernel((_I64, _I64, _I64, _OUT, _OUT))

@@ -18,6 +18,8 @@ _OUT = types.Array(types.float64, 1, "C")
 _TABLE = types.Array(types.float64, 2, "C", readonly=True)
 _LOG_P = types.Array(types.float64, 2, "C")
 _FLAGS = types.Array(types.boolean, 2, "C")
+_TOLD = types.Array(types.float32, 2, "C")
+_LN_10: Final = math.log(10.0)
 _TINY: Final = 1e-300
 _EPSILON: Final = 1e-16
 _MOST_TERMS: Final = 100_000
@@ -74,7 +76,7 @@ def _chi_square(x: float, degrees: float) -> float:
     return min(front + math.log(h), 0.0)
 
 
-@kernel((_F64, _OUT))
+@kernel((_F64, _OUT), brief=True)
 def kolmogorov_log_tail(x: Array, out: Array) -> None:
     """``out[i]`` = ln P(K > x[i]), K the limit of sqrt(n) D: 2 sum (-1)^(k-1) exp(-2 k^2 x^2). NaN gives 0.
 
@@ -84,7 +86,7 @@ def kolmogorov_log_tail(x: Array, out: Array) -> None:
         out[i] = _kolmogorov(x[i])
 
 
-@kernel((_F64, _F64, _OUT))
+@kernel((_F64, _F64, _OUT), brief=True)
 def chi_square_log_tail(x: Array, degrees: Array, out: Array) -> None:
     """``out[i]`` = ln P(X > x[i]), X chi-square with ``degrees[i]`` > 0 degrees of freedom (not only whole ones).
 
@@ -95,24 +97,30 @@ def chi_square_log_tail(x: Array, degrees: Array, out: Array) -> None:
         out[i] = _chi_square(x[i], degrees[i])
 
 
-@kernel((_F64, _F64, _TABLE, _TABLE, _F64, _F64, _LOG_P, _FLAGS))
+@kernel((_F64, _F64, _TABLE, _TABLE, _LOG_P, _FLAGS, _TOLD), brief=True)
 def judge_columns(
-    distance: Array, index: Array, ks: Array, psi: Array, floor: Array, calm: Array, log_p: Array, flags: Array
+    distance: Array, index: Array, ks: Array, psi: Array, log_p: Array, flags: Array, told: Array
 ) -> None:
-    """Both tests of every column: ``log_p`` (KS, PSI) and ``flags`` (real, over, quiet), each by column.
+    """Both tests of every column: ``log_p`` (KS, PSI), ``flags`` (real, over, quiet) and what is ``told`` of a look
+    (PSI, its critical value, KS, its critical value, log10 of the smaller p), each by column.
 
-    KS ``distance`` and PSI ``index``. Of each test ``floor`` (KS, PSI) is the least effect to be over, ``calm`` the one
-    below which it is quiet, and its table has rows by column: size, log level, log p over which it is quiet; that of
-    PSI then inflation and degrees of freedom. ``drift.judge`` says what these are.
+    KS ``distance`` and PSI ``index``. The table of each test has rows by column: size, log level, log p over which it
+    is quiet, the least effect to be over, the effect below which it is quiet, and the critical value; that of PSI then
+    inflation and degrees of freedom. ``drift.judge`` says what these are.
     """
     for f in range(distance.size):
         ks_log_p = _kolmogorov(distance[f] * ks[0, f])
-        psi_log_p = _chi_square(index[f] * psi[0, f] / psi[3, f], psi[4, f])
+        psi_log_p = _chi_square(index[f] * psi[0, f] / psi[6, f], psi[7, f])
         ks_real = ks_log_p < ks[1, f]
         psi_real = psi_log_p < psi[1, f]
         log_p[0, f] = ks_log_p
         log_p[1, f] = psi_log_p
         flags[0, f] = ks_real or psi_real
-        flags[1, f] = (ks_real and distance[f] >= floor[0]) or (psi_real and index[f] >= floor[1])
-        ks_quiet = ks_log_p > ks[2, f] or distance[f] < calm[0]
-        flags[2, f] = ks_quiet and (psi_log_p > psi[2, f] or index[f] < calm[1])
+        flags[1, f] = (ks_real and distance[f] >= ks[3, f]) or (psi_real and index[f] >= psi[3, f])
+        ks_quiet = ks_log_p > ks[2, f] or distance[f] < ks[4, f]
+        flags[2, f] = ks_quiet and (psi_log_p > psi[2, f] or index[f] < psi[4, f])
+        told[0, f] = index[f]
+        told[1, f] = psi[5, f]
+        told[2, f] = distance[f]
+        told[3, f] = ks[5, f]
+        told[4, f] = min(psi_log_p, ks_log_p) / _LN_10

@@ -5,10 +5,10 @@
         +------------+-----------+-- (silence) --> lost
 
 A sink that has taken the event makes it accepted. One that was lost because no sink took it is requested again when a
-person has the event tried again. A version whose lineage names the trigger makes it registered, also
-when the job was given up as lost, or when an earlier version of the same job was rejected. A person may promote what
-was rejected; a promoted version that is rolled back makes it rejected. What does not fit is ignored: hints may come
-late, twice and in any order.
+person has the event tried again and no other job is open. A version whose lineage names the trigger makes it
+registered, also when the job was given up as lost, or when an earlier version of the same job was rejected. A person
+may promote what was rejected; a promoted version that is rolled back makes it rejected. What does not fit is ignored:
+hints may come late, twice and in any order.
 """
 
 from __future__ import annotations

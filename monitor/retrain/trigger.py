@@ -100,7 +100,7 @@ class Undelivered:
 
 @dataclass(slots=True, frozen=True)
 class Retried:
-    """A person has the event of a lost job tried again."""
+    """A person has the event of a lost job tried again. It stays lost while another job is open: told again later."""
 
     trigger_id: str
 
@@ -221,7 +221,7 @@ class _Turn:
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.accepted(job, sink, now))
             case Undelivered(trigger_id, reason):
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.undelivered(job, reason, now))
-            case Retried(trigger_id):
+            case Retried(trigger_id) if open_job(self.state) is None:
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.retried(job, now))
             case Registered(trigger_id, version):
                 self._move(lambda job: job.trigger_id == trigger_id, lambda job: jobs.registered(job, version, now))

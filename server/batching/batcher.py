@@ -8,7 +8,8 @@ read in one turn meet in one batch. Batches of a short model run on the loop its
 that the loop reads what has arrived in between. Longer ones run on one thread per engine instance; the loop is woken
 once per finished batch. The way to the loop and back takes a good part of a millisecond, more where the loop is at
 work and has the interpreter: while requests make up full batches, the next one lies ready before a thread asks for
-it. A moving estimate of the run time moves a model from the loop to the threads and back.
+it. A moving estimate of the run time moves a model from the loop to the threads and back. What is short for a few
+rows may be long for many: a batch of many more rows than were seen to be short runs on a thread in any case.
 
 **Threads.** Everything but ``_work``, ``_execute`` and ``close`` happens on the loop's thread. Between the hand-off of
 a batch and the wake its thread reads the members' inputs and sets their outputs; the loop touches neither meanwhile.
@@ -45,8 +46,15 @@ from server.types import Buffer, Clock, Tensor
 INLINE_NS: Final = 300_000
 #: A batch this long (ns) holds up the loop's other connections; between the two the model stays where it is.
 THREAD_NS: Final = 1_000_000
+#: A batch of up to so many times the rows of one that was short may be tried on the loop.
+_GROWTH: Final = 4
+#: More rows than any batch has.
+_NONE_LONG: Final = 1 << 60
 #: Batches of a run this long (ns) are not handed out ahead: there is little to gain, and members could not expire.
 AHEAD_NS: Final = 50_000_000
+
+#: Waits shorter than this (ns) are kept by fine timers, where there are any; of longer ones a millisecond is little.
+_FINE_NS: Final = 10_000_000
 
 #: What a refused caller is told to wait.
 _RETRY_AFTER_S: Final = 1.0
@@ -75,6 +83,8 @@ class BatchTap(Protocol):
 
 CallSoon: TypeAlias = Callable[..., object]
 CallLater: TypeAlias = Callable[[float, Callable[[], None]], TimerHandle]
+#: As ``CallLater``, with nanoseconds, and true to a small part of a millisecond (``server.batching.timers``).
+CallLaterNs: TypeAlias = Callable[[int, Callable[[], None]], TimerHandle]
 
 
 class Work(Member):
@@ -197,9 +207,10 @@ class _Execution:
 class Batcher:
     """Gathers the requests of one loaded version into batches and runs them. Use it from the loop's thread only.
 
-    ``clock`` is monotonic ns. ``call_soon``, ``call_soon_threadsafe`` and ``call_later`` are the loop's. ``on_batch``
-    is called once per run, before the members are answered. ``on_idle`` (also an attribute, to be set later) is called
-    when nothing waits, runs or is unanswered any more, perhaps more than once. Both are called on the loop.
+    ``clock`` is monotonic ns. ``call_soon``, ``call_soon_threadsafe`` and ``call_later`` are the loop's, which keeps
+    time by the millisecond; ``call_later_ns`` keeps it better, None: nobody does. ``on_batch`` is called once
+    per run, before the members are answered. ``on_idle`` (also an attribute, to be set later) is called when nothing
+    waits, runs or is unanswered any more, perhaps more than once. Both are called on the loop.
     Raises ConfigError when the options do not fit the engine's spec.
     """
 
@@ -212,6 +223,7 @@ class Batcher:
         call_soon: CallSoon,
         call_soon_threadsafe: CallSoon,
         call_later: CallLater,
+        call_later_ns: CallLaterNs | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         on_idle: Callable[[], None] | None = None,
     ) -> None:
@@ -221,6 +233,7 @@ class Batcher:
         self._call_soon = call_soon
         self._call_soon_threadsafe = call_soon_threadsafe
         self._call_later = call_later
+        self._call_later_ns = call_later_ns
         self._on_batch = on_batch
         self.on_idle = on_idle
         #: One tap per engine instance, whose batches follow each other, on whichever thread; None: nobody watches.
@@ -231,6 +244,11 @@ class Batcher:
         self._planner: Planner[Work] = Planner(limits_for(engine.spec, options, engine.instances))
         self._run_ns = engine.run_ns
         self._runs_inline = engine.instances == 1 and engine.run_ns < INLINE_NS
+        #: The most rows of a run that was short, the fewest above them of one that was long, and the most that are run
+        #: on the loop: at first so many as are short if each takes what warm-up took for one.
+        self._short_rows = 1
+        self._long_rows = _NONE_LONG
+        self._inline_rows = max(_GROWTH, INLINE_NS // max(1, engine.run_ns))
         self._workers: list[Thread] = []
         #: Batches for whichever worker is free next; never more than two for each.
         self._executions: SimpleQueue[_Execution | None] = SimpleQueue()
@@ -245,7 +263,7 @@ class Batcher:
         self._closed = False
         if not self._runs_inline:
             self._start_workers()
-            self._look_ahead(engine.run_ns)
+            self._look_ahead(1, engine.run_ns)
 
     # --- for the gateway -------------------------------------------------------------------------------------
 
@@ -306,7 +324,7 @@ class Batcher:
         return self._planner.in_flight()
 
     def inline(self) -> bool:
-        """Whether batches are run on the loop at present."""
+        """Whether batches are run on the loop at present, but for those that are large for it."""
         return self._runs_inline
 
     def is_idle(self) -> bool:
@@ -365,9 +383,11 @@ class Batcher:
 
     def _set_timer(self, at_ns: int) -> None:
         self._drop_timer()
-        # Loops keep time by the millisecond: less would be rounded to none, and asked for again until it has passed.
-        left_ms = max(0, -(-(at_ns - self._clock()) // 1_000_000))
-        self._timer = self._call_later(left_ms / 1e3, self._wake)
+        left_ns = max(0, at_ns - self._clock())
+        if self._call_later_ns is not None and left_ns < _FINE_NS:
+            self._timer = self._call_later_ns(left_ns, self._wake)
+        else:  # by the millisecond: less would be rounded to none, and asked for again until it has passed
+            self._timer = self._call_later(-(-left_ns // 1_000_000) / 1e3, self._wake)
 
     def _drop_timer(self) -> None:
         if self._timer is not None:
@@ -382,12 +402,25 @@ class Batcher:
 
     def _run(self, run: Run[Work]) -> None:
         execution = self._begin(run)
-        if self._runs_inline:
+        if self._runs_inline and self._is_for_loop(run.members):
             self._execute(execution, 0)
             self._answer_all(execution, self._release(execution))
             self._flush_soon()
         else:
             self._executions.put(execution)
+
+    def _is_for_loop(self, members: list[Work]) -> bool:
+        """Whether a short model's batch is short too, and the only one that is handed out: a thread may have the other.
+
+        Without a thread to spare, everything is.
+        """
+        if self._planner.running() == 1:
+            rows = 0
+            for work in members:
+                rows += work.rows
+            if rows <= self._inline_rows:
+                return True
+        return not self._has_workers()
 
     def _begin(self, run: Run[Work]) -> _Execution:
         self._batches += 1
@@ -400,6 +433,14 @@ class Batcher:
             thread = Thread(target=self._work, args=(instance,), name=name, daemon=True)
             thread.start()
             self._workers.append(thread)
+
+    def _has_workers(self) -> bool:
+        """Whether there are threads to run on; False when the system has none to spare."""
+        try:
+            self._start_workers()
+        except RuntimeError:
+            return False
+        return True
 
     def _work(self, instance: int) -> None:
         """A worker thread: one batch after the other, one wake of the loop for each."""
@@ -452,7 +493,7 @@ class Batcher:
         record = execution.record()
         # What fails may fail at once: that says nothing of how long a good run takes, but that it may take longer does.
         if execution.error is None or record.compute_ns > self._run_ns:
-            self._learn(record.compute_ns)
+            self._learn(execution.rows, record.compute_ns, execution.error is not None)
         if self._on_batch is not None:
             self._call_back(self._on_batch, record)
         return members
@@ -465,26 +506,45 @@ class Batcher:
                 work.started_ns = started_ns
                 execution.queue_ns += started_ns - work.enqueued_ns
 
-    def _look_ahead(self, compute_ns: int) -> None:
-        """Have full batches handed out before their time, or not."""
-        worthwhile = self._may_look_ahead and not self._runs_inline and INLINE_NS <= compute_ns < AHEAD_NS
+    def _look_ahead(self, rows: int, compute_ns: int) -> None:
+        """Have full batches handed out before their time, or not: as the last run was, so the next will be."""
+        on_loop = self._runs_inline and rows <= self._inline_rows
+        worthwhile = self._may_look_ahead and not on_loop and INLINE_NS <= compute_ns < AHEAD_NS
         self._planner.ahead = self._engine.instances if worthwhile else 0
 
-    def _learn(self, compute_ns: int) -> None:
+    def _learn(self, rows: int, compute_ns: int, failed: bool) -> None:
         """Move between loop and thread as the moving estimate of the run time says (weight of the newest: 1/8).
 
-        A run counts as at most 4 ms, so that one pause of the whole process does not move a short model.
+        A run counts as at most 4 ms, so that one pause of the whole process does not move a short model. Runs of more
+        rows than would be run on the loop say nothing of those that would.
         """
-        self._run_ns += (min(compute_ns, 4 * THREAD_NS) - self._run_ns) // 8
+        self._learn_rows(rows, compute_ns, failed)
+        if rows <= self._inline_rows:
+            self._run_ns += (min(compute_ns, 4 * THREAD_NS) - self._run_ns) // 8
         if self._runs_inline and self._run_ns > THREAD_NS:
-            try:
-                self._start_workers()
-            except RuntimeError:
-                return  # the system has no thread to spare: stay on the loop
+            if not self._has_workers():
+                return  # stay on the loop
             self._runs_inline = False
         elif not self._runs_inline and self._run_ns < INLINE_NS and not self._planner.running():
             self._runs_inline = self._engine.instances == 1
-        self._look_ahead(compute_ns)
+        self._look_ahead(rows, compute_ns)
+
+    def _learn_rows(self, rows: int, compute_ns: int, failed: bool) -> None:
+        """How many rows may be run on the loop, if the model may be.
+
+        Those that were short once are left to the moving estimate. More are tried a step further at a time, up to
+        those that were found long; a good run of these that is short makes up for it.
+        """
+        if compute_ns < INLINE_NS:
+            if failed or rows <= self._short_rows:
+                return
+            self._short_rows = rows
+            if rows >= self._long_rows:
+                self._long_rows = _NONE_LONG
+            self._inline_rows = min(max(self._inline_rows, _GROWTH * rows), self._long_rows - 1)
+        elif compute_ns > THREAD_NS and self._short_rows < rows < self._long_rows:
+            self._long_rows = rows
+            self._inline_rows = min(self._inline_rows, rows - 1)
 
     # --- answering -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from server.batching.batcher import Batcher, BatchRecord, CallLater, CallSoon
+from server.batching.batcher import Batcher, BatchRecord, CallLater, CallLaterNs, CallSoon
 from server.runtime.base import BatchingOptions, Engine
 from server.types import Clock
 
@@ -30,6 +30,7 @@ class OffLoopBatcher(Batcher):
         call_soon: CallSoon,
         call_soon_threadsafe: CallSoon,
         call_later: CallLater,
+        call_later_ns: CallLaterNs | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
@@ -40,6 +41,7 @@ class OffLoopBatcher(Batcher):
             call_soon=call_soon,
             call_soon_threadsafe=call_soon_threadsafe,
             call_later=call_later,
+            call_later_ns=call_later_ns,
             on_batch=on_batch,
         )
         self._close_seconds = close_seconds
@@ -67,5 +69,5 @@ class OffLoopBatcher(Batcher):
         """
         return any(thread.is_alive() for thread in self._workers)
 
-    def _learn(self, compute_ns: int) -> None:
+    def _learn(self, rows: int, compute_ns: int, failed: bool) -> None:
         """However short its runs are, this engine stays off the loop."""

@@ -13,6 +13,7 @@ from server.cli import show
 from server.cli.registry import ACTOR, AS_JSON, STATE_DIR
 from server.errors import NotFound
 from server.outbox import STATES, Delivery, Outbox, State, rfc3339
+from server.retraining import retry_refusal
 from server.state import open_existing, operator
 
 
@@ -76,7 +77,7 @@ def retry(event_id: str | None, dead: bool, actor: str | None, state_dir: Path, 
     if (event_id is not None) == dead:
         raise click.UsageError("name the ID of an event, or say --dead")
     with opened(state_dir) as outbox:
-        count = outbox.retry(event_id, actor=actor or operator())
+        count = outbox.retry(event_id, actor=actor or operator(), refusal=retry_refusal)
     if as_json:
         show.as_json({"retried": count})
     else:

@@ -18,6 +18,8 @@ from server.errors import InvalidArgument
 from server.types import BYTES, DATATYPES
 
 Contents: TypeAlias = bytes | list[bytes]
+#: Of a tensor's elements, each an argument: little-endian contents. See :func:`packer`.
+Pack: TypeAlias = Callable[..., bytes]
 
 #: From here on not every integer has a double of its own.
 _EXACT_INTEGERS: Final = 2**53
@@ -60,6 +62,24 @@ def contents(name: str, datatype: str, values: list[Any], *, exact: bool) -> Con
         ) from None
 
 
+def packer(datatype: str, count: int) -> Pack | None:
+    """What packs ``count`` values that :func:`are_numbers`, where there is something faster than :func:`contents`.
+
+    It raises OverflowError or struct.error for those that ``contents`` refuses.
+    """
+    code = _CODES.get(datatype)
+    return None if code is None or count > _STRUCT_ELEMENTS else _struct(code, count).pack
+
+
+def are_numbers(values: list[Any]) -> bool:
+    """A loop that compiles to a comparison or two for each."""
+    for value in values:
+        kind = type(value)
+        if kind is not float and kind is not int:
+            return False
+    return True
+
+
 def _described(value: object) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -71,14 +91,6 @@ def _described(value: object) -> str:
 def _check_types(values: list[Any], accepted: frozenset[type], wanted: str) -> None:
     if not accepted.issuperset(map(type, values)):
         raise _ElementError(next(i for i, value in enumerate(values) if type(value) not in accepted), wanted)
-
-
-def _check_numbers(values: list[Any]) -> None:
-    """``_check_types`` for what nearly every element is: a loop that compiles to a comparison or two each."""
-    for value in values:
-        kind = type(value)
-        if kind is not float and kind is not int:
-            _check_types(values, _NUMBER, "a number")
 
 
 def _integers(datatype: str, values: list[Any], exact: bool) -> bytes:
@@ -115,7 +127,8 @@ def _integer_wanted(datatype: str) -> str:
 
 def _floats(datatype: str, values: list[Any], _exact: bool) -> bytes:
     limit = FLOAT_LIMITS[datatype]
-    _check_numbers(values)
+    if not are_numbers(values):
+        _check_types(values, _NUMBER, "a number")
     try:
         return _packed(datatype, values)
     except (FloatingPointError, OverflowError):
@@ -125,10 +138,10 @@ def _floats(datatype: str, values: list[Any], _exact: bool) -> bytes:
 
 def _packed(datatype: str, values: list[Any]) -> bytes:
     """FloatingPointError or OverflowError when a finite value would become infinite."""
-    code = _CODES.get(datatype)
-    if code is not None and len(values) <= _STRUCT_ELEMENTS:
+    pack = packer(datatype, len(values))
+    if pack is not None:
         try:  # the same bytes as numpy's; 30 numbers take a quarter of the time
-            return _struct(code, len(values)).pack(*values)
+            return pack(*values)
         except struct.error:  # an integer beyond any double; other types were refused before
             raise OverflowError from None
     with np.errstate(over="raise"):

@@ -51,6 +51,14 @@ from server.types import (
 _FORMS: Final = Forms()
 _PARAMETER_TYPES: Final[frozenset[type]] = frozenset({bool, int, float, str})
 _INT: Final[frozenset[type]] = frozenset({int})
+_FRAMES: Final = 1024
+_SLATE_BYTES: Final = 1024
+#: What orjson writes as it is.
+_WRITTEN: Final = frozenset(DATATYPES) - {"FP16", "BF16"}
+#: Names of this module's own are found faster than those of another module.
+_dumps: Final = orjson.dumps
+_OPTION: Final = orjson.OPT_SERIALIZE_NUMPY
+_N: Final = ord("n")
 
 
 # --- Requests: bytes -> document -----------------------------------------------------------------------------------
@@ -68,14 +76,18 @@ def decode_infer(
     size = len(body) if json_size is None else json_size
     if size > len(body):
         raise InvalidArgument(f"the JSON part is said to have {size} bytes, the body has {len(body)}")
+    form = None
+    if isinstance(body, bytes) and size <= LONGEST:
+        known = _FORMS.newest(body, size, model, version, limits, whole=whole)
+        if known is not None:
+            return known
+        form = form_of(body[:size], has_binary=size < len(body))
+        known = None if form is None else _FORMS.request(form, body, size, model, version, limits, whole=whole)
+        if known is not None:
+            return known
     part = body[:size] if size < len(body) else body
     text = part if isinstance(part, bytes) else bytes(part)
     binary = memoryview(body)[size:]
-    form = form_of(text, has_binary=len(binary) > 0) if size <= LONGEST else None
-    if form is not None:
-        known = _FORMS.request(form, text, binary, model, version, limits, whole=whole)
-        if known is not None:
-            return known
     _check_depth(text, limits.max_json_depth)
     try:
         document, exact = parse(text)
@@ -345,10 +357,8 @@ def encode_infer(
     and ``-Infinity``, which common clients read and strict JSON parsers refuse; with ``strict_json`` they raise
     InvalidArgument naming the output. So do BYTES in JSON that are not UTF-8.
     """
-    if len(response.outputs) == 1 and not response.id and not response.parameters:
-        binary = outputs[0].binary if outputs else None
-        if binary_default if binary is None else binary:
-            return _single_binary(response, response.outputs[0])
+    if len(response.outputs) == 1 and not response.parameters:
+        return _single(response, response.outputs[0], outputs, binary_default, strict_json)
     chosen = {output.name: output.binary for output in outputs if output.binary is not None} if outputs else {}
     tail: list[Buffer] = []
     entries: list[bytes] = []
@@ -364,17 +374,113 @@ def encode_infer(
     return ([document, *tail], len(document)) if tail else ([document], None)
 
 
-def _single_binary(response: InferenceResponse, tensor: Tensor) -> tuple[list[Buffer], int | None]:
+def _single(
+    response: InferenceResponse, tensor: Tensor, outputs: list[RequestedOutput], binary: bool, strict: bool
+) -> tuple[list[Buffer], int | None]:
+    """An answer with one output and no parameters: most are."""
+    for output in outputs:
+        if output.name == tensor.name and output.binary is not None:
+            binary = output.binary
+    if not binary:
+        frame = _frame(response, tensor, -1)
+        return [b"%b%b}]}" % (frame.start(response.id), frame.numbers(tensor, strict))], None
     raw = raw_contents(tensor)
-    document = _single_document(response.model, response.version, tensor.name, tensor.datatype, tensor.shape, len(raw))
-    return [document, raw], len(document)
+    start = _frame(response, tensor, len(raw)).start(response.id)
+    return [start, raw], len(start)
 
 
-@lru_cache(maxsize=4096)
-def _single_document(model: str, version: str, name: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
-    """The JSON part of an answer with one output, whose contents are ``size`` bytes behind it."""
-    entry = b'%b,"parameters":{"binary_data_size":%d}}' % (_output_head(name, datatype, shape), size)
-    return b'%b,"outputs":[%b]}' % (_model_head(model, version), entry)
+class _Slate:
+    """Memory to be written on anew for each answer, which costs less than an array over each answer's contents."""
+
+    __slots__ = ("array", "view")
+
+    def __init__(self, datatype: str, size: int) -> None:
+        memory = bytearray(size)
+        self.array: np.ndarray[Any, np.dtype[Any]] = np.frombuffer(memory, dtype=DATATYPES[datatype][0])
+        self.view = memoryview(memory)
+
+
+class _Frame:
+    """What answers with one output have around their contents, up to an id and from there on.
+
+    ``size``: of the contents behind the JSON; -1 when they are in it.
+    """
+
+    __slots__ = (
+        "_datatype",
+        "_head",
+        "_name",
+        "_rest",
+        "_shape",
+        "_size",
+        "_slate_bytes",
+        "_slates",
+        "_version",
+        "_whole",
+    )
+
+    def __init__(self, response: InferenceResponse, tensor: Tensor, size: int) -> None:
+        self._version = response.version
+        self._name = tensor.name
+        self._datatype = tensor.datatype
+        self._shape = tensor.shape
+        self._size = size
+        contents = b'"data":' if size < 0 else b'"parameters":{"binary_data_size":%d}}]}' % size
+        self._head = _model_head(response.model, response.version)
+        self._rest = b',"outputs":[%b,%b' % (_output_head(tensor.name, tensor.datatype, tensor.shape), contents)
+        self._whole = self._head + self._rest
+        #: Of contents to be written as numbers; -1: they are many, or other than orjson writes by itself.
+        self._slate_bytes = -1
+        if len(tensor.data) <= _SLATE_BYTES and tensor.datatype in _WRITTEN:
+            self._slate_bytes = len(tensor.data)
+        #: Those that nobody writes on.
+        self._slates: list[_Slate] = []
+
+    def fits(self, response: InferenceResponse, tensor: Tensor, size: int) -> bool:
+        """Whether it is the frame of this answer of its model."""
+        return (
+            self._size == size
+            and self._version == response.version
+            and self._name == tensor.name
+            and self._datatype == tensor.datatype
+            and self._shape == tensor.shape
+        )
+
+    def start(self, identifier: str) -> bytes:
+        return b'%b,"id":%b%b' % (self._head, orjson.dumps(identifier), self._rest) if identifier else self._whole
+
+    def numbers(self, tensor: Tensor, strict: bool) -> bytes:
+        data = tensor.data
+        if not isinstance(data, bytes) or len(data) != self._slate_bytes:
+            return _data(tensor, strict)
+        try:
+            slate = self._slates.pop()
+        except IndexError:
+            slate = _Slate(self._datatype, self._slate_bytes)
+        slate.view[:] = data
+        text = _numbers(tensor.name, slate.array, strict)
+        self._slates.append(slate)
+        return text
+
+
+#: Frames by all that they are of, and those of each model's newest answer: forgotten as a whole when there are many.
+_frames: Final[dict[tuple[str, str, str, str, tuple[int, ...], int], _Frame]] = {}
+_newest: Final[dict[str, _Frame]] = {}
+
+
+def _frame(response: InferenceResponse, tensor: Tensor, size: int) -> _Frame:
+    newest = _newest.get(response.model)
+    if newest is not None and newest.fits(response, tensor, size):
+        return newest
+    key = (response.model, response.version, tensor.name, tensor.datatype, tensor.shape, size)
+    frame = _frames.get(key)
+    if frame is None:
+        if len(_frames) >= _FRAMES:
+            _frames.clear()
+            _newest.clear()
+        frame = _frames[key] = _Frame(response, tensor, size)
+    _newest[response.model] = frame
+    return frame
 
 
 def binary_outputs(response: InferenceResponse, outputs: list[RequestedOutput], binary_default: bool) -> frozenset[str]:
@@ -406,14 +512,17 @@ def _output_head(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
 def _data(tensor: Tensor, strict: bool) -> bytes:
     if isinstance(tensor.data, list):
         return _strings(tensor.name, tensor.data)
-    array = printable(tensor)
-    text = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
-    # Only "null" has an n in the text of numbers; of booleans none is ever null.
-    if text.find(b"n") < 0 or array.dtype.kind != "f":
+    return _numbers(tensor.name, printable(tensor), strict)
+
+
+def _numbers(name: str, array: np.ndarray[Any, np.dtype[Any]], strict: bool) -> bytes:
+    text = _dumps(array, option=_OPTION)
+    # Only "null" has an n in the text of numbers; of booleans none is ever null. Bytes look for a number faster.
+    if _N not in text or array.dtype.kind != "f":
         return text
     if strict:
         raise InvalidArgument(
-            f"output {shown(tensor.name)} has NaN or infinite values, which strict JSON cannot carry; "
+            f"output {shown(name)} has NaN or infinite values, which strict JSON cannot carry; "
             f"ask for it as binary data"
         )
     return _with_literals(text, array)

@@ -370,8 +370,8 @@ class Batching(Section):
     max_rows: Count = 0
     #: Sizes at which a batch that waits is sent without waiting further.
     preferred_batch_sizes: Many[PositiveInt] = ()
-    #: How long a batch that is not full waits for more, up to the next whole millisecond; 0s sends what there is as
-    #: soon as the engine is free.
+    #: How long a batch that is not full waits for more, to some ten microseconds (up to the next whole millisecond
+    #: where the system is not Linux, and from 10ms on); 0s sends what there is as soon as the engine is free.
     max_queue_delay: Delay = default("0s", units.parse_duration)
     #: Answer requests in the order in which they came.
     preserve_ordering: bool = False

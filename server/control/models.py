@@ -73,6 +73,9 @@ class ModelControl:
         self._audit = audit
         self._mode = mode
         self._plans: dict[str, ModelPlan] = {}
+        #: By model: where the aliases of the plan lead that was applied last, and where they led when last looked at.
+        self._applied: dict[str, Mapping[str, str]] = {}
+        self._led: dict[str, Mapping[str, str]] = {}
         self._versions: dict[str, dict[str, KnownVersion]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         #: Held by whoever changes what is wanted: the start, or one poll, load, unload or reconfiguration at a time.
@@ -330,7 +333,7 @@ class ModelControl:
             plan, known = self._plans.get(name), self._versions.setdefault(name, {})
             fresh = prepared.fresh.get(name, {})
             kept = set() if plan is None else {v.version for v in plan.versions} | set(plan.refused)
-            kept |= set() if plan is None else set(self._held.get(name, ()))
+            kept |= set() if plan is None else self._needed(name)
             gone += [version for number, version in known.items() if number in fresh or number not in kept]
             self._versions[name] = {n: v for n, v in {**known, **fresh}.items() if n in kept}
             if plan is None:
@@ -400,6 +403,7 @@ class ModelControl:
         async with self._lock(model):
             plan = self._plans.get(model)
             self._versions.setdefault(model, {})
+            self._applied[model] = {} if plan is None else plan.aliases
             if plan is not None and plan.error:
                 self._refuse_plan(plan)
                 return
@@ -419,15 +423,16 @@ class ModelControl:
         known = self._versions[model]
         wanted = set() if plan is None else {version.version for version in plan.versions}
         refused = {} if plan is None else plan.refused
-        held = set() if plan is None else set(self._held.get(model, ()))
-        surplus = sorted(set(known) - wanted - set(refused) - held)
+        needed = set() if plan is None else self._needed(model)
+        surplus = sorted(set(known) - wanted - set(refused) - needed)
         if any(known[number].served is None for number in wanted):
             surplus = [number for number in surplus if known[number].served is None]
         gone = [known.pop(number) for number in surplus]
         for number, reason in refused.items():
             known.setdefault(number, KnownVersion(number, UNAVAILABLE)).reason = reason
         if plan is None:
-            del self._versions[model]
+            del self._versions[model], self._applied[model]
+            self._led.pop(model, None)
         self._publish(model)
         return gone
 
@@ -494,7 +499,6 @@ class ModelControl:
     def _back(self, retired: Retired) -> None:
         """Tell of a version that serves again without having been loaded."""
         version = retired.version
-        version.served.telemetry.stats.pending = version.served.batcher.pending
         log.info("model_ready", model=version.model, version=version.number, kept_warm=True)
         self._audit("model.ready", f"{version.model}:{version.number}", {"kept_warm": True})
 
@@ -539,6 +543,10 @@ class ModelControl:
         self._publisher.update(model, self.loaded(model) if self._ready(model) else None)
         self._explain_absence(model)
 
+    def _needed(self, model: str) -> set[str]:
+        """Versions that stay loaded whatever the plan says: somebody holds them, or a rollout lets them answer."""
+        return {*self._held.get(model, ()), *self._publisher.led_to(model)}
+
     def _explain_absence(self, model: str) -> None:
         """Why a known model is not served, for who asks for it."""
         if model in self._plans and model not in self._gateway.table.models:
@@ -550,7 +558,21 @@ class ModelControl:
         """What of one model is ready now."""
         ready, plan, current = self._ready(model), self._plans.get(model), self._gateway.table.models.get(model)
         stable = stable_version(plan, "" if current is None else current.stable, ready)
-        return Loaded(ready, stable, {} if plan is None else plan.aliases)
+        return Loaded(ready, stable, self._aliases(model, plan, ready))
+
+    def _aliases(self, model: str, plan: ModelPlan | None, ready: Mapping[str, Served]) -> dict[str, str]:
+        """The versions that aliases lead to. One whose version is not ready stays where it last led to one that is.
+
+        A newer plan may be known than the one that is being applied: then what that one says is nearer than nothing.
+        """
+        wanted = {} if plan is None else plan.aliases
+        before, applied = self._led.get(model, {}), self._applied.get(model, {})
+        found: dict[str, str] = {}
+        for alias, number in wanted.items():
+            nearest = (number, applied.get(alias, ""), before.get(alias, ""))
+            found[alias] = next((one for one in nearest if one in ready), number)
+        self._led[model] = found
+        return found
 
     def _why_not(self, model: str) -> str:
         reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]

@@ -116,6 +116,15 @@ class Publisher:
         """The version that an alias of a model names, as far as is known; "" for none."""
         return self._loaded.get(model, _NOTHING).aliases.get(alias, "")
 
+    def led_to(self, model: str) -> set[str]:
+        """The versions of a model that answer by the word of a rollout, whatever aliases say."""
+        found: set[str] = set()
+        for entry, steering in self._steerings.items():
+            spec = self._specs.get(entry)
+            if spec is not None and spec.model == model:
+                found |= {steering.stable, steering.candidate if steering.weight else ""}
+        return found - {""}
+
     def follow_with(self, follow: Callable[[], None]) -> None:
         """Call ``follow`` whenever the table is about to change, so that shadow lanes are there when it does."""
         self._following = follow

@@ -36,7 +36,7 @@ Json = dict[str, Any]
 class Rollouts(Protocol):
     """Who climbs the steps of rollouts; hears of every change of the configuration before it is in force."""
 
-    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
+    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> bool: ...
     def claimed(self, templates: Mapping[str, RolloutTemplate]) -> AbstractAsyncContextManager[None]: ...
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]: ...
     def follow(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None: ...
@@ -89,7 +89,15 @@ class ConfigControl:
 
     async def start(self) -> None:
         """Put the routing of the first text in force, under its number: a known one if the text is unchanged."""
-        async with self._lock, self._control.turn:
+        async with self._lock:
+            moved = await self._start()
+        if moved:
+            await self._control.refresh()
+
+    async def _start(self) -> bool:
+        """Whether aliases are not where they were when models were last looked at."""
+        async with self._control.turn:
+            moved = False
             latest = await asyncio.to_thread(self._history.latest)
             if latest is not None and latest.text == self._text:
                 number = latest.number
@@ -97,10 +105,12 @@ class ConfigControl:
                 number = await self._record(self._text, self._control.digests_now(), "tidegate", "start", None)
             self._control.obey(self._rules)
             if self._rollouts is not None:
-                await self._rollouts.start(self._templates(self._config), latest.actor if latest else "tidegate")
+                actor = latest.actor if latest else "tidegate"
+                moved = await self._rollouts.start(self._templates(self._config), actor)
             self._control.commit(self._control.as_it_is(), self._specs(self._config), number)
             self._number = number
             await self._keep(self._text)
+        return moved
 
     async def plan(self, text: bytes) -> Json:
         """What applying ``text`` would do. Raises ConfigError."""

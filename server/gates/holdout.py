@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,12 +27,16 @@ MOST_GROUPS: Final = 200
 
 @dataclass(slots=True, frozen=True)
 class Holdout:
-    """``table``: (rows,) or (rows, ...) per column. ``total``: rows of the files; ``sha256``: of their bytes."""
+    """``table``: (rows,) or (rows, ...) per column. ``total``: rows of the files; ``sha256``: of their bytes.
+
+    ``groups``: (rows,) texts of columns of text files whose values make groups, "" for a row without.
+    """
 
     table: dict[str, Array]
     rows: int
     total: int
     sha256: str
+    groups: dict[str, Array] = field(default_factory=dict)
 
     def told(self) -> dict[str, object]:
         """What an audit keeps of it."""
@@ -63,7 +67,19 @@ def read_holdout(policy: GatePolicy, sha256: str) -> Holdout:
     total = lengths.pop()
     picked = _sample(total, policy.holdout.max_rows, policy.seed)
     kept = table if picked is None else {name: values[picked] for name, values in table.items()}
-    return Holdout(kept, total if picked is None else len(picked), total, sha256)
+    found = Holdout(kept, total if picked is None else len(picked), total, sha256)
+    return replace(found, groups=_group_texts(found, policy))
+
+
+def _group_texts(holdout: Holdout, policy: GatePolicy) -> dict[str, Array]:
+    """The values of groups in text files, where ``007`` was taken for a number: it is a code, and not ``7``."""
+    names = {part.column for part in policy.slices if not part.bins}
+    names |= {part.column for part in policy.fairness if not part.bins}
+    found = {}
+    for name, values in _as_written(sorted(names & holdout.table.keys()), holdout, policy).items():
+        plain, written = as_text(holdout.table[name]), np.char.strip(as_text(values))
+        found[name] = np.where(np.char.isdigit(written), written, plain)
+    return found
 
 
 def _sample(total: int, most: int, seed: int) -> Array | None:
@@ -171,10 +187,14 @@ def one_column(holdout: Holdout, name: str) -> Array:
 
 
 def groups_of(holdout: Holdout, name: str, bins: Sequence[float]) -> Array:
-    """(rows,) the name of each row's group: the column's value, or the bin that it lies in. Raises InvalidArgument."""
+    """(rows,) the name of each row's group: the column's value, or the bin that it lies in. Raises InvalidArgument.
+
+    Numbers are written alike, but for whole numbers of text files, which stand as they do there.
+    """
     values = one_column(holdout, name)
     if not bins:
-        texts = as_text(values)
+        texts = holdout.groups.get(name)
+        texts = as_text(values) if texts is None else texts
         found = np.unique(texts)
         if len(found) > MOST_GROUPS:
             raise InvalidArgument(

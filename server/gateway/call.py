@@ -14,14 +14,16 @@ import structlog
 from router.breaker import REFUSED, Breaker
 from router.decision import RouteDecision
 from router.retry import Next
+from router.types import ShadowRoute
 from server.batching.batcher import TimerHandle, Work
 from server.checks import check_request, queue_terms
 from server.codec.classification import classify
 from server.errors import DeadlineExceeded, InvalidArgument, ModelNotReady, TidegateError, VersionTimeout
+from server.gateway.ends import NO_TRIAL
 from server.gateway.policy import ModelPolicy, outcome_of
 from server.gateway.served import Served
 from server.gateway.tracing import record_of
-from server.types import InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
+from server.types import WRITING, InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
 
 if TYPE_CHECKING:
     from server.gateway.core import Gateway, GatewayPermit
@@ -69,10 +71,13 @@ class Attempt:
 
 
 class Call:
-    """A request in flight. ``cancel`` after the end is harmless."""
+    """A request in flight. ``cancel`` after the end is harmless.
+
+    It is counted by what its caller is told: an answer that the transport cannot write ends it by an error.
+    """
 
     __slots__ = ("_attempt", "_done", "_gateway", "_permit", "_policy", "_received_ns", "_reply", "_request",
-                 "_retries", "_timer")  # fmt: skip
+                 "_retries", "_shadows", "_timer")  # fmt: skip
 
     def __init__(
         self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply, received_ns: int
@@ -87,6 +92,8 @@ class Call:
         self._policy: ModelPolicy | None = None
         self._attempt: Attempt | None = None
         self._timer: TimerHandle | None = None
+        #: Who is to get a copy of the request and of what the version that was chosen for it answers.
+        self._shadows: tuple[ShadowRoute[Served], ...] = ()
 
     def start(self) -> None:
         """Route and make the first attempt. Never raises: whatever goes wrong ends the call."""
@@ -98,6 +105,7 @@ class Call:
                 decisions.note(route, tidegate_id, self._gateway.unit_of(route, tidegate_id))
             policy = self._policy = self._gateway.policies.get(route.public_name)
             if policy is not None:
+                self._shadows = route.shadows
                 self._take_policy(policy, route)
             self._try(route)
         except TidegateError as error:
@@ -110,6 +118,17 @@ class Call:
         if not self._done:
             self._withdraw("cancelled")
             self._finish_books("cancelled")
+            if self._shadows:
+                self._shadow(None)
+        elif self._attempt is not None:
+            self.written("cancelled")
+
+    def written(self, code: str) -> None:
+        """The transport is done with an answer that took its time: "ok", or what the caller was told instead."""
+        attempt = self._attempt
+        if self._done and attempt is not None and attempt.work is not None:
+            self._attempt = None
+            self._answered(attempt, attempt.work, code)
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
@@ -245,17 +264,36 @@ class Call:
             return
         if policy.rollout is not None and not self._retries:
             policy.rollout.attempt(route.arm, route.key_hash, code, attempt.work)
-        if policy.experiment is not None:
+        if policy.experiment is not None and code not in NO_TRIAL:
             unit = self._gateway.unit_of(route, self._permit.tidegate_id)
             policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _answer(self, attempt: Attempt, work: Work, response: InferenceResponse) -> None:
-        self._finish_books("ok")
+        self._done = True
+        if self._timer is not None:
+            self._stop_timer()
+        self._attempt = None
+        attempt.release()
         self._reply.message(response, attempt.decision)
-        self._reply.finish(None)
-        self._capture(attempt, work, "ok")
+        code = self._reply.finish(None)
+        if code is None:
+            self._answered(attempt, work, "ok")
+        elif code == WRITING:
+            self._attempt = attempt
+        else:
+            self._answered(attempt, work, code)
+
+    def _answered(self, attempt: Attempt, work: Work, code: str) -> None:
+        """The caller has the answer, or the error that came in its place."""
+        self._count(attempt, code)
+        attempt.work = None
+        self._capture(attempt, work, code)
+        if code != "ok":
+            if self._shadows:
+                self._shadow(None)
+            return
         policy = self._policy
         if policy is not None and policy.rollout is not None and attempt.route.counted:
             route = attempt.route
@@ -264,9 +302,21 @@ class Call:
             self._gateway.remember(
                 attempt.served.labels, attempt.route, work, self._permit.tidegate_id, self._request.id
             )
-        for shadow in attempt.route.shadows:
-            lane = None if self._policy is None else self._policy.lane(shadow)
-            if lane is not None:
+        if self._shadows:
+            self._shadow(work if attempt.route.shadows else None)  # a fallback's answer is not the primary's
+
+    def _shadow(self, work: Work | None) -> None:
+        """Offer the sampled copies of what the primary has answered. None: it has not, and nothing can be compared."""
+        policy = self._policy
+        if policy is None:
+            return
+        for shadow in self._shadows:
+            lane = policy.lane(shadow)
+            if lane is None:
+                continue
+            if work is None:
+                lane.primary_failed()
+            else:
                 lane.offer(self._permit.tidegate_id, work, self._permit.trace, self._request.id)
 
     def _end(self, error: TidegateError) -> None:
@@ -278,6 +328,8 @@ class Call:
             self._reply.finish(error)
             if attempt is not None:
                 self._capture(attempt, work, error.code)
+            if self._shadows:
+                self._shadow(None)
 
     def _capture(self, attempt: Attempt, work: Work | None, status: str) -> None:
         """Offer a request that is over to who records them. A request that no version tried is not recorded."""
@@ -324,7 +376,7 @@ class Call:
         return InferenceResponse(attempt.route.public_name, spec.version, request.id, outputs)
 
     def _finish_books(self, code: str) -> None:
-        """Everything that the end of a request owes, whichever end it was."""
+        """Everything that the end of a request without an answer owes, whichever end it was."""
         self._done = True
         if self._timer is not None:
             self._stop_timer()

@@ -37,7 +37,7 @@ from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
 from server.gateway.polling import BusyPoll
 from server.gateway.served import CapturePort, Labels, Served
-from server.gateway.tracing import SampledRequests
+from server.gateway.tracing import SampledRequests, beside
 from server.telemetry.instruments import Telemetry
 from server.telemetry.trace import RequestTrace, TraceContext
 from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, RequestLimits, Ticket, Unsent
@@ -78,10 +78,21 @@ class GatewayPermit:
         return None if self.trace is None else self.trace.header()
 
     def hold(self, size: int) -> None:
-        """Bodies that do not say how long they are are counted as they come. Raises TidegateError."""
-        if size > self._bytes and not self._released:
-            self._gateway.take_more(size - self._bytes)
-            self._bytes = size
+        """Bodies that do not say how long they are are counted as they come, and as they go. Raises TidegateError."""
+        declared = self.head.content_length
+        more = max(size, _UNKNOWN_SIZE_BYTES if declared is None else declared) - self._bytes
+        if more and not self._released:
+            self._gateway.take_more(more)
+            self._bytes += more
+
+    def of_message(self) -> GatewayPermit:
+        """Stands for it in one message of a stream, where each has a span of its own: the first has the stream's."""
+        if self.trace is None:
+            return self
+        message = GatewayPermit(self.head, self.tidegate_id, self.trace, self._gateway, 0)
+        message._released = True  # it has no place of its own
+        self.trace = beside(self.trace)
+        return message
 
     def release(self) -> None:
         """Give the place back. Twice is harmless."""
@@ -171,8 +182,8 @@ class Gateway:
         return GatewayPermit(head, f"{self._id_prefix}{self._ids}", trace, self, size)
 
     def take_more(self, size: int) -> None:
-        """A request that was admitted holds so much more than it had said. Raises TidegateError."""
-        if self._bytes + size > self.admission.max_bytes:
+        """A request that was admitted holds so much more than before, or less. Raises TidegateError."""
+        if size > 0 and self._bytes + size > self.admission.max_bytes:
             raise self._too_many_bytes(size)
         self._bytes += size
 
@@ -219,7 +230,11 @@ class Gateway:
     def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> Ticket:
         """Route, check, batch and run one request. Never raises: every outcome reaches ``reply``."""
         held = cast("GatewayPermit", permit)
-        call = Call(self, held, request, reply, received_ns or held.head.received_ns)
+        if received_ns:
+            held = held.of_message()
+        else:
+            received_ns = held.head.received_ns
+        call = Call(self, held, request, reply, received_ns)
         call.start()
         return call
 
@@ -318,8 +333,8 @@ class Gateway:
         try:
             counted = self._count_outcome(model, routes, request_id, name, value, key, text)
         except InvalidArgument:
-            # The labels knew a class that they had no room for: it was dropped, and nothing is wrong with it.
-            if not labelled and (value is not None or not self._names_class(routes, request_id, name, text)):
+            # The labels knew it and had no room for it, or no use: it was dropped and counted, and its name is right.
+            if not labelled and not self._for_labels(routes, request_id, name, value, text):
                 raise
             return labelled
         return labelled or counted
@@ -331,18 +346,26 @@ class Gateway:
             return False
         return policy.rollout.hear(request_id, name, value)
 
-    def check_outcome(self, model: str, request_id: str, name: str, text: str) -> None:
-        """Could feedback be taken whose outcome is text and no number? Only as a class that the labels know.
-
-        Raises ModelNotFound, ModelNotReady, or InvalidArgument.
-        """
-        if not self._names_class(self.routes(model), request_id, name, text):
+    def check_outcome(
+        self, model: str, request_id: str, name: str, value: float | None, key: str = "", *, text: str = ""
+    ) -> None:
+        """Raises what ``hear`` would raise, and takes nothing: so a list is taken whole or not at all."""
+        routes = self.routes(model)
+        if self._for_labels(routes, request_id, name, value, text):
+            return
+        if value is None:
             raise InvalidArgument(
                 f"'outcome' as text must be a number, true, false, yes, no or a class of the labels, got '{text[:64]}'"
             )
+        self._experiment_of(model, routes, request_id, name, key)
 
-    def _names_class(self, routes: ModelRoutes[Served], request_id: str, name: str, text: str) -> bool:
-        return bool(request_id) and any(labels.takes(text, name) for labels in self._labels(routes))
+    def _for_labels(
+        self, routes: ModelRoutes[Served], request_id: str, name: str, value: float | None, text: str
+    ) -> bool:
+        """Whether this is an outcome that the labels look at: text only when it is one of their classes."""
+        return bool(request_id) and any(
+            labels.wants(name) if value is not None else labels.takes(text, name) for labels in self._labels(routes)
+        )
 
     @staticmethod
     def _labels(routes: ModelRoutes[Served]) -> Iterable[Labels]:
@@ -379,26 +402,39 @@ class Gateway:
         key: str,
         text: str,
     ) -> bool:
-        answered = self.feedback.find(self.entry(model), request_id) if request_id else None
-        policy = self.policies.get(model)
         if value is None:
             raise InvalidArgument(f"'outcome' as text must be a number, true, false, yes or no, got '{text[:64]}'")
+        found = self._experiment_of(model, routes, request_id, name, key)
+        if found is None:
+            return False
+        books, unit, known_name = found
+        try:
+            return books.outcome(known_name, unit, value, time_ns())
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from None
+
+    def _experiment_of(
+        self, model: str, routes: ModelRoutes[Served], request_id: str, name: str, key: str
+    ) -> tuple[ExperimentBooks, int, str] | None:
+        """The experiment that an outcome is for, its unit, and its name there; None: for none that is known.
+
+        Raises InvalidArgument for a name that the experiment does not have.
+        """
+        answered = self.feedback.find(self.entry(model), request_id) if request_id else None
+        policy = self.policies.get(model)
         if answered is not None:
             books, unit = answered.experiment, answered.unit
         elif key and policy is not None and policy.experiment is not None and routes.split is not None:
             books, unit = policy.experiment, position(key, seed_of(routes.split.id, routes.split.secret))
         else:
-            return False
+            return None
         names = [outcome.name for outcome in books.spec.outcomes]
         if not name and len(names) == 1:
             name = names[0]
         if name not in names:
             known = ", ".join(names) or "none"
-            raise InvalidArgument(f"outcome must be one of {known} for model '{model}', got '{name}'")
-        try:
-            return books.outcome(name, unit, value, time_ns())
-        except ValueError as error:
-            raise InvalidArgument(str(error)) from None
+            raise InvalidArgument(f"outcome must be one of {known} for model '{model}', got '{name[:64]}'")
+        return books, unit, name
 
     def entry(self, name: str) -> str:
         """What a public name is a name of: an alias's own model, else itself."""
@@ -427,8 +463,14 @@ class Gateway:
         self._sampled.add(record, work)
 
     def publish(self, table: RoutingTable[Served], policies: Mapping[str, ModelPolicy] | None = None) -> None:
-        """Swap the routing table, and with it the policies (None: those stay). What is in flight finishes as it is."""
+        """Swap the routing table, and with it the policies (None: those stay). What is in flight finishes as it is.
+
+        What is told of a version's queue is what waits where the table leads, whatever else was loaded of it since.
+        """
         self.table = table
+        for routes in table.models.values():
+            for served in routes.versions.values():
+                served.telemetry.stats.pending = served.batcher.pending
         if policies is not None:
             self.policies = policies
         self.telemetry.instruments.config_generation.labels("applied").set(table.generation)

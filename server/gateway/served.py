@@ -45,6 +45,10 @@ class Labels(Protocol):
         """Remember one answered request by ``ids``; empty ones are passed over. ``now_ns``: wall time."""
         ...
 
+    def wants(self, name: str) -> bool:
+        """Whether an outcome of this name is this model's label."""
+        ...
+
     def takes(self, text: str, name: str) -> bool:
         """Whether an outcome that is text and no number is a class of this model's labels."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from server.batching.batcher import CallSoon, Work
 from server.telemetry.instruments import Telemetry
-from server.telemetry.trace import BatchTrace, RequestTrace, TraceContext
+from server.telemetry.trace import BatchTrace, RequestTrace, TraceContext, new_span_id
 from server.types import Decision, RequestHead
 
 
@@ -42,6 +42,11 @@ class SampledRequests:
                 sink.offer(record)
         self._records.clear()
         self._batches.clear()
+
+
+def beside(context: TraceContext) -> TraceContext:
+    """A span of its own in the same place: of the next message of a stream."""
+    return TraceContext(context.trace_id, new_span_id(), context.parent_id, context.tracestate)
 
 
 def record_of(

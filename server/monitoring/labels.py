@@ -79,10 +79,13 @@ class ModelLabels:
         self.leases: Counter[str] = Counter()
         self._saved_changes = 0
 
+    def wants(self, name: str) -> bool:
+        """Whether outcomes of this name are these labels."""
+        return name in ("", self.watch.settings.name)
+
     def takes(self, text: str, name: str) -> bool:
         """Whether an outcome that is no number is a class of these labels."""
-        settings = self.watch.settings
-        return text in settings.class_of and name in ("", settings.name)
+        return text in self.watch.settings.class_of and self.wants(name)
 
     def label(
         self,
@@ -131,11 +134,11 @@ class ModelLabels:
 class LabelTap:
     """One version's way into its model's labels. For the loop's thread: never waits, never raises."""
 
-    __slots__ = ("_remember", "_slicer", "label", "labels", "takes", "version")
+    __slots__ = ("_remember", "_slicer", "label", "labels", "takes", "version", "wants")
 
     def __init__(self, labels: ModelLabels, version: str, slicer: Slicer | None) -> None:
         self.labels = labels
-        self.label, self.takes = labels.label, labels.takes
+        self.label, self.takes, self.wants = labels.label, labels.takes, labels.wants
         self.version, self._slicer = version, slicer
         self._remember = labels.monitor.join.remember
 

@@ -1,4 +1,5 @@
-"""From the port's callbacks to a coroutine that waits. Used by the reference transports only.
+"""From the port's callbacks to a coroutine that waits. Used by the reference transports, and by the native one for
+answers that take long to write.
 
 The port stays synchronous: a reply that arrives before ``handle`` returns costs no switch to another task.
 """
@@ -6,14 +7,19 @@ The port stays synchronous: a reply that arrives before ``handle`` returns costs
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from server.errors import TidegateError, Unimplemented
 from server.transport.faults import Internal
-from server.types import Decision, InferenceRequest, InferenceResponse, Permit, Port
+from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, Port, Ticket
 
 
 class SingleReply:
-    """Reply of a call that has exactly one answer. ``done`` resolves at ``finish`` or ``abandon``."""
+    """Reply of a call that has exactly one answer. ``done`` resolves at ``finish`` or ``abandon``.
+
+    Whoever waits for it writes the answer, and tells the port (``telling``).
+    """
 
     __slots__ = ("_answers", "decision", "done", "error", "response")
 
@@ -28,8 +34,9 @@ class SingleReply:
         self.response, self.decision = response, decision
         self._answers += 1
 
-    def finish(self, error: TidegateError | None) -> None:
+    def finish(self, error: TidegateError | None) -> str | None:
         self._settle(error)
+        return WRITING if error is None else None
 
     def abandon(self, error: TidegateError) -> None:
         """Stop waiting: the caller went away and nothing more will be replied."""
@@ -51,13 +58,31 @@ class SingleReply:
         return self.response
 
 
-async def infer(port: Port, permit: Permit, request: InferenceRequest, reply: SingleReply) -> None:
-    """Run one request to its end; cancelling this coroutine cancels the request."""
-    ticket = port.handle(permit, request, reply)
-    if reply.done.done():
-        return
+@contextmanager
+def telling(ticket: Ticket | None) -> Iterator[None]:
+    """Tell the port what becomes of an answer that is written within. None: the request was over before."""
+    code = "cancelled"
     try:
-        await reply.done
-    except asyncio.CancelledError:
-        ticket.cancel()
+        yield
+        code = "ok"
+    except TidegateError as error:
+        code = error.code
         raise
+    except Exception:
+        code = Internal.code
+        raise
+    finally:
+        if ticket is not None:
+            ticket.written(code)
+
+
+async def infer(port: Port, permit: Permit, request: InferenceRequest, reply: SingleReply) -> Ticket:
+    """Run one request until it is answered; cancelling this coroutine cancels the request."""
+    ticket = port.handle(permit, request, reply)
+    if not reply.done.done():
+        try:
+            await reply.done
+        except asyncio.CancelledError:
+            ticket.cancel()
+            raise
+    return ticket

@@ -2,7 +2,8 @@
 
 Joined by the request's id: the gateway's ``x-tidegate-id`` or the client's own. An outcome goes to the labels of the
 model and to its experiment; what neither takes (too late, unknown, of a model that has none) is accepted and said to
-be so. A list with an item that is malformed, or with text that is no number and no class, is refused whole.
+be so. A list with an item that is malformed, with text that is no number and no class, or with a name that the
+experiment of its request does not know, is refused whole.
 
 ``time``, when the outcome was, says which window of time the labels count the row in. Experiments, expiry and lateness
 go by when an outcome arrives, so that no caller's clock can have predictions forgotten.
@@ -44,8 +45,8 @@ class Feedback:
     time_ns: int | None = None
 
 
-#: ``hear(model, items)``: how many of them somebody took. Raises ModelNotFound or InvalidArgument; for an outcome as
-#: text that nobody knows it does so before it takes any.
+#: ``hear(model, items)``: how many of them somebody took. Raises ModelNotFound or InvalidArgument, for an outcome that
+#: nobody can take, before it takes any.
 Hear: TypeAlias = Callable[[str, Sequence[Feedback]], int]
 
 
@@ -119,9 +120,12 @@ def _value(item: dict[str, Any], where: str) -> float:
         got = "an empty text" if outcome == "" else kind_of(outcome)
         raise InvalidArgument(f"{where}'outcome' must be a number or text, got {got}")
     try:
-        return float(outcome)
+        value = float(outcome)
     except OverflowError:
         raise InvalidArgument(f"{where}'outcome' is out of range") from None
+    if not isfinite(value):
+        raise InvalidArgument(f"{where}'outcome' must be a finite number, got {value}")
+    return value
 
 
 def _row(item: dict[str, Any], where: str) -> int:

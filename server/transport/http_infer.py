@@ -34,7 +34,7 @@ from server.transport.answers import (
     metadata_of,
     too_large,
 )
-from server.transport.bridge import SingleReply
+from server.transport.bridge import SingleReply, telling
 from server.transport.faults import Internal, MethodNotAllowed, check_version, new_id
 from server.transport.offload import Offload
 from server.transport.port import Catalog
@@ -48,6 +48,7 @@ from server.types import (
     Port,
     RequestedOutput,
     RequestHead,
+    Ticket,
 )
 
 TIMEOUT_HEADER: Final = "x-tidegate-timeout-ms"
@@ -191,9 +192,10 @@ class InferApp:
         body = await self._reader.read(receive, limit, head.deadline_ns, permit.hold)
         request = await self._decode(head, permit, body, receive)
         reply = SingleReply(asyncio.get_running_loop())
-        await self._run(permit, request, reply, receive)
+        ticket = await self._run(permit, request, reply, receive)
         call.decision = reply.decision
-        return await self.encode(head, request, reply.result(permit))
+        with telling(ticket):
+            return await self.encode(head, request, reply.result(permit))
 
     def _head(self, target: tuple[bytes, bytes], scope: Scope) -> RequestHead:
         received_ns = time.monotonic_ns()
@@ -212,17 +214,22 @@ class InferApp:
             f"{client[0]}:{client[1]}" if client else "",
         )
 
-    async def _run(self, permit: Permit, request: InferenceRequest, reply: SingleReply, receive: Receive) -> None:
+    async def _run(self, permit: Permit, request: InferenceRequest, reply: SingleReply, receive: Receive) -> Ticket:
         """Until the port has replied or the client is gone."""
         ticket = self._port.handle(permit, request, reply)
         if reply.done.done():
-            return
+            return ticket
         watcher = asyncio.ensure_future(_until_gone(receive, reply))
         try:
             await reply.done
+        except BaseException:
+            ticket.cancel()
+            raise
         finally:
             watcher.cancel()
-            ticket.cancel()
+        if reply.error is not None:
+            ticket.cancel()  # the client may have left before the port replied
+        return ticket
 
     async def _decode(self, head: RequestHead, permit: Permit, body: Buffer, receive: Receive) -> InferenceRequest:
         metadata, limits, offload = head.metadata, self._port.limits, self._settings.offload_bytes

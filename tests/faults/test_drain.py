@@ -18,12 +18,11 @@ from server._pb import inference_pb2 as pb
 from tests.support import models
 from tests.support.metrics import wait_total
 from tests.support.server import Server, serving
-from tests.support.v2 import get
 from tests.support.wire import Wire, post
 
 CALLERS = 8
-#: A run that takes far longer than the process has.
-ENDLESS = 1_000_000
+#: Turns of a run that takes a second or more, and of one that takes far longer than the process has.
+LONG, ENDLESS = 2000, 1_000_000
 BEFORE_SIGNAL = 40
 
 
@@ -117,30 +116,6 @@ def test_no_call_is_lost(caller: type[HttpCaller] | type[GrpcCaller], transport:
     assert set(tally) <= {"ok", "refused"}, tally
 
 
-@TRANSPORTS
-def test_readiness_goes_off_first_and_in_flight_is_answered(transport: str, tmp_path: Path) -> None:
-    models.slow_scalar(tmp_path / "models" / "slow" / "1" / "model.onnx", size=1024, layers=40)
-    with on(transport, tmp_path) as server:
-        host, _, port = server.http.rpartition(":")
-        probe = http.client.HTTPConnection(host, int(port), timeout=30)
-        probe.request("GET", "/v2/health/ready")
-        assert probe.getresponse().read() == b'{"ready":true}'
-        call = http.client.HTTPConnection(host, int(port), timeout=60)
-        data = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [3]}]}
-        call.request("POST", "/v2/models/slow/infer", json.dumps(data))
-        while get(server.http, "/v2/models/slow/stats")[1]["model_stats"][0].get("pending", 0) > 0:
-            pass
-        server.terminate()
-        server.wait_for("draining")
-        probe.request("GET", "/v2/health/ready")
-        answer = probe.getresponse()
-        assert (answer.status, json.loads(answer.read())) == (503, {"ready": False})
-        answered = call.getresponse()
-        assert answered.status == 200
-        assert json.loads(answered.read())["outputs"][0]["data"] == [3.0]
-        assert server.wait() == 0
-
-
 def endless(path: Path, size: int = 256) -> None:
     """``y`` is the mean of a matrix multiplied ``n[0]`` times by a matrix: a run as long as its caller wants."""
     body = helper.make_graph(
@@ -171,6 +146,29 @@ def endless(path: Path, size: int = 256) -> None:
         [("y", TensorProto.FLOAT, [])],
         {"axis": np.array([0]), "yes": np.array(True), "w": np.eye(size, dtype=np.float32)},
     )
+
+
+@TRANSPORTS
+def test_readiness_goes_off_first_and_in_flight_is_answered(transport: str, tmp_path: Path) -> None:
+    endless(tmp_path / "models" / "long" / "1" / "model.onnx")
+    with on(transport, tmp_path) as server:
+        host, _, port = server.http.rpartition(":")
+        probe = http.client.HTTPConnection(host, int(port), timeout=30)
+        probe.request("GET", "/v2/health/ready")
+        assert probe.getresponse().read() == b'{"ready":true}'
+        call = http.client.HTTPConnection(host, int(port), timeout=60)
+        data = {"inputs": [{"name": "n", "shape": [1], "datatype": "INT64", "data": [LONG]}]}
+        call.request("POST", "/v2/models/long/infer", json.dumps(data))
+        wait_total(server, "tidegate_requests_in_flight", 1)
+        server.terminate()
+        server.wait_for("draining")
+        probe.request("GET", "/v2/health/ready")
+        answer = probe.getresponse()
+        assert (answer.status, json.loads(answer.read())) == (503, {"ready": False})
+        answered = call.getresponse()
+        assert answered.status == 200
+        assert json.loads(answered.read())["outputs"][0]["data"] == [1 / 256]
+        assert server.wait() == 0
 
 
 def test_a_run_that_hangs_does_not_break_the_end(tmp_path: Path) -> None:

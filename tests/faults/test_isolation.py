@@ -189,7 +189,7 @@ def test_tensors_go_with_their_request(server: Server) -> None:
 
 def test_clients_that_never_read(server: Server) -> None:
     """Each asks for 4 MiB again and again and takes none of it: the server stops reading from it."""
-    data = post(*wide_request())
+    data, most_ms = post(*wide_request()), 100 + 20 * fast_latency_ms(server, 50)
     before = resident_mib(server)
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.http, receive_buffer=4096)) for _ in range(6)]
@@ -200,10 +200,10 @@ def test_clients_that_never_read(server: Server) -> None:
                     wire.socket.sendall(data)
             except TimeoutError:
                 continue
-        assert fast_latency_ms(server, 50) < 200
+        assert fast_latency_ms(server, 50) < most_ms
         # Each may hold one answer being written and what was read ahead of it, not twenty.
         assert resident_mib(server) - before < 6 * 10 * 4
-    assert fast_latency_ms(server, 50) < 200
+    assert fast_latency_ms(server, 50) < most_ms
 
 
 def test_a_stream_that_is_not_read_is_bounded_and_its_memory_returns(server: Server) -> None:
@@ -233,7 +233,7 @@ def test_a_stream_that_is_not_read_is_bounded_and_its_memory_returns(server: Ser
             peaks.append(resident_mib(server))
             enough.set()
             stream.cancel()
-        until = time.monotonic() + 5
+        until = time.monotonic() + 20
         while resident_mib(server) > before + STREAM_MIB and time.monotonic() < until:
             time.sleep(0.05)
         rests.append(resident_mib(server))
@@ -276,12 +276,12 @@ def test_admission_recovers_from_a_flood(server: Server) -> None:
             wires = [stack.enter_context(Wire(server.http)) for _ in range(300)]
             for wire in wires:  # the head and half the body: holds a place
                 wire.send(post("/v2/models/affine/infer", body_of("affine", 1))[:-20])
-            until = time.monotonic() + 10
+            until = time.monotonic() + 20
             while (refusal := affine(server, 1))[0] == 200:
                 assert time.monotonic() < until, "nothing was refused"
             assert refusal[0] == 503
             assert "256" in refusal[1]["error"]
-        until = time.monotonic() + 10
+        until = time.monotonic() + 20
         while affine(server, 1)[0] != 200:
             assert time.monotonic() < until, "places were lost"
     with ExitStack() as stack:
@@ -335,7 +335,7 @@ def test_memory_does_not_grow(server: Server) -> None:
         with grpc.insecure_channel(server.grpc) as channel:
             method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             for _ in range(count):
-                method(message("affine", 2), timeout=10)
+                method(message("affine", 2), timeout=30)
 
     def rounds(count: int) -> None:
         with ThreadPoolExecutor(4) as pool:
@@ -353,12 +353,12 @@ def test_a_crowd_of_idle_connections(server: Server) -> None:
     wanted = 2000
     if hard != resource.RLIM_INFINITY and hard < wanted + 200:
         pytest.skip(f"this system allows {hard} open files")
-    before = resident_mib(server)
+    before, most_ms = resident_mib(server), 50 + 20 * fast_latency_ms(server, 50)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted + 200), hard))
     try:
         with ExitStack() as stack:
             wires = [stack.enter_context(Wire(server.http)) for _ in range(wanted)]
-            assert fast_latency_ms(server, 50) < 100
+            assert fast_latency_ms(server, 50) < most_ms
             assert resident_mib(server) - before < 200
             for wire in wires[::100]:
                 wire.send(post("/v2/models/affine/infer", body_of("affine", 5)))
@@ -385,13 +385,13 @@ def test_the_end_comes_in_spite_of_everyone(tmp_path: Path) -> None:
 
         def messages() -> Iterator[bytes]:
             yield message("affine", 1)
-            over.wait(30)
+            over.wait(60)
 
-        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(messages(), timeout=30)
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(messages(), timeout=60)
         next(stream)
-        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=30)
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=60)
         next(watch)
         started = time.monotonic()
         server.terminate()
-        assert server.wait(15) == 0
-        assert time.monotonic() - started < 8
+        assert server.wait(30) == 0
+        assert time.monotonic() - started < 20  # its clients would stay for 60

@@ -79,7 +79,7 @@ def values(raw: bytes) -> list[float]:
 
 def assert_served(server: Server) -> None:
     with grpc.insecure_channel(server.grpc) as channel:
-        answer = channel.unary_unary(http2.INFER)(message(3.0), timeout=10, wait_for_ready=True)
+        answer = channel.unary_unary(http2.INFER)(message(3.0), timeout=30, wait_for_ready=True)
         assert values(answer) == [7.0] * 4
     body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [3, 3, 3, 3]}]}
     with Wire(server.http) as wire:
@@ -142,7 +142,7 @@ def test_rapid_reset_beside_an_honest_client(server: Server) -> None:
         )
         attack.start()
         for _ in range(50):
-            assert values(infer(message(3.0), timeout=10)) == [7.0] * 4
+            assert values(infer(message(3.0), timeout=30)) == [7.0] * 4
         attack.join(20)
 
 
@@ -246,9 +246,9 @@ def test_a_value_too_long_to_be_read_ends_its_connection(server: Server) -> None
     with grpc.insecure_channel(server.grpc) as channel:
         infer = channel.unary_unary(http2.INFER)
         with pytest.raises(grpc.RpcError) as refused:
-            infer(message(), metadata=[("x-a", "y" * 66_000)], timeout=10)
+            infer(message(), metadata=[("x-a", "y" * 66_000)], timeout=30)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert values(infer(message(3.0), timeout=10, wait_for_ready=True)) == [7.0] * 4
+        assert values(infer(message(3.0), timeout=30, wait_for_ready=True)) == [7.0] * 4
 
 
 def in_pieces(stream_id: int, head: bytes) -> bytes:

@@ -78,16 +78,17 @@ def start(code: str, root: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 class Flaky:
-    """Fails a tenth of the calls, and loses the answers to a tenth."""
+    """Fails the first call and a tenth of the others, and loses the answers to a tenth."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
+        self._fails = 1.0
         self._lock = threading.Lock()
 
     def __call__(self, _: Received) -> Answer:
         with self._lock:
-            draw = self._chance.random()
-        return Answer(503) if draw < 0.1 else Answer(hang_up=True) if draw < 0.2 else Answer()
+            draw, fails, self._fails = self._chance.random(), self._fails, 0.1
+        return Answer(503) if draw < fails else Answer(hang_up=True) if draw < 0.2 else Answer()
 
 
 def killed_round(root: Path, url: str, chance: random.Random, number: int) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.test_rollout_serving import Registered, version_of
 from tests.support.cli import cli
 from tests.support.climbing import (
     GATES,
@@ -116,6 +118,31 @@ def test_a_way_back_that_was_acknowledged_is_not_undone(place: Place, word: str,
     with place.serve() as again:
         assert reaches(place, again, state)["weight"] == 0
         assert {ask(again, f"u{number}")[0] for number in range(60)} == {"1"}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seconds", [None, 0.03])
+def test_a_section_that_goes_with_the_process_leaves_nothing_half_way(tmp_path: Path, seconds: float | None) -> None:
+    """Killed so long after the last approval was sent (None: once it is answered), and started without its section."""
+    place = Registered(tmp_path)
+    place.publish(2.0, "champion")
+    place.write(section(AWAITING, candidate='"@challenger"', more="on_crash: resume"))
+    with place.serve() as server, traffic(server):
+        place.publish(3.0, "challenger")
+        reaches(place, server, "awaiting", rollout="r1-2")
+        with ThreadPoolExecutor(1) as pool:  # the answer comes when it is promoted, or not at all
+            asked = pool.submit(order, place, server, "approve", "r1-2", x_tidegate_actor="ada")
+            wait([asked], seconds)
+            server.kill()
+    place.write("    key: {from: [header:x-user]}\n")
+    with place.serve() as again:
+        found = status_of(place, again, "r1-2")
+        ends = {"aborted": 1, "promoted": 2}
+        assert found["state"] in (ends if seconds is not None else {"promoted"})
+        assert place.aliases()["champion"] == ends[found["state"]]
+        assert version_of(again) == str(ends[found["state"]])
+        assert audited(place, again)[-1]["action"] == f"rollout.{found['state']}"
+    assert cli("audit", "verify", "--state-dir", str(place.state)).returncode == 0
 
 
 @pytest.mark.timeout(180)

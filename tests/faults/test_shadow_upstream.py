@@ -178,10 +178,10 @@ def test_a_hanging_shadow_holds_no_more_memory_than_its_budget(place: Place) -> 
     go = threading.Event()
 
     def hang(x: Any) -> bytes:
-        go.wait(40)
+        go.wait(60)
         return tensor_answer(x)
 
-    budget = "rps: 100000, in_flight: 2, queue: 16, max_body: 1MiB, timeout: 20s, yield_above_load: 1.0"
+    budget = "rps: 100000, in_flight: 2, queue: 16, max_body: 1MiB, timeout: 60s, yield_above_load: 1.0"
     models.affine(place.root / "v1.onnx", 2, 0, WIDTH)
     with upstream(hang, width=WIDTH) as shadow, served(place, configured(place, shadow.address, budget)) as server:
         server.wait_for("shadow_ready")

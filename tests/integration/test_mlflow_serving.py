@@ -59,7 +59,7 @@ def hint(server: Server, id_: str) -> int:
     code = base64.b64encode(hmac.new(SECRET.encode(), f"{id_}.{stamp}.".encode(), hashlib.sha256).digest()).decode()
     headers = {"X-MLflow-Delivery-Id": id_, "X-MLflow-Timestamp": stamp, "X-MLflow-Signature": f"v1,{code}"}
     address = f"http://{server.admin}/admin/v1/registry/hints"
-    with urllib.request.urlopen(urllib.request.Request(address, b"", headers), timeout=10) as answer:
+    with urllib.request.urlopen(urllib.request.Request(address, b"", headers), timeout=30) as answer:
         return int(answer.status)
 
 
@@ -86,7 +86,7 @@ def test_changed_bytes_never_serve_and_the_index_says_why(mlflow: Mlflow, tmp_pa
             _, index, _ = call(server.http, "POST", "/v2/repository/index", {})
             rows = {row["version"]: row.get("reason", "") for row in index}
         assert answered_by(server) == "1"
-        with urllib.request.urlopen(f"http://{server.admin}/admin/v1/registry", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{server.admin}/admin/v1/registry", timeout=30) as answer:
             standing = json.load(answer)
         assert standing["reachable"]
         assert [row["version"] for row in standing["refused"]] == [2]

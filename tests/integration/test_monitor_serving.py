@@ -16,7 +16,7 @@ import pytest
 from monitor.profile import ReferenceProfile
 from monitor.types import Array
 from tests.support import models
-from tests.support.cli import cli
+from tests.support.cli import quickly
 from tests.support.metrics import samples, total
 from tests.support.server import Server, serving
 from tests.support.v2 import call, infer, tensor
@@ -54,7 +54,7 @@ def send(server: Server, rows: Array, model: str = "m", version: str = "", chunk
     return answered
 
 
-def eventually(check: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def eventually(check: Callable[[], bool], what: str, seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until, what
@@ -250,7 +250,7 @@ def test_profiles_of_the_registry_follow_the_champion(tmp_path: Path) -> None:
         folder = tmp_path / f"v{scale}"
         models.affine(folder / "model.onnx", scale, 0.0)
         save_profile(folder / "profile.tgp", scale)
-        cli("registry", "publish", "m", str(folder), "--state-dir", str(state), "--alias", "champion")
+        quickly("registry", "publish", "m", str(folder), "--state-dir", str(state), "--alias", "champion")
 
     publish(2.0)
     with serving("--state-dir", str(state)) as server:

@@ -94,7 +94,7 @@ def test_compression(server: Running, compression: grpc.Compression) -> None:
 def test_binary_metadata_unknown_methods_and_deadlines(server: Running) -> None:
     with grpc.insecure_channel(at(server), OPTIONS) as channel:
         metadata = (("x-key-bin", bytes(range(256))), ("x-key", "v"))
-        assert right(channel.unary_unary(INFER)(message(), timeout=10, metadata=metadata))
+        assert right(channel.unary_unary(INFER)(message(), timeout=30, metadata=metadata))
         assert server.port.admitted[-1].metadata["x-key"] == "v"
         for path, model, timeout, code in (
             ("/a/B", "affine", 10.0, "UNIMPLEMENTED"),
@@ -141,7 +141,7 @@ def test_uploads_that_are_refused_on_arrival_leave_the_connection_whole(server: 
             for _ in range(3):
                 told = await asyncio.gather(*(refused() for _ in range(8)))
                 assert set(told) == {"RESOURCE_EXHAUSTED"}, told
-                assert right(await call(message(), timeout=10))
+                assert right(await call(message(), timeout=30))
 
     asyncio.run(body())
     assert settled(server)

@@ -119,13 +119,13 @@ def test_golden_requests_decide_whether_a_candidate_begins(place: Place, scale: 
 # --- drift ------------------------------------------------------------------------------------------------------------
 
 
-def watched(place: Place, action: str, window: int, more: str = "", steps: str = STANDING) -> None:
-    """Version 2 has a profile of normal values, which the callers' requests are not like."""
+def watched(place: Place, action: str, window: int, more: str = "", steps: str = STANDING) -> str:
+    """Version 2 has a profile of normal values, which the callers' requests are not like. The text that is written."""
     rows = np.random.default_rng(1).standard_normal((5_000, 4)).astype("f4")
     ReferenceProfile.from_arrays({"x": rows}, {"y": 3 * rows}).save(place.root / "p2.tgp")
     gates = GATES.replace("{errors", f"{{drift: {{monitor: psi, over: 0.25, for: 3, action: {action}}}, errors")
     monitor = f'    monitor: {{profiles: {{"2": {place.root}/p2.tgp}}, windows: [{window}]}}\n'
-    write(place, section(steps, gates, more) + monitor)
+    return write(place, section(steps, gates, more) + monitor)
 
 
 @pytest.mark.parametrize(("action", "state"), [("rollback", "rolled_back"), ("hold", "hold")])
@@ -152,10 +152,12 @@ def test_drift_of_the_candidates_traffic_speaks(place: Place, action: str, state
 @pytest.mark.slow
 def test_drift_takes_back_what_is_promoted_while_the_version_before_is_warm(place: Place) -> None:
     """Drift of before says nothing: not what came under a version's own number, and not what it was warmed with."""
-    watched(place, "rollback", 200, "start: {warm: [64, 64, 64, 64]}", "[{weight: 50%, approve: true}]")
+    text = watched(place, "rollback", 200, "start: {warm: [64, 64, 64, 64]}", "[{weight: 50%, approve: true}]")
+    place.path.write_text("".join(line for line in text.splitlines(keepends=True) if "rollout:" not in line))
     with place.serve() as server:
         infer = "/v2/models/m/versions/2/infer"
         assert {call(server.http, "POST", infer, {"inputs": X})[0] for _ in range(300)} == {200}
+        place.apply(server, text)
         eventually(lambda: "2" in [ask(server, f"w{number}")[0] for number in range(20)])
         reaches(place, server, "awaiting")
         assert order(place, server, "approve")[0] == 200

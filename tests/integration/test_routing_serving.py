@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,6 +19,7 @@ from server._pb import feedback_pb2
 from tests.support import models
 from tests.support.cli import cli
 from tests.support.routed import Place, X, ask, ask_grpc, canary, eventually, shadow_report
+from tests.support.server import Server
 from tests.support.v2 import call
 
 
@@ -191,13 +193,17 @@ def test_an_experiment_hears_of_outcomes(place: Place) -> None:
         "    key: {from: [header:x-user]}\n"
         "    experiment:\n      id: e1\n      coverage: 100%\n"
         '      arms: {control: {to: "1", share: 50%}, b: {to: "2", share: 50%}}\n'
-        "      outcome: {name: click, kind: binary, window: 1h}\n"
+        "      outcome: {name: click, kind: binary, window: 5s}\n"
     )
     with place.serve() as server:
         ids = []
         for n in range(60):
             _, _, headers = call(server.http, "POST", "/v2/models/m/infer", {"inputs": X}, {"x-user": f"u{n}"})
             ids.append(headers["x-tidegate-id"])
+        unknown = {"id": ids[39], "outcome": 1, "name": "clock"}
+        some = [{"id": id_, "outcome": 1} for id_ in ids[40:]]
+        status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", [*some, unknown])
+        assert (status, "got 'clock'" in answer["error"]) == (400, True)
         items = [{"id": id_, "outcome": 1, "name": "click"} for id_ in ids[:10]]
         items += [{"key": "u20", "outcome": "yes"}, {"id": "nobody", "outcome": 1}]
         status, answer, _ = call(server.http, "POST", "/v2/models/m/feedback", items)
@@ -222,6 +228,15 @@ def test_an_experiment_hears_of_outcomes(place: Place) -> None:
         assert status == 200
         assert {arm["arm"] for arm in report["arms"]} == {"control", "b"}
         server.wait_for("exposure", experiment="e1")
+        # A list is taken whole or not at all: of the one that was refused nothing is counted.
+        eventually(lambda: sum(units for units, _ in clicks(place, server)) == 60)
+        assert round(sum(units * estimate["value"] for units, estimate in clicks(place, server))) == 13
+
+
+def clicks(place: Place, server: Server) -> list[Any]:
+    """By arm: the units whose window has passed, and the share of them of which a click was heard."""
+    _, report, _ = place.admin(server, "GET", "experiments/e1")
+    return [arm["outcomes"]["click"] for arm in report["arms"]]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_one_address_answers_both(tmp_path: Path) -> None:
         request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
         request.raw_input_contents.append(np.ones(4, "<f4").tobytes())
         with grpc.insecure_channel(ready["http"]) as channel:
-            raw = channel.unary_unary(INFER)(request.SerializeToString(), timeout=10)
+            raw = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
         assert np.frombuffer(pb.ModelInferResponse.FromString(raw).raw_output_contents[0], "<f4").tolist() == [3.0] * 4
         body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 1, 1, 1]}]}
         with Wire(ready["http"]) as wire:

@@ -96,4 +96,4 @@ def test_an_alias_is_not_ready_while_its_model_loads(tmp_path: Path) -> None:
                 request_serializer=pb.ModelReadyRequest.SerializeToString,
                 response_deserializer=pb.ModelReadyResponse.FromString,
             )
-            assert ready(pb.ModelReadyRequest(name="also"), timeout=10).ready
+            assert ready(pb.ModelReadyRequest(name="also"), timeout=30).ready

@@ -39,18 +39,18 @@ def config(root: Path, endpoint: str, sampling: str) -> str:
     return str(path)
 
 
-def infer_over_grpc(server: Server, traceparent: str) -> dict[str, str]:
-    """The initial metadata of one answer."""
+def message() -> bytes:
     request = pb.ModelInferRequest(model_name="m")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     request.raw_input_contents.append(np.ones(4, np.float32).tobytes())
+    return request.SerializeToString()
+
+
+def infer_over_grpc(server: Server, traceparent: str) -> dict[str, str]:
+    """The initial metadata of one answer."""
     with grpc.insecure_channel(server.grpc) as channel:
-        infer = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=pb.ModelInferRequest.SerializeToString,
-            response_deserializer=pb.ModelInferResponse.FromString,
-        )
-        _, done = infer.with_call(request, timeout=20, metadata=(("traceparent", traceparent),))
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        _, done = infer.with_call(message(), timeout=20, metadata=(("traceparent", traceparent),))
         return {str(k): str(v) for k, v in done.initial_metadata()}
 
 
@@ -74,6 +74,29 @@ def test_a_callers_trace_goes_through_both_protocols(tmp_path: Path, receiver: R
         assert len(names) >= 2
     linked = {link.span_id.hex() for span in spans for link in span.links}
     assert set(requests) <= linked
+
+
+@pytest.mark.parametrize("transport", ["native", "reference"])
+def test_each_message_of_a_stream_has_a_span_of_its_own(tmp_path: Path, receiver: Receiver, transport: str) -> None:
+    """Under the caller's; the first is the one that the head of the answers names."""
+    path = config(tmp_path, receiver.url, "0%")
+    with serving(path, "--state-dir", str(tmp_path / "state"), "--transport", transport) as server:
+        with grpc.insecure_channel(server.grpc) as channel:
+            stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
+                iter([message()] * 4), timeout=20, metadata=(("traceparent", SAMPLED),)
+            )
+            assert len(list(stream)) == 4
+            named = dict(stream.initial_metadata())["traceresponse"].split("-")[2]
+        server.terminate()
+        assert server.wait() == 0
+    spans = receiver.spans()
+    requests = [span.span_id.hex() for span in spans if span.parent_span_id.hex() == "b7ad6b7169203331"]
+    assert len(requests) == len(set(requests)) == 4
+    assert named in requests
+    assert {span.trace_id.hex() for span in spans} == {TRACE}
+    assert set(requests) <= {link.span_id.hex() for span in spans for link in span.links}
+    for own in requests:
+        assert len([span for span in spans if span.parent_span_id.hex() == own]) >= 2
 
 
 def test_a_receiver_that_is_gone_costs_no_request(tmp_path: Path, receiver: Receiver) -> None:

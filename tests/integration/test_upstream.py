@@ -375,7 +375,7 @@ def trickle_body(connection: socket.socket) -> bool:
 
 
 def silence(_: socket.socket) -> bool:
-    threading.Event().wait(3)
+    threading.Event().wait(30)
     return False
 
 
@@ -391,7 +391,7 @@ def test_the_whole_exchange_has_one_deadline(scripted: Scripted, act: Callable[[
     began = time.monotonic()
     with pytest.raises(UpstreamUnavailable):
         engine.run(0, batch_of(ONE))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
     scripted.answer = GOOD
     np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
     engine.close()
@@ -404,7 +404,7 @@ def test_after_a_timeout_the_other_members_do_not_wait_for_one_each(scripted: Sc
     for _ in range(50):
         with pytest.raises(UpstreamUnavailable):
             engine.run(0, batch_of(ONE))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15  # of the 30 that it is held off
     assert scripted.requests == 1
     engine.close()
 
@@ -441,7 +441,7 @@ def test_a_connection_is_kept_and_one_closed_while_idle_is_replaced(scripted: Sc
 
     scripted.answer = answer_and_leave
     engine.run(0, batch_of(ONE))
-    assert closed.wait(5)
+    assert closed.wait(20)
     scripted.answer = GOOD
     np.testing.assert_array_equal(engine.run(0, batch_of(ONE))[0].array(), ONE)
     assert scripted.connections == opened + 2

@@ -101,6 +101,10 @@ class EchoTicket:
             self.port.cancelled.append(self.request.id)
             self.port.notify()
 
+    def written(self, code: str) -> None:
+        self.port.written.append(code)
+        self.port.notify()
+
 
 def _decision(request: InferenceRequest) -> Decision:
     return Decision(request.model, "1", "stable", 7)
@@ -134,6 +138,8 @@ class EchoPort:
         self.admitted: list[RequestHead] = []
         self.released: list[str] = []
         self.cancelled: list[str] = []
+        #: What became of answers that took long to write.
+        self.written: list[str] = []
         self.held: list[EchoTicket] = []
         self.changed = threading.Condition()
 
@@ -141,7 +147,7 @@ class EchoPort:
         with self.changed:
             self.changed.notify_all()
 
-    def wait(self, ready: Callable[[], bool], timeout: float = 10) -> bool:
+    def wait(self, ready: Callable[[], bool], timeout: float = 30) -> bool:
         """Called by tests, off the loop: until ``ready`` holds."""
         with self.changed:
             return self.changed.wait_for(ready, timeout)
@@ -324,7 +330,7 @@ class Running:
         self.port.answer_held()
         await asyncio.gather(self.http_server.drain(0.5), self.grpc_server.drain(0.5))
 
-    def run(self, work: Awaitable[_T], timeout: float = 10) -> _T:
+    def run(self, work: Awaitable[_T], timeout: float = 30) -> _T:
         """Await ``work`` on the server's loop, from a test's thread."""
 
         async def awaited() -> _T:

@@ -10,7 +10,7 @@ from tests.support.server import Server
 
 def samples(server: Server, name: str) -> dict[str, float]:
     """Every sample of one metric, by its label text ("" without labels)."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as response:
         text = response.read().decode()
     found = {}
     for line in text.splitlines():
@@ -26,7 +26,7 @@ def total(server: Server, name: str) -> float:
     return sum(samples(server, name).values())
 
 
-def wait_total(server: Server, name: str, wanted: float, seconds: float = 10.0) -> None:
+def wait_total(server: Server, name: str, wanted: float, seconds: float = 30.0) -> None:
     """Ask until the sum is ``wanted``: settles of other connections may be a turn of the loop behind."""
     until = time.monotonic() + seconds
     while (got := total(server, name)) != wanted:

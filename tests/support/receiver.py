@@ -69,7 +69,7 @@ class Receiver:
             self._changed.notify_all()
         return self.answer(received)
 
-    def wait(self, condition: Callable[[list[Received]], bool], timeout_s: float = 10.0) -> list[Received]:
+    def wait(self, condition: Callable[[list[Received]], bool], timeout_s: float = 30.0) -> list[Received]:
         """Everything received, once ``condition`` holds of it."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self._got), timeout_s), f"got {len(self._got)}"

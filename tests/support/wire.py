@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 #: Longest wait for anything the server owes; past it the server hangs.
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 
 
 @dataclass(slots=True)

@@ -244,13 +244,15 @@ def test_a_request_holds_what_comes_of_it() -> None:
     async def body() -> None:
         rig = Rig(max_bytes=1000)
         permit = rig.admit(content_length=100)
-        permit.hold(50)
         permit.hold(900)
-        permit.hold(800)
         with pytest.raises(TooManyRequests, match="hold 900 bytes, 101 more"):
             rig.admit(content_length=101)
         with pytest.raises(TooManyRequests, match="hold 900 bytes, 101 more"):
             permit.hold(1001)
+        permit.hold(50)  # counts for what its head said
+        with pytest.raises(TooManyRequests, match="hold 100 bytes, 901 more"):
+            rig.admit(content_length=901)
+        rig.admit(content_length=900).release()
         permit.release()
         permit.hold(2000)
         rig.admit(content_length=1000).release()
@@ -398,5 +400,33 @@ def test_sampled_requests_of_one_batch_share_its_record() -> None:
         assert [member.span_id for member in batch.members] == [record.context.span_id for record in records]
         assert {record.context.header()[3:35] for record in records} == {"a" * 32}
         await rig.close()
+
+    run(body)
+
+
+def test_what_is_told_of_a_queue_is_that_of_the_version_in_the_table() -> None:
+    async def body() -> None:
+        started, release = threading.Event(), threading.Event()
+
+        def hold(_: int) -> None:
+            started.set()
+            assert release.wait(20)
+
+        rig = Rig(Script(run_ns=LONG_NS, before_run=hold))
+        stats = rig.telemetry.stats_for("m", "1")
+        other = Rig()  # the same version loaded once more: its telemetry is bound to another queue, as yet
+        stats.pending = other.served.batcher.pending
+        rig.gateway.publish(rig.gateway.table)
+        asked = [rig.ask() for _ in range(1)]
+        assert await asyncio.to_thread(started.wait, 20)
+        asked += [rig.ask() for _ in range(3)]
+        assert stats.pending() == 3
+        release.set()
+        for answer, _, permit in asked:
+            assert await answer.error() is None
+            permit.release()
+        assert stats.pending() == 0
+        await rig.close()
+        await other.close()
 
     run(body)

@@ -19,8 +19,8 @@ from server.audit import AuditLog, Verified
 from server.delivery.base import Delivered, Outcome, Refused
 from server.delivery.dispatcher import Dispatcher
 from server.errors import FailedPrecondition, InvalidArgument, NotFound
-from server.outbox import Limits, Message, Outbox, OutboxFull
-from server.retraining import EVENT_TYPE, MAX_QUEUED, Facts, Retraining, RetrainSpec
+from server.outbox import Event, Limits, Message, Outbox, OutboxFull
+from server.retraining import EVENT_TYPE, MAX_QUEUED, Facts, Retraining, RetrainSpec, retry_refusal
 from server.store.base import StoreError
 from server.store.sqlite import SqliteStore
 
@@ -285,6 +285,82 @@ def test_a_lost_job_whose_event_a_person_has_tried_again_is_a_job_again(house: H
     assert house.jobs() == [("accepted", "")]
 
 
+def given_up(house: House) -> None:
+    """No sink takes what waits."""
+    for sink in ("train", "log"):
+        while (lease := house.outbox.claim(sink, "me", 30, max_attempts=9)) is not None:
+            house.outbox.dead(lease, "exit code 1")
+    house.after(SECOND_NS)
+    house.now += 1
+
+
+def two_lost(house: House) -> tuple[str, str]:
+    """Of one model: the older job, the newer one."""
+    found = []
+    for text in ("once", "twice"):
+        found.append(str(house.retraining.fire("fraud", actor="ana", reason=text)["trigger_id"]))
+        given_up(house)
+    assert house.jobs() == [("lost", ""), ("lost", "")]
+    return found[0], found[1]
+
+
+def test_a_lost_job_is_not_tried_again_beside_an_open_one(house: House) -> None:
+    """Two trainings of one model at once were asked for by nobody. Once the open one has ended, it is possible."""
+    house.retraining.fire("fraud", actor="ana", reason="first")
+    given_up(house)
+    (lost,) = house.retraining.list("fraud")
+    other = house.retraining.fire("fraud", actor="bob", reason="second")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match=f"'fraud' is asked for already: job {other['trigger_id']} is req"):
+            house.outbox.retry(lost["trigger_id"], actor="ana", refusal=retry_refusal)
+        assert house.outbox.retry(None, actor="ana", refusal=retry_refusal) == 0
+        house.after(SECOND_NS)
+        assert house.jobs() == [("requested", ""), ("lost", "")]
+    given_up(house)
+    assert house.outbox.retry(lost["trigger_id"], actor="ana", refusal=retry_refusal) == 2
+    house.after(SECOND_NS)
+    assert house.jobs() == [("lost", ""), ("requested", "")]
+
+
+def test_of_two_lost_jobs_one_is_tried_again(house: House) -> None:
+    older, newer = two_lost(house)
+    assert house.outbox.retry(None, actor="ana", refusal=retry_refusal) == 2
+    with pytest.raises(FailedPrecondition, match=f"job {newer} is being tried again"):
+        house.outbox.retry(older, actor="ana", refusal=retry_refusal)
+    house.after(SECOND_NS)
+    assert house.jobs() == [("requested", ""), ("lost", "")]
+
+
+def test_who_asks_right_after_a_retry_meets_the_job_that_is_open_again(house: House) -> None:
+    """Before any tick has seen the retry."""
+    older, _ = two_lost(house)
+    house.outbox.retry(older, actor="ana", refusal=retry_refusal)
+    with pytest.raises(FailedPrecondition, match=f"its job {older} is requested"):
+        house.retraining.fire("fraud", actor="bob", reason="third")
+    assert house.jobs() == [("lost", ""), ("requested", "")]
+
+
+def test_a_retry_that_nobody_refused_waits_for_the_open_job(house: House) -> None:
+    """Never two open jobs, however the event came to be tried again: the lost one is a job again after the other."""
+    older, newer = two_lost(house)
+    for trigger_id in (newer, older):
+        house.outbox.retry(trigger_id, actor="ana")
+        house.after(SECOND_NS)
+    assert house.jobs() == [("requested", ""), ("lost", "")]
+    assert house.retraining.version_registered("fraud", "8", Lineage(trigger_id=newer))
+    assert house.retraining.rejected("fraud", "8", "worse")
+    house.after(SECOND_NS)
+    assert house.jobs() == [("rejected", "8"), ("requested", "")]
+
+
+def test_an_event_that_is_no_training_is_tried_again(house: House) -> None:
+    house.retraining.fire("fraud", actor="ana", reason="open")
+    alarm = Event("io.tidegate.alert.drift.raised", "/models/fraud", "fraud:7", "k")
+    house.outbox.publish(alarm, ["log"])
+    with house.store.reading() as connection:
+        assert retry_refusal(connection, alarm.id) == ""
+
+
 def test_a_sink_that_took_it_is_enough(house: House) -> None:
     house.drifted()
     lease = house.outbox.claim("train", "me", 30, max_attempts=9)
@@ -363,6 +439,25 @@ def test_a_full_outbox_undoes_all_of_it_and_the_next_tick_tries_again(store: Sql
     house.outbox.delivered(lease)
     house.after(SECOND_NS)
     assert [job["state"] for job in house.retraining.list("fraud")] == ["requested"]
+
+
+def test_a_full_outbox_is_said_again_after_an_end(store: SqliteStore) -> None:
+    """While a rollout is open nothing is to be asked for, so nothing waits for room."""
+    house = House(store, max_pending=1)
+    house.retraining.fire("spam", actor="ana", reason="fills the outbox")
+    house.retraining.on_alarm(DRIFT)
+
+    def said(*, rollout: bool) -> list[str]:
+        house.facts["fraud"] = Facts(SEVEN, rollout=rollout)
+        with capture_logs() as logs:
+            for _ in range(3):
+                house.after(RULES.coalesce_ns)
+        return [entry["model"] for entry in logs if entry["event"] == "retrain_not_requested"]
+
+    assert said(rollout=False) == ["fraud"]
+    assert said(rollout=False) == []
+    assert said(rollout=True) == []
+    assert said(rollout=False) == ["fraud"]
 
 
 def test_a_store_that_fails_loses_no_alarm(house: House) -> None:

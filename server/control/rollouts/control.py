@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from router.rollout.spec import LevelGate, RolloutSpec
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
 from server.config.routing import Reference
+from server.control.rollouts.abandoned import Ending, ending_of, is_abandoned
 from server.control.rollouts.actions import SAVE_EVERY_NS, Hands
 from server.control.rollouts.evidence import Levels, Look
 from server.control.rollouts.known import Known
@@ -41,7 +43,6 @@ log: Any = structlog.get_logger("rollout")
 #: How long an order waits until it is on disk and in force; one that takes traffic away is in force before it waits.
 _SETTLE_S: Final = 5.0
 _SETTLE_BACK_S: Final = 0.5
-_REMOVED: Final = "its section was removed while no process ran"
 _UNREADABLE: Final = "what was written down of it cannot be read"
 _TAKEN: Final = "another process works on the rollouts of this state folder: give each server a --state-dir of its own"
 #: States in which a champion that is elsewhere was not moved by the rollout itself.
@@ -81,19 +82,20 @@ class RolloutControl:
 
     # -- the configuration --------------------------------------------------------------------------------------
 
-    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> None:
+    async def start(self, templates: Mapping[str, RolloutTemplate], actor: str) -> bool:
         """Take up what is on disk, before the first table of the configuration is swapped in.
 
-        Raises StoreError, and ConfigError when there is work to do and another process does it.
+        True when an alias was moved back for a rollout without a section: what serves is to be looked at again. Raises
+        StoreError, and ConfigError when there is work to do and another process does it.
         """
         ours = self._tenure.take()
         if templates and not ours:
             raise ConfigError(_TAKEN)
         await self._read()
         self.follow(templates, actor)
-        if ours:
-            await self._abandon()
+        moved = await self._abandon() if ours else False
         self._rest()
+        return moved
 
     async def _read(self) -> None:
         self._known.replace(await asyncio.to_thread(self._hands.store.all))
@@ -122,20 +124,27 @@ class RolloutControl:
         if not (self._claimed or self._templates or self._runs or self._leaving):
             self._tenure.give_up()
 
-    async def _abandon(self) -> None:
-        """What is open on disk and asked for by no section any more has ended with the process that worked on it."""
+    async def _abandon(self) -> bool:
+        """Bring to its end what is open on disk and asked for by no section any more; whether an alias was moved."""
         taken = {run.id for run in self._runs.values()}
+        moved = False
         for row in tuple(self._known.stored.values()):
-            if row.open and row.id not in taken:
-                ended = StoredRollout(
-                    row.id, row.name, row.template, row.digest, row.began_ns, State.ABORTED.value, row.failed_ns,
-                    row.cooldown_ns, row.cleared, False, row.document,
-                )  # fmt: skip
-                why = _UNREADABLE if row.id in self._known.unreadable else _REMOVED
-                detail = {"id": row.id, "reason": why}
-                event = AuditEvent(GATEWAY, "rollout.aborted", row.name, detail)
-                await asyncio.to_thread(self._hands.store.save, ended, (event,))
-                self._known.put(ended)
+            if row.id not in taken and is_abandoned(row):
+                ending = await asyncio.to_thread(self._ending, row)
+                await asyncio.to_thread(self._hands.store.save, ending.row, ending.events)
+                self._known.put(ending.row)
+                moved = moved or ending.moved
+                log.info("rollout_abandoned", id=row.id, was=row.state, state=ending.row.state)
+        return moved
+
+    def _ending(self, row: StoredRollout) -> Ending:
+        try:
+            return ending_of(row, self._hands.mover, self._hands.gateway.table.generation)
+        except (BadRolloutState, ValueError, KeyError, TypeError) as error:
+            log.error("rollout_unreadable", id=row.id, error=str(error))
+            self._known.unreadable.add(row.id)
+            event = AuditEvent(GATEWAY, "rollout.aborted", row.name, {"id": row.id, "reason": _UNREADABLE})
+            return Ending(replace(row, state=State.ABORTED.value, open=False), [event])
 
     def check(self, templates: Mapping[str, RolloutTemplate]) -> list[str]:
         """Why these sections cannot be put in the place of those in force."""
@@ -178,6 +187,8 @@ class RolloutControl:
         stored = self._known.of(template)
         if stored is None:
             return False
+        if self._taken_back(entry, stored.id):
+            return True
         try:
             run = revived(template, stored)
         except (BadRolloutState, ValueError, KeyError, TypeError) as error:
@@ -194,6 +205,17 @@ class RolloutControl:
             self._hands.tell(run, SpecRemoved(GATEWAY) if given_up else Recovered(stored.open))
             self._set_to_work(run)
         return True
+
+    def _taken_back(self, entry: str, rollout_id: str) -> bool:
+        """A section that is back before its rollout has ended goes on with that, to its end."""
+        for run in self._leaving:
+            if run.id == rollout_id and not run.machine.ended:
+                self._leaving.remove(run)
+                run.left = False
+                self._runs[entry] = run
+                self._hands.publisher.set_course(entry, run.steering(), run.books)
+                return True
+        return False
 
     def _set_to_work(self, run: Run) -> None:
         run.task = asyncio.get_running_loop().create_task(self._hands.work(run))

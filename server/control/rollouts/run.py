@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from router.rollout.events import Action, Record, State
 from router.rollout.machine import AUTOMATIC, Rollout
-from router.rollout.spec import EVENTS, MeanGate, RateGate, RatioGate
+from router.rollout.spec import EVENTS, MeanGate, RateGate, RatioGate, RolloutSpec
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
 from server.config.routing import CANDIDATE_ARM, CONTROL_ARM
@@ -93,24 +93,14 @@ class Run:
 
     def event(self, record: Record, generation: int) -> AuditEvent:
         """One record for the audit."""
-        spec = self.machine.spec
-        detail = plain(record.to_dict()) | {
-            "id": spec.id,
-            "stable": spec.stable,
-            "candidate": spec.candidate,
-            "digest": spec.digest,
-            "generation": generation,
-            "spec": spec.fingerprint(),
-        }
-        actor = GATEWAY if record.actor == AUTOMATIC else record.actor
-        return AuditEvent(actor, f"rollout.{record.state.value}", f"{self.template.model}:{spec.candidate}", detail)
+        return event_of(record, self.machine.spec, self.template.model, generation)
 
     def stored(self, *, is_open: bool) -> StoredRollout:
         """As it is written down."""
         machine = self.machine
         if machine.failed and self.failed_ns is None:
             self.failed_ns = time.time_ns()
-        document = {"machine": machine.to_dict(), "revision": self.revision}
+        document = {"machine": machine.to_dict(), "revision": self.revision, "alias": self._alias()}
         if not machine.ended:
             document["books"] = self.books.to_dict()
         return StoredRollout(
@@ -118,6 +108,25 @@ class Run:
             machine.state.value, self.failed_ns, machine.spec.cooldown_ns, self.cleared, is_open and not machine.ended,
             document,
         )  # fmt: skip
+
+    def _alias(self) -> dict[str, str] | None:
+        """The alias that its promotion moves, for a process that has to move it back without the section."""
+        stable = self.template.stable
+        return {"of": self.template.registered, "name": stable.version.removeprefix("@")} if stable.is_alias else None
+
+
+def event_of(record: Record, spec: RolloutSpec, model: str, generation: int) -> AuditEvent:
+    """One record of a rollout of a model's version for the audit."""
+    detail = plain(record.to_dict()) | {
+        "id": spec.id,
+        "stable": spec.stable,
+        "candidate": spec.candidate,
+        "digest": spec.digest,
+        "generation": generation,
+        "spec": spec.fingerprint(),
+    }
+    actor = GATEWAY if record.actor == AUTOMATIC else record.actor
+    return AuditEvent(actor, f"rollout.{record.state.value}", f"{model}:{spec.candidate}", detail)
 
 
 def books_for(template: RolloutTemplate) -> RolloutBooks:

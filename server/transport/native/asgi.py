@@ -121,7 +121,7 @@ class AsgiStream:
         elif not self._complete:
             session.reset(self._id, INTERNAL_ERROR)
         if not self._ended:
-            connection.end_early(self._id)
+            connection.end_early(self._id, bare=self._bodiless or not self._started)
         connection.done(self._id)
 
     async def _receive(self) -> Message:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _IDLE_FRAMES: Final = (2000, 200.0)
 _EARNED_BY_ANSWER: Final = 4
 _EARNED_PER_BYTE: Final = 1 / 1024
+#: A call that its caller gave up may have had a window of its own; how many resets there may be is bounded for itself.
+_EARNED_BY_RESET: Final = 2
 #: Answers earn up to here, time up to the burst: a large answer is given back in many pieces, and at once.
 _EARNED_MOST: Final = 32_768
 #: Bytes in a row that bring no event at all: PRIORITY, unknown frames; and what was on its way to streams that were
@@ -132,7 +134,8 @@ class Http2Connection(asyncio.Protocol):
         self._flush_due = False
         self._write_paused = False
         self._silent = 0  # bytes since the last event
-        self._early: set[int] = set()  # answered in full while the peer still sends: see ``end_early``
+        #: Answered in full while the peer still sends: see ``end_early``. With it, whether windows hold nothing back.
+        self._early: dict[int, bool] = {}
         self.windows = ReceiveWindows(self.session.consumed, self._full, server.http2.max_gathered_bytes)
         #: Tasks of the ASGI app that still run, whether their streams are gone or not.
         self.tasks: set[asyncio.Task[None]] = set()
@@ -284,9 +287,10 @@ class Http2Connection(asyncio.Protocol):
 
     def _closed(self, stream_id: int) -> None:
         self.windows.forget(stream_id)
-        self._early.discard(stream_id)
+        self._early.pop(stream_id, None)
         stream = self.streams.pop(stream_id, None)
         if stream is not None:
+            self._idle_frames += _EARNED_BY_RESET
             self._guard(stream, stream.gone)
             self.taken.set()
 
@@ -322,12 +326,13 @@ class Http2Connection(asyncio.Protocol):
         if not self._flush_due:
             self.flush_soon()
 
-    def end_early(self, stream_id: int) -> None:
+    def end_early(self, stream_id: int, *, bare: bool = False) -> None:
         """The answer is complete and the peer still sends: say that the rest is not wanted, once the answer is out.
 
-        A reset that overtakes an answer takes it away, so one that the peer's window holds back is waited for.
+        A reset that overtakes an answer takes it away, so one that the peer's windows hold back is waited for. They do
+        not hold one that is ``bare``: a head and nothing else.
         """
-        self._early.add(stream_id)
+        self._early[stream_id] = bare
 
     def sent(self, size: int) -> None:
         """So many bytes of answers were handed to the session."""
@@ -369,7 +374,7 @@ class Http2Connection(asyncio.Protocol):
             self._count_unsent(self._untaken())
         if not written:
             return
-        if (self._ending and not self.streams and not self.session.queued()) or self.session.over():
+        if self.session.over():
             self._finish(min(_LINGER_S, self.server.settings.discard_s))
 
     def _write(self) -> bool:
@@ -384,9 +389,9 @@ class Http2Connection(asyncio.Protocol):
 
     def _stop_early(self) -> bool:
         """Reset streams whose answers are out and whose peer still sends."""
-        out = [stream_id for stream_id in self._early if not self.session.queued(stream_id)]
+        out = [stream_id for stream_id, bare in self._early.items() if bare or self.session.said(stream_id)]
         for stream_id in out:
-            self._early.discard(stream_id)
+            del self._early[stream_id]
             self.session.reset(stream_id, NO_ERROR)
         return bool(out)
 
@@ -428,7 +433,8 @@ class Http2Connection(asyncio.Protocol):
         queued = self._untaken()
         self._count_unsent(queued)
         taken = self._answered_bytes - queued
-        if not queued or taken != self._stalled_at:
+        waited_for = queued or (self._ending and not self.streams)  # for the windows that the ends of answers need
+        if not waited_for or taken != self._stalled_at:
             self._stalled_at, self._stalled_since = taken, now
             if queued:
                 self.taken.set()

@@ -15,10 +15,9 @@ import math
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
-import httptools
 import structlog
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -36,30 +35,37 @@ from server.transport.answers import (
     metadata_of,
     too_large,
 )
+from server.transport.bridge import telling
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.http_infer import (
     DECODED_LATE,
     LENGTH_HEADER,
-    TIMEOUT_HEADER,
     by_deadline,
     deadline_of,
-    decoded,
     match_infer,
 )
+from server.transport.native.heads import KNOWN_HEAD_BYTES, Head, lines_to_id, sizes_after_id, target_of
 from server.transport.reference.asgi import HttpProtocol
-from server.types import Buffer, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
+from server.types import (
+    WRITING,
+    Buffer,
+    Decision,
+    InferenceRequest,
+    InferenceResponse,
+    Permit,
+    RequestHead,
+    RequestLimits,
+    Ticket,
+)
 
 if TYPE_CHECKING:
     from server.transport.native.server import NativeServer
 
 #: Pieces of an answer up to this size are joined before they are written; larger ones are not copied.
 _JOINED_BYTES: Final = 64 * 1024
-#: Longer targets are not kept, so that what is kept is bounded in bytes too.
-_KNOWN_URL_BYTES: Final = 1024
-#: Likewise the heads that are kept: those of connections, and those that all share, which are forgotten when they
-#: become too many.
-_KNOWN_HEAD_BYTES: Final = 4096
-_KNOWN_HEADS: Final = 512
+#: Names of this module's own are found faster than those of another module.
+_SMALL_BODY_BYTES: Final[int] = pieces.SMALL_BODY_BYTES
+_monotonic_ns: Final = time.monotonic_ns
 
 
 class InferCycle:
@@ -109,9 +115,9 @@ class InferCycle:
         """Admit. Raises nothing: a refusal is answered."""
         self._head = head
         try:
-            limit = self._protocol.server_side.limits.max_body_bytes
-            if head.content_length is not None and head.content_length > limit:
-                raise too_large(head.content_length, limit)
+            limit, length = self._protocol.limits.max_body_bytes, head.content_length
+            if length is not None and length > limit:
+                raise too_large(length, limit)
             if head.version:
                 check_version(head.version)
             self._permit = self._protocol.server_side.port.admit(head)
@@ -123,7 +129,7 @@ class InferCycle:
     def body(self, data: bytes) -> None:
         """A piece of the body."""
         self._size += len(data)
-        limit = self._protocol.server_side.limits.max_body_bytes
+        limit = self._protocol.limits.max_body_bytes
         if self._size > limit:
             self._fail(too_large(self._size, limit))
             return
@@ -169,8 +175,8 @@ class InferCycle:
         head, permit = self._head, self._permit
         if head is None or permit is None:
             return
-        large = len(body) > pieces.SMALL_BODY_BYTES
-        request = self._request = _decode(head, body, json_size, self._protocol.server_side, whole=not large)
+        large = len(body) > _SMALL_BODY_BYTES
+        request = self._request = _decode(head, body, json_size, self._protocol, whole=not large)
         if large and pieces.unfinished(request):
             self._working = self._protocol.later(self._finish_later(head, permit, request))
         else:
@@ -211,48 +217,61 @@ class InferCycle:
         """The deadline came before the body was complete."""
         self._fail(DeadlineExceeded("the deadline passed before the request body was complete"))
 
+    @property
+    def answering(self) -> bool:
+        """It has been run, and what was found is being written down."""
+        return self._response is not None
+
     # --- Reply -----------------------------------------------------------------------------------------------
 
     def message(self, response: InferenceResponse, decision: Decision) -> None:
         self._answers += 1
         self._response, self._decision = response, decision
 
-    def finish(self, error: TidegateError | None) -> None:
+    def finish(self, error: TidegateError | None) -> str | None:
         if error is not None:
             self._fail(error)  # raised, it would be held by its own traceback, and with it what the callers hold
-            return
+            return None
         try:
-            self._answer()
+            return self._answer()
         except TidegateError as refusal:
             self._fail(refusal)
+            return refusal.code
         except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._crash(failure)
+            return Internal.code
 
-    def _answer(self) -> None:
+    def _answer(self) -> str | None:
         head, request, response = self._head, self._request, self._response
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
         if response is None or request is None or head is None:
             raise Internal(self._tidegate_id())
-        server = self._protocol.server_side
-        size = sum([len(tensor.data) for tensor in response.outputs])
-        if size > server.settings.compress_over_bytes and (
-            size > server.settings.offload_bytes or "accept-encoding" in head.metadata or pieces.has_many(response)
+        protocol = self._protocol
+        size = 0
+        for tensor in response.outputs:
+            size += len(tensor.data)
+        if size > protocol.settled_bytes and (
+            size > protocol.server_side.settings.offload_bytes
+            or "accept-encoding" in head.metadata
+            or pieces.has_many(response)
         ):
-            self._working = self._protocol.later(self._answer_later(head, request, response))
-            return
+            self._working = protocol.later(self._answer_later(head, request, response))
+            return WRITING
         chunks, json_size = json_codec.encode_infer(
             response,
             outputs=request.outputs,
             binary_default=request.binary_output,
-            strict_json=server.settings.strict_json,
+            strict_json=protocol.strict_json,
         )
         self._write(-1 if json_size is None else json_size, chunks)
+        return None
 
     async def _answer_later(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> None:
         """Large answers are encoded, and compressed, off the loop."""
         try:
-            answer = await self._protocol.server_side.infer.encode(head, request, response)
+            with telling(self._ticket):
+                answer = await self._protocol.server_side.infer.encode(head, request, response)
         except TidegateError as error:
             answer = error_answer(error, self._protocol.server_side.statuses)
         except Exception as error:  # noqa: BLE001 - the boundary of one request
@@ -286,12 +305,12 @@ class InferCycle:
         length = 0
         for chunk in chunks:
             length += len(chunk)
-        sizes = _sizes(json_size, length, self.keep_alive)
+        sizes = sizes_after_id(json_size, length, self.keep_alive)
         trace = getattr(permit, "traceresponse", None)
         if trace:
             sizes = b"\r\ntraceresponse: " + header_value(trace) + sizes
         status = self._protocol.server_side.status_ok
-        self._out([status, _decided(decision), permit.tidegate_id.encode(), sizes, *chunks], length)
+        self._out([status, lines_to_id(decision), permit.tidegate_id.encode(), sizes, *chunks], length)
 
     def _send(self, answer: Answer) -> None:
         """Any other answer."""
@@ -318,9 +337,9 @@ class InferCycle:
         self._over()
         protocol = self._protocol
         if length > _JOINED_BYTES:
-            protocol.transport.writelines(parts)
+            protocol.client_side.writelines(parts)
         else:
-            protocol.transport.write(b"".join(parts))
+            protocol.client_side.write(b"".join(parts))
         protocol.answered(self)
 
     def abandon(self) -> None:
@@ -340,59 +359,19 @@ class InferCycle:
             permit.release()
 
 
-class _Head:
-    """A request's head as it came, and what it says. ``target``: (model, version) of what is taken here, else None."""
-
-    __slots__ = ("headers", "json_size", "length", "limited", "metadata", "target", "url")
-
-    def __init__(
-        self,
-        url: bytes,
-        headers: list[tuple[bytes, bytes]],
-        target: tuple[str, str] | None,
-        metadata: dict[str, str],
-        length: int | None,
-    ) -> None:
-        self.url = url
-        self.headers = headers
-        self.target = target
-        self.metadata = metadata
-        self.length = length
-        self.limited = TIMEOUT_HEADER in metadata
-        #: Of the JSON part, once a body of this length has been read.
-        self.json_size: int | None = None
-
-
-class KnownHeads:
-    """What heads said, by the bytes they had: for all connections, and bounded. Only those that came twice are kept,
-    so that heads which are never repeated, as with a trace in each, do not drive out the others.
-    """
-
-    __slots__ = ("_known", "_seen", "get")
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, _Head] = {}
-        self._seen: set[int] = set()
-        self.get = self._known.get
-
-    def learn(self, raw: bytes, head: _Head) -> None:
-        mark = hash(raw)
-        if mark not in self._seen:
-            if len(self._seen) >= 2 * _KNOWN_HEADS:
-                self._seen.clear()
-            self._seen.add(mark)
-        elif len(raw) <= _KNOWN_HEAD_BYTES:
-            if len(self._known) >= _KNOWN_HEADS:
-                self._known.clear()
-            self._known[raw] = head
-
-
 class NativeHttp1(HttpProtocol):
     """One connection that speaks HTTP/1.1."""
 
     def __init__(self, server: NativeServer, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(server, config, state)
         self.server_side = server
+        self.limits: RequestLimits = server.limits
+        self.strict_json: bool = server.settings.strict_json
+        #: Answers up to this size are never worked on off the loop.
+        self.settled_bytes: int = server.settings.compress_over_bytes
+        self._keep_alive_s: float = server.settings.keep_alive_s
+        #: What answers are written to.
+        self.client_side: Any = None
         self._due = 0.0
         self._on_due: Callable[[], None] | None = None
         self._body_from = 0.0
@@ -401,10 +380,11 @@ class NativeHttp1(HttpProtocol):
         #: The newest request, where it came whole, known by its head, and nothing has happened since.
         self._repeated: InferCycle | None = None
         #: The last head that could be an inference: clients repeat themselves, and to compare costs less than to read.
-        self._known: _Head | None = None
+        self._known: Head | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.client_side = self.transport
         if self.app is not self.config.loaded_app:  # over the limit
             self.server_side.refused += 1
         if self.client:
@@ -412,7 +392,37 @@ class NativeHttp1(HttpProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._abandon()
+        running = self._started
+        if running is not None and not running.response_complete:  # others may wait behind it, of which it is not told
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. True: what is owed is written first; else the connection is closed now.
+
+        Nothing is owed for a request that never came whole, nor for inference that waits or runs: callers who leave
+        say no more than this either, and what they have queued would run in front of what others wait for. So nothing
+        is owed behind one of these. Over TLS a connection ends as a whole.
+        """
+        if self._closing or self._refusal is not None or self._paced is not None or self.transport.is_closing():
+            return False
+        owed = list(takewhile(_is_owed, self._unanswered()))
+        if not owed:
+            return False
+        last = self.cycle = owed[-1]
+        while self.pipeline and self.pipeline[0][0] is not last:
+            self.pipeline.popleft()
+        last.keep_alive = False
+        self._repeated = None
+        self._disarm()
+        return True
+
+    def _unanswered(self) -> list[Any]:
+        """Requests whose answers are not complete, in their order."""
+        running = self._started
+        waiting = [cycle for cycle, _ in reversed(self.pipeline)]
+        return waiting if running is None or running.response_complete else [running, *waiting]
 
     def _abandon(self) -> None:
         """The newest request may wait in the pipeline behind the one that runs."""
@@ -458,28 +468,28 @@ class NativeHttp1(HttpProtocol):
             known = self._known
             if known is None or known.headers != self.headers or known.url != self.url:
                 known = self._read_head()
-                self._known = known if self._head_bytes <= _KNOWN_HEAD_BYTES else None
+                self._known = known if self._head_bytes <= KNOWN_HEAD_BYTES else None
             return self._request_head(known)
         except TidegateError:
             return None  # refused the reference way
 
-    def _request_head(self, known: _Head) -> RequestHead | None:
+    def _request_head(self, known: Head) -> RequestHead | None:
         """Raises TidegateError when the deadline cannot be read."""
         if known.target is None:
             return None
-        received_ns = time.monotonic_ns()
+        received_ns = _monotonic_ns()
         deadline_ns = deadline_of(known.metadata, received_ns) if known.limited else 0
         model, version = known.target
         return RequestHead("http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer)
 
-    def _read_head(self) -> _Head:
+    def _read_head(self) -> Head:
         """What target and headers say. Raises TidegateError."""
         metadata = metadata_of(self.headers)
         length = declared_length(metadata)
-        target = _target(self.url) if len(self.url) <= _KNOWN_URL_BYTES else _target.__wrapped__(self.url)
+        target = target_of(self.url)
         if "content-encoding" in metadata or _leaves_loop(metadata, length, self.server_side):
             target = None
-        return _Head(self.url, self.headers, target, metadata, length)
+        return Head(self.url, self.headers, target, metadata, length)
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
@@ -502,12 +512,17 @@ class NativeHttp1(HttpProtocol):
             cycle.complete()
 
     def data_received(self, data: bytes) -> None:
-        raw = data[: data.find(b"\r\n\r\n") + 4] if self._between_requests() else b""
-        known = self.server_side.heads.get(raw) if raw else None
-        if known is not None and known.length == len(data) - len(raw):
+        raw, known = b"", self._known
+        if self._between_requests():
+            if known is not None and known.raw and data.startswith(known.raw):
+                raw = known.raw  # to be told from the newest costs less than to find where a head ends
+            else:
+                raw = data[: data.find(b"\r\n\r\n") + 4]
+                known = self.server_side.heads.get(raw)
+        if raw and known is not None and known.length == len(data) - len(raw):
             head = self._request_head(known)
             if head is not None:
-                self._on_due = None
+                self._due = math.inf  # what was due, if anything, is the end of idleness: it is so again when answered
                 if self._repeated is None:
                     self._unset_keepalive_if_required()
                 self._known = known  # as everywhere, that of the newest request taken here: ``_learn`` goes by it
@@ -580,7 +595,9 @@ class NativeHttp1(HttpProtocol):
     def answered(self, cycle: InferCycle) -> None:
         """The answer of ``cycle`` is out: go on, or end."""
         if cycle is self._repeated and cycle.keep_alive:
-            self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+            self._due = self.server_side.now + self._keep_alive_s
+            if self._on_due is None:
+                self._on_due = self._idle_expired
         elif self.transport.is_closing():
             return
         elif not cycle.keep_alive:
@@ -591,7 +608,7 @@ class NativeHttp1(HttpProtocol):
         elif self.pipeline or self._refusal is not None or cycle.more_body:
             self.on_response_complete()
         elif not self._head_open:
-            self._arm(self.server_side.settings.keep_alive_s, self._idle_expired)
+            self._arm(self._keep_alive_s, self._idle_expired)
 
     def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A request or an answer that takes long to read or write."""
@@ -619,6 +636,13 @@ class NativeHttp1(HttpProtocol):
             expired()
 
 
+def _is_owed(cycle: Any) -> bool:
+    """Whether a request is answered although its client sends no more."""
+    if isinstance(cycle, InferCycle):
+        return cycle.answering
+    return not cycle.more_body and (cycle.response_started or match_infer(cycle.scope["raw_path"]) is None)
+
+
 def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeServer) -> bool:
     """Whether the body is JSON that may be too large to be parsed on the loop."""
     if length is not None and length <= server.settings.offload_bytes:
@@ -629,39 +653,11 @@ def _leaves_loop(metadata: dict[str, str], length: int | None, server: NativeSer
 
 
 def _decode(
-    head: RequestHead, body: Buffer, json_size: int | None, server: NativeServer, *, whole: bool
+    head: RequestHead, body: bytes, json_size: int | None, protocol: NativeHttp1, *, whole: bool
 ) -> InferenceRequest:
     if json_size == 0:
-        spec, _ = server.catalog.metadata(head.model, head.version)
+        spec, _ = protocol.server_side.catalog.metadata(head.model, head.version)
         return binary.decode_raw(body, model=head.model, version=head.version, spec=spec, whole=whole)
     return json_codec.decode_infer(
-        body, model=head.model, version=head.version, limits=server.limits, json_size=json_size, whole=whole
+        body, model=head.model, version=head.version, limits=protocol.limits, json_size=json_size, whole=whole
     )
-
-
-@lru_cache(maxsize=512)
-def _target(url: bytes) -> tuple[str, str] | None:
-    """(model, version) that a request's target names, None when it is no inference. Raises TidegateError.
-
-    Kept by the whole target, as clients repeat it: what is found there is neither cut up nor decoded twice.
-    """
-    target = match_infer(httptools.parse_url(url).path)
-    return None if target is None else (decoded(target[0]), decoded(target[1]))
-
-
-@lru_cache(maxsize=1024)
-def _sizes(json_size: int, length: int, keep_alive: bool) -> bytes:
-    """The header lines from behind the id's value on."""
-    kind = b"application/json"
-    if json_size >= 0:
-        kind = b"application/octet-stream\r\ninference-header-content-length: %d" % json_size
-    end = b"" if keep_alive else b"connection: close\r\n"
-    return b"\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b\r\n" % (kind, length, end)
-
-
-def _decided(decision: Decision) -> bytes:
-    """The header lines that repeat from answer to answer, up to the value of the id."""
-    if not decision.lines:
-        headers = decision_headers("", decision, None)
-        decision.lines = b"".join([b"%b: %b\r\n" % header for header in headers[1:]]) + b"x-tidegate-id: "
-    return decision.lines

@@ -19,7 +19,8 @@ from server.transport.native import asgi, streams
 from server.transport.native.accepting import SecureListener, Undecided
 from server.transport.native.asgi import AsgiStream
 from server.transport.native.h2 import Http2Connection, Http2Settings, Stream
-from server.transport.native.http1 import KnownHeads, NativeHttp1
+from server.transport.native.heads import KnownHeads
+from server.transport.native.http1 import NativeHttp1
 from server.transport.native.metadata import Metadata
 from server.transport.native.session import REFUSED_STREAM, Header
 from server.transport.native.streams import Handler, StreamCall

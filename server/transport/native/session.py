@@ -171,6 +171,15 @@ class Session:
         except ngh2.NGH2Error:
             return 0
 
+    def said(self, stream_id: int) -> bool:
+        """Whether all of a complete answer with a body is out: its end waits for the peer's windows as its bytes do."""
+        connection = self._connection
+        try:
+            room = min(connection.remote_window_size, connection.stream_remote_window_size(stream_id))
+        except ngh2.NGH2Error:
+            return True  # the stream is gone
+        return room > 0 and not connection.queued_body_size(stream_id)
+
     def drop(self) -> None:
         """The socket is gone: hold nothing more of what was to be sent. All streams are gone from now on."""
         self._over = True

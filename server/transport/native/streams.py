@@ -19,6 +19,7 @@ from server.transport.native.unary import GrpcHead
 from server.transport.rpc.health import HealthRpcs
 from server.transport.rpc.reflection import Reflection
 from server.transport.rpc.session import StreamSession
+from server.transport.rpc.unary import MAX_BYTES
 from server.transport.status import safe_text
 from server.types import Permit, RequestHead
 
@@ -34,20 +35,27 @@ _OVERHEAD_BYTES: Final = 64
 
 
 class StreamCall:
-    """One call: messages in by ``read``, out by ``write``, until ``handler`` returns or raises."""
+    """One call: messages in by ``read``, out by ``write``, until ``handler`` returns or raises.
+
+    With a permit, all that came and is not answered counts as bytes that the permit holds: a message from its first
+    byte on, what was not read, and what ``hold`` says. Where there is no room for more, the stream ends so.
+    """
 
     def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead, handler: Handler) -> None:
         self.connection = connection
         self.head = head
         self.permit: Permit | None = None
         self._id = stream_id
-        self._deframer = wire.Deframer(connection.server.limits.max_body_bytes)
+        self._limit = connection.server.limits.max_body_bytes if handler is infer else MAX_BYTES
+        self._deframer = wire.Deframer(self._limit)
         self._messages: deque[tuple[bool, bytes]] = deque()  # (compressed, payload)
         self._unread = 0
+        self._working = 0  # bytes of messages that were read and are not answered
         self._came = asyncio.Event()
         self._peer_ended = False  # the peer has said everything
         self._ended = False  # nothing more is read: that, or an error, or the server ends
         self._cut = False  # by the server's end
+        self._draining = False
         self._headed = False
         self._seen = self._began = connection.server.now  # more of a message, and the message
         self._error: TidegateError | None = None
@@ -60,23 +68,39 @@ class StreamCall:
         self._peer_ended = end
         if self._ended:
             return
+        deframer = self._deframer
         self._seen = self.connection.server.now
-        if not self._deframer.partial:
+        if not deframer.size:
             self._began = self._seen
         try:
-            self._take(self._deframer.feed(data))
-            if end and self._deframer.partial:
-                raise InvalidArgument("the call ended before its message was complete")
+            self._take(deframer.feed(data))
         except TidegateError as error:
-            self._error, self._ended = error, True
-        self._ended = self._ended or end
-        self._came.set()
+            self._stop(error)
+            return
+        if deframer.error is not None:
+            self._stop(deframer.error)
+        elif end:
+            self._stop(InvalidArgument("the call ended before its message was complete") if deframer.size else None)
+        else:
+            self._came.set()
 
     def _take(self, messages: list[tuple[bool, bytes]]) -> None:
+        size = sum([len(payload) + _OVERHEAD_BYTES for _, payload in messages])
+        self._weigh(size)
         if messages:
             self._began = self._seen
             self._messages += messages
-            self._unread += sum([len(payload) + _OVERHEAD_BYTES for _, payload in messages])
+            self._unread += size
+
+    def _weigh(self, more: int) -> None:
+        if self.permit is not None:
+            self.permit.hold(self._deframer.size + self._unread + self._working + more)
+
+    def _stop(self, error: TidegateError | None) -> None:
+        """Nothing more is read than what came whole; then ``error`` is raised."""
+        self._error, self._ended = error, True
+        self._deframer.clear()
+        self._came.set()
 
     def gone(self) -> None:
         self._task.cancel()
@@ -89,20 +113,20 @@ class StreamCall:
         return self._unread > _UNREAD_BYTES
 
     def overdue(self, now: float) -> bool:
-        if self._ended or not self._deframer.partial or self.full():
+        if self._ended or not self._deframer.size or self.full():
             return False
         settings = self.connection.server.settings
         return now - self._seen > settings.body_idle_s or now - self._began > settings.body_total_s
 
     def give_up(self) -> None:
-        self._error = RequestTimeout("the rest of a message did not arrive in time")
-        self._ended = True
-        self._came.set()
+        self._stop(RequestTimeout("the rest of a message did not arrive in time"))
 
     def drain(self) -> None:
+        self._draining = True
         if not self._ended:
-            self._cut = self._ended = True
-            self._came.set()
+            self._cut = True
+            self._stop(None)
+        self._came.set()
 
     # --- for the handler -------------------------------------------------------------------------------------
 
@@ -120,9 +144,28 @@ class StreamCall:
         self.connection.used(self._id, wire.PREFIX_BYTES + len(payload))
         if not compressed:
             return payload
-        server = self.connection.server
-        limit = server.limits.max_body_bytes
-        return bytes(await server.offload.run(partial(wire.inflated, payload, self.head.coding, limit)))
+        inflate = partial(wire.inflated, payload, self.head.coding, self._limit)
+        return bytes(await self.connection.server.offload.run(inflate))
+
+    def admitted(self, permit: Permit) -> None:
+        """The call has a permit from now on, and gives it back when it is over. Raises TidegateError, see ``hold``."""
+        self.permit = permit
+        self._weigh(0)
+
+    def hold(self, size: int) -> None:
+        """Messages of so many bytes were read and are not answered. Raises TidegateError where there is no room."""
+        before, self._working = self._working, size
+        try:
+            self._weigh(0)
+        except TidegateError:
+            self._working = before
+            raise
+
+    async def until_drained(self) -> None:
+        """Until the server ends, and its GOAWAY is out."""
+        while not self._draining:
+            self._came.clear()
+            await self._came.wait()
 
     def send_head(self, headers: tuple[Header, ...] = ()) -> None:
         """Initial metadata, once; without this the first message sends it."""
@@ -169,7 +212,7 @@ class StreamCall:
         else:
             session.trailers(self._id, trailers)
         if not self._peer_ended:
-            connection.end_early(self._id)
+            connection.end_early(self._id, bare=not self._headed)
         connection.done(self._id)
 
 
@@ -196,9 +239,10 @@ async def infer(call: StreamCall) -> None:
     server = connection.server
     if connection.overfull():
         raise TooManyRequests("answers on this connection wait for their reader: take them first")
-    permit = call.permit = server.port.admit(
+    permit = server.port.admit(
         RequestHead("grpc", "", "", head.metadata, head.received_ns, head.deadline_ns, None, connection.peer)
     )
+    call.admitted(permit)
     call.send_head(tuple(decision_headers(permit.tidegate_id, None, getattr(permit, "traceresponse", None))))
     session = StreamSession(
         server.port,
@@ -206,6 +250,7 @@ async def infer(call: StreamCall) -> None:
         call.read,
         call.write,
         max_in_flight=server.http2.max_in_flight_per_stream,
+        hold=call.hold,
         turns=server.infer.turns,
     )
     await session.run()
@@ -217,7 +262,10 @@ def watch(health: HealthRpcs) -> Handler:
     async def handle(call: StreamCall) -> None:
         async for status in health.watch(await call.read() or b""):
             await call.write(status)
-        raise _draining()  # only that ends the states to tell
+        # Only the server's end ends the states to tell. The last of them is read before a status that is an error: some
+        # clients drop with that what they had not read.
+        await call.until_drained()
+        raise _draining()
 
     return handle
 

@@ -12,6 +12,7 @@ import structlog
 from server.codec import pieces, protobuf
 from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
 from server.transport.answers import decision_headers, header_value
+from server.transport.bridge import telling
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE, by_deadline
 from server.transport.native import wire
@@ -19,7 +20,7 @@ from server.transport.native.metadata import Metadata
 from server.transport.native.session import Header
 from server.transport.rpc.unary import Method, check_message_size
 from server.transport.status import safe_text
-from server.types import Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
+from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
 
 if TYPE_CHECKING:
     from server.transport.native.h2 import Http2Connection
@@ -188,7 +189,7 @@ class UnaryCall:
             session.head(self._id, head) and session.trailers(self._id, trailers)
         else:
             session.head(self._id, (*head, *trailers), end=True)
-            connection.end_early(self._id)
+            connection.end_early(self._id, bare=True)
         self._over()
         connection.done(self._id)
 
@@ -297,18 +298,20 @@ class InferCall(UnaryCall):
         self._answers += 1
         self._response, self._decision = response, decision
 
-    def finish(self, error: TidegateError | None) -> None:
+    def finish(self, error: TidegateError | None) -> str | None:
         if error is not None:
             self._fail(error)  # raised, it would be held by its own traceback, and with it what the callers hold
-            return
+            return None
         try:
-            self._answer()
+            return self._answer()
         except TidegateError as refusal:
             self._fail(refusal)
+            return refusal.code
         except Exception as failure:  # noqa: BLE001 - the boundary of one request: logged here, no text to the caller
             self.fail(failure)
+            return Internal.code
 
-    def _answer(self) -> None:
+    def _answer(self) -> str | None:
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
         response = self._response
@@ -316,22 +319,24 @@ class InferCall(UnaryCall):
             raise Internal(self._tidegate_id())
         if pieces.has_many(response):
             self._working = self._connection.loop.create_task(self._answer_later(response))
-        else:
-            self._send(response)
+            return WRITING
+        self._send(protobuf.framed_infer(response))
+        return None
 
     async def _answer_later(self, response: InferenceResponse) -> None:
         """Contents that take long to write are written by turns with other requests."""
         work = self._connection.server.infer.turns.take(pieces.wired(response))
         try:
-            self._send(await by_deadline(work, self._head.deadline_ns, ANSWERED_LATE))
+            with telling(self._ticket):
+                body = protobuf.framed_infer(await by_deadline(work, self._head.deadline_ns, ANSWERED_LATE))
+            self._send(body)
         except TidegateError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the boundary of one call
             self.fail(error)
 
-    def _send(self, response: InferenceResponse) -> None:
+    def _send(self, body: bytes) -> None:
         connection = self._connection
-        body = protobuf.framed_infer(response)
         head = self._answer_head()
         self._over()
         connection.done(self._id, len(body) if connection.session.unary(self._id, head, body, _OK) else 0)

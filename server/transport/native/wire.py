@@ -10,7 +10,7 @@ from typing import Final
 from urllib.parse import quote_from_bytes
 
 from server.codec import compression
-from server.errors import InvalidArgument, PayloadTooLarge, UnsupportedEncoding
+from server.errors import InvalidArgument, PayloadTooLarge, TidegateError, UnsupportedEncoding
 from server.types import Buffer
 
 #: A message's prefix: compressed or not, length.
@@ -68,21 +68,37 @@ def inflated(payload: Buffer, coding: str, limit: int) -> Buffer:
 
 
 class Deframer:
-    """Cuts a stream of bytes into messages, still compressed if they were. ``feed`` raises what ``declared`` raises."""
+    """Cuts a stream of bytes into messages, still compressed if they were.
 
-    __slots__ = ("_buffer", "_limit", "_wanted")
+    A prefix that ``declared`` refuses ends it: what came before is given, ``error`` says why nothing more is.
+    """
+
+    __slots__ = ("_buffer", "_limit", "_wanted", "error")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
         self._wanted = 0
+        self.error: TidegateError | None = None
 
     def feed(self, data: bytes) -> list[tuple[bool, bytes]]:
         """The messages that ``data`` completes: (compressed, payload)."""
-        buffer = self._buffer
-        buffer += data
         messages: list[tuple[bool, bytes]] = []
-        start = 0
+        if self.error is None:
+            self._buffer += data
+            try:
+                self._cut(messages)
+            except TidegateError as error:
+                self.error = error.with_traceback(None)
+                self.clear()
+        return messages
+
+    def clear(self) -> None:
+        """Drop what a message has of itself that is not complete: nothing is fed after this."""
+        self._buffer.clear()
+
+    def _cut(self, messages: list[tuple[bool, bytes]]) -> None:
+        buffer, start = self._buffer, 0
         with memoryview(buffer) as view:
             while len(view) - start >= PREFIX_BYTES:
                 self._wanted = self._wanted or PREFIX_BYTES + declared(
@@ -94,9 +110,8 @@ class Deframer:
                 start += self._wanted
                 self._wanted = 0
         del buffer[:start]
-        return messages
 
     @property
-    def partial(self) -> bool:
-        """A message has begun and is not complete."""
-        return bool(self._buffer)
+    def size(self) -> int:
+        """Bytes of a message that has begun and is not complete; 0: there is none."""
+        return len(self._buffer)

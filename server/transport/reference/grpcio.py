@@ -20,7 +20,7 @@ from server.codec import pieces, protobuf
 from server.codec.process.steps import Turns
 from server.errors import Cancelled, TidegateError
 from server.transport.answers import decision_headers
-from server.transport.bridge import SingleReply, infer
+from server.transport.bridge import SingleReply, infer, telling
 from server.transport.faults import Internal, check_version, new_id
 from server.transport.port import Services
 from server.transport.rpc import reflection
@@ -259,12 +259,13 @@ class GrpcServer:
         permit = call.permit = self._port.admit(_head(call.context, len(raw)))
         request = await self._decoded(raw)
         reply = SingleReply(asyncio.get_running_loop())
-        await infer(self._port, permit, request, reply)
+        ticket = await infer(self._port, permit, request, reply)
         call.decision = reply.decision
-        response = reply.result(permit)
-        if pieces.has_many(response):
-            response = await self._turns.take(pieces.wired(response))
-        return protobuf.encode_infer(response)
+        with telling(ticket):
+            response = reply.result(permit)
+            if pieces.has_many(response):
+                response = await self._turns.take(pieces.wired(response))
+            return protobuf.encode_infer(response)
 
     async def _decoded(self, raw: bytes) -> InferenceRequest:
         """Contents that take long to read are read by turns with other requests, until gRPC's core ends a late call."""
@@ -298,6 +299,7 @@ class GrpcServer:
 
     async def _watch(self, raw: bytes, context: _Context) -> None:
         try:
+            check_message_size(len(raw))
             async for status in self._health.watch(raw):
                 await context.write(status)
         except Exception as error:  # noqa: BLE001 - the boundary of one stream
@@ -308,6 +310,7 @@ class GrpcServer:
         async def handle(_: object, context: _Context) -> None:
             try:
                 while (raw := await self._read(context)) is not None:
+                    check_message_size(len(raw))
                     await context.write(answers.answer(raw))
             except Exception as error:  # noqa: BLE001 - the boundary of one stream
                 await self._abort(context, self._told(error, new_id()))

@@ -29,11 +29,13 @@ _FINAL: Final = "triton_final_response"
 class _Slot:
     """Reply of one message: the answers still to be sent, and whether more may come."""
 
-    __slots__ = ("_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "size", "ticket")
+    __slots__ = ("_keep", "_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "size",
+                 "ticket")  # fmt: skip
 
-    def __init__(self, wake: Callable[[], None], size: int) -> None:
+    def __init__(self, wake: Callable[[], None], keep: Callable[[int], None]) -> None:
         self._wake = wake
-        self.size = size  # bytes of the message
+        self._keep = keep
+        self.size = 0  # bytes of the message, until it is answered
         self.id = self.model = ""
         self.empty_final = False
         self.answers: deque[InferenceResponse] = deque()
@@ -43,20 +45,36 @@ class _Slot:
 
     def message(self, response: InferenceResponse, decision: Decision) -> None:
         """The decision is dropped: a stream's one set of headers went out before anything was decided."""
-        self.answers.append(response)
-        self._wake()
+        if self.error is not None:
+            return
+        try:
+            self._keep(_size(response))
+        except TidegateError as error:
+            self.error = error.with_traceback(None)
+        else:
+            self.answers.append(response)
+            self._wake()
 
     def finish(self, error: TidegateError | None) -> None:
-        self.error = error
+        self.error = self.error or error
         self.finished = True
         self.ticket = None  # it refers to this reply: apart, both go with the last reference
+        self._keep(-self.size)
         self._wake()
+
+
+def _size(response: InferenceResponse) -> int:
+    """Bytes of what its outputs contain."""
+    contents = [tensor.data for tensor in response.outputs]
+    return sum([sum(map(len, data)) if isinstance(data, list) else len(data) for data in contents])
 
 
 class StreamSession:
     """Takes messages from ``read`` (None: no more) and gives answers to ``write`` until every one is out.
 
-    ``turns``: of what takes long to read or write, here and wherever else they were given to.
+    ``hold`` is told how many bytes of messages and answers are in flight whenever that changes. It raises TidegateError
+    where there is no room for another: that one request is answered so. It is the permit's own, unless more is to be
+    counted with them. ``turns``: of what takes long to read or write, here and wherever else they were given to.
     """
 
     def __init__(
@@ -67,6 +85,7 @@ class StreamSession:
         write: Callable[[bytes], Awaitable[None]],
         *,
         max_in_flight: int,
+        hold: Callable[[int], None] | None = None,
         turns: Turns | None = None,
     ) -> None:
         self._port = port
@@ -74,6 +93,7 @@ class StreamSession:
         self._read = read
         self._write = write
         self._max_in_flight = max_in_flight
+        self._hold = hold or permit.hold
         self._turns = turns or Turns()
         self._max_bytes = port.limits.max_body_bytes
         self._slots: deque[_Slot] = deque()
@@ -107,10 +127,11 @@ class StreamSession:
 
     async def _take(self, raw: bytes) -> None:
         received_ns = time.monotonic_ns()
-        slot = _Slot(self._changed.set, len(raw))
+        slot = _Slot(self._changed.set, self._keep)
         self._slots.append(slot)
-        self._bytes += slot.size
         try:
+            self._keep(len(raw))
+            slot.size = len(raw)
             large = len(raw) > pieces.SMALL_BODY_BYTES
             request = protobuf.decode_infer(raw, self._port.limits, whole=not large)
             slot.id, slot.model = request.id, request.model
@@ -127,10 +148,17 @@ class StreamSession:
             self._log.error("request_failed", id=self._permit.tidegate_id, protocol="grpc", exc_info=error)
             slot.finish(Internal(self._permit.tidegate_id))
 
+    def _keep(self, size: int) -> None:
+        """So many bytes more are in flight, or less. Raises TidegateError where there is no room for more."""
+        self._hold(self._bytes + size)
+        self._bytes += size
+        if size < 0:
+            self._room.set()
+
     async def _write_all(self, reading: asyncio.Task[None]) -> None:
         while self._slots or not reading.done():
             if self._slots and await self._write_slot(self._slots[0]):
-                self._bytes -= self._slots.popleft().size
+                self._slots.popleft()
                 self._room.set()
             else:
                 await self._changed.wait()
@@ -141,10 +169,12 @@ class StreamSession:
         while slot.answers:
             response = slot.answers.popleft()
             slot.final_sent = slot.finished and slot.error is None and not slot.answers
+            size = _size(response)
             if pieces.has_many(response):
                 response = await self._turns.take(pieces.wired(response))
             marked = replace(response, parameters={**response.parameters, _FINAL: slot.final_sent})
             await self._write(protobuf.encode_stream_infer(marked))
+            self._keep(-size)
         if not slot.finished:
             return False
         if slot.error is not None:

@@ -21,14 +21,14 @@ Method: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 _M = TypeVar("_M", bound=Message)
 
 SERVICE: Final = "inference.GRPCInferenceService"
-#: Of a message of any method but ``ModelInfer``, as of a body over HTTP: they are small and admitted by nobody.
-_MAX_BYTES: Final = 1024 * 1024
+#: Of a message of any method but those that infer, as of a body over HTTP: they are small and admitted by nobody.
+MAX_BYTES: Final = 1024 * 1024
 
 
 def check_message_size(size: int) -> None:
     """Raises PayloadTooLarge for a message of a method that needs no large ones."""
-    if size > _MAX_BYTES:
-        raise PayloadTooLarge(f"message of {size} bytes is over the limit of {_MAX_BYTES} bytes")
+    if size > MAX_BYTES:
+        raise PayloadTooLarge(f"message of {size} bytes is over the limit of {MAX_BYTES} bytes")
 
 
 def parse(kind: type[_M], raw: bytes) -> _M:

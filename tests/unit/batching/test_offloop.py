@@ -67,7 +67,7 @@ def test_closing_waits_for_a_hanging_run_for_its_time_only() -> None:
         await asyncio.to_thread(started.wait, 10)
         began = time.monotonic()
         await asyncio.to_thread(subject.close)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20  # its run would take 30
         assert subject.hung()
         go.set()
         assert (await ended).outputs is not None  # what comes late is still answered

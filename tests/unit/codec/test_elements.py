@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.codec.elements import InexactIntegerError, contents
+from server.codec.elements import InexactIntegerError, are_numbers, contents, packer
 from server.errors import InvalidArgument
 from server.types import DATATYPES
 
@@ -108,3 +110,29 @@ def test_strings() -> None:
 @pytest.mark.parametrize("datatype", [*DATATYPES, "BYTES"])
 def test_no_elements(datatype: str) -> None:
     assert not contents("x", datatype, [], exact=False)
+
+
+@pytest.mark.parametrize("datatype", [*DATATYPES, "BYTES"])
+def test_a_packer_makes_the_same_contents(datatype: str) -> None:
+    for values in ([], [1], [0.1, -2, 1e-50, -0.0], [3.4028235e38] * 512, [1] * 513):
+        pack = packer(datatype, len(values))
+        assert (pack is not None) is (datatype in ("FP32", "FP64") and len(values) <= 512)
+        if pack is not None:
+            assert pack(*values) == contents("x", datatype, values, exact=False)
+
+
+def test_a_packer_refuses_what_contents_refuse() -> None:
+    for datatype, value in (("FP32", 1e39), ("FP32", 10**400), ("FP64", -(10**400))):
+        pack = packer(datatype, 1)
+        assert pack is not None
+        with pytest.raises((OverflowError, struct.error)):
+            pack(value)
+        with pytest.raises(InvalidArgument, match="wants a number"):
+            contents("x", datatype, [value], exact=False)
+
+
+@pytest.mark.parametrize("value", [True, None, "1", [1], {}, b"1"])
+def test_numbers_are_integers_and_floats(value: object) -> None:
+    assert are_numbers([])
+    assert are_numbers([1, 2.5, 2**80, math.nan])
+    assert not are_numbers([1, value])

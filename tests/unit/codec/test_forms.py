@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -25,9 +26,13 @@ def read(text: bytes, binary: bytes = b"", limits: RequestLimits = LIMITS) -> In
 
 
 def outcome(text: bytes, binary: bytes = b"") -> Any:
+    return outcome_of(lambda: read(text, binary))
+
+
+def outcome_of(reading: Callable[[], InferenceRequest]) -> Any:
     """What a request comes to, in values that can be compared."""
     try:
-        request = read(text, binary)
+        request = reading()
     except TidegateError as error:
         return type(error), str(error)
     inputs = [
@@ -73,14 +78,14 @@ def test_a_form_is_used() -> None:
     assert form is not None
     request = read(text)
     for _ in range(2):
-        assert forms.request(form, text, memoryview(b""), "m", "", LIMITS) is None
+        assert forms.request(form, text, len(text), "m", "", LIMITS) is None
         forms.learn(form, request, 0, LIMITS)
     other = document("[4,5,6]")
     assert form_of(other, has_binary=False) == form
-    found = forms.request(form, other, memoryview(b""), "m", "7", LIMITS)
+    found = forms.request(form, other, len(other), "m", "7", LIMITS)
     assert found is not None
     assert (found.version, found.inputs) == ("7", [Tensor("x", "FP32", (1, 3), struct.pack("<3f", 4, 5, 6))])
-    assert forms.request(form, other, memoryview(b""), "m", "7", RequestLimits(max_dims=1)) is None, "other limits"
+    assert forms.request(form, other, len(other), "m", "7", RequestLimits(max_dims=1)) is None, "other limits"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def test_a_request_without_inputs_has_no_form_to_learn() -> None:
     assert form is not None
     for _ in range(3):
         forms.learn(form, read(text), 0, LIMITS)
-        assert forms.request(form, text, memoryview(b""), "m", "", LIMITS) is None
+        assert forms.request(form, text, len(text), "m", "", LIMITS) is None
     assert len(forms) == 0
 
 
@@ -176,6 +181,100 @@ def test_what_was_handed_out_is_not_remembered() -> None:
         request.outputs.clear()
 
 
+def test_the_form_of_the_newest_request_is_tried_first() -> None:
+    forms = Forms()
+    text, other = document("[1,2,3]"), document("[4,5.5,6]")
+    form = form_of(text, has_binary=False)
+    assert form is not None
+    for _ in range(2):
+        forms.learn(form, read(text), 0, LIMITS)
+    assert forms.newest(other, len(other), "m", "", LIMITS) is None, "of this model none was read"
+    assert forms.request(form, text, len(text), "m", "", LIMITS) is not None
+    found = forms.newest(other, len(other), "m", "7", LIMITS)
+    assert found is not None
+    assert (found.model, found.version) == ("m", "7")
+    assert found.inputs == [Tensor("x", "FP32", (1, 3), struct.pack("<3f", 4, 5.5, 6))]
+    assert forms.newest(other, len(other), "n", "", LIMITS) is None, "another model"
+    assert forms.newest(other, len(other), "m", "", RequestLimits(max_dims=1)) is None, "other limits"
+    assert forms.newest(other, len(other) - 1, "m", "", LIMITS) is None, "the last byte is no JSON"
+    for data in ("[4,5]", "[4,5,6,7]", "[4,5,true]", "[4,5,[6]]", "4,5,6", '{"a":1,"b":2,"c":3}', '"abc"', "", " "):
+        changed = document(data)
+        assert forms.newest(changed, len(changed), "m", "", LIMITS) is None, data
+    followed = text + b"??" + form[1]
+    assert forms.newest(followed, len(text), "m", "", LIMITS) is None, "what follows the JSON belongs to no input"
+    overlapping = form[0] + form[1][1:]
+    assert forms.newest(overlapping, len(overlapping), "m", "", LIMITS) is None
+
+
+#: What is put into bodies of a known form: more than a form may tell apart.
+PIECES = [
+    *(b'"', b"\\", b"[", b"]", b"{", b"}", b",", b":", b"-", b".", b"e", b"0", b"7", b" ", b"\n", b"\x00", b"\xff"),
+    *(b"null", b"true", b"NaN", b"-Infinity", b"1e400", b"1e39", b"18446744073709551616", b"9007199254740993.0"),
+    *(b'"a"', b"[1]", b"{}", b"],[", b'],"data":[9,9,9', b'"id":"z",', b'"parameters":{},', b"\\u0078", b"// 1\n"),
+    *(b'"shape":[3],', b'"outputs":[],', b'"inputs":[],', b"\xef\xbb\xbf"),
+]
+
+
+def mutants(text: bytes) -> Iterator[bytes]:
+    """Each piece at each place, put in and in place of what is there; each stretch of few bytes left out or doubled."""
+    for at in range(len(text) + 1):
+        for piece in PIECES:
+            yield text[:at] + piece + text[at:]
+            yield text[:at] + piece + text[at + 1 :]
+        for size in (1, 2, 3, 7):
+            yield text[:at] + text[at + size :]
+            yield text[:at] + text[at : at + size] + text[at:]
+
+
+def read_anew(text: bytes, binary: bytes, size: int | None) -> Any:
+    """A buffer that is no ``bytes`` is read without forms, and means the same."""
+    return outcome_of(
+        lambda: decode_infer(bytearray(text + binary), model="m", version="", limits=LIMITS, json_size=size)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        (document("[1.5, 2, 3]"), b""),
+        (document("[[1, 2.5e1, 3]]", rest=',"id":"i"'), b""),
+        (document("[1,2,3]", datatype="INT64", before='"parameters":{"binary_data_output":true},'), b""),
+        (document("[1,2,3]", datatype="BF16", before='"id":"\\u00e9\\"[1]",'), b""),
+        (document("[true,false,true]", datatype="BOOL"), b""),
+        (orjson.dumps({"inputs": [{"data": [1, 2, 3], "datatype": "FP64", "shape": [3], "name": "data"}]}), b""),
+        (
+            b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"parameters":{"binary_data_size":8}}]}',
+            struct.pack("<2f", 1, 2),
+        ),
+    ],
+)
+def test_bodies_close_to_a_known_form_mean_what_they_say(text: bytes, contents: bytes) -> None:
+    for number, changed in enumerate(mutants(text)):
+        if number % 64 == 0:
+            for _ in range(3):
+                read(text, contents)  # by now the form is known, and the newest
+        size = len(changed) if contents else None
+        assert outcome(changed, contents) == read_anew(changed, contents, size), changed
+
+
+def test_a_split_that_lies_close_to_a_known_one() -> None:
+    text = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"parameters":{"binary_data_size":8}}]}'
+    contents = struct.pack("<2f", 1, 2)
+    for size in (*range(len(text) - 3, len(text) + 12), 0, 1):
+        for _ in range(3):
+            read(text, contents)
+        body = text + contents
+        now = outcome_of(lambda: decode_infer(body, model="m", version="", limits=LIMITS, json_size=size))  # noqa: B023
+        assert now == read_anew(text, contents, size), size
+
+
+def test_two_forms_of_one_model_in_turn() -> None:
+    for step in range(6):
+        agree(document(f"[{step},2,3]"))
+        agree(document(f"[ {step},2]", shape="[2]", datatype="FP64", rest=',"id":"other"'))
+        agree(described(("x", "FP32", [2], 8)), struct.pack("<2f", step, 1))
+
+
 # --- the binary extension --------------------------------------------------------------------------------------------
 
 
@@ -214,6 +313,14 @@ def test_binary_contents_are_where_the_form_says(text: bytes, sizes: tuple[int, 
             agree(text, bytes([(start + k) % 3 for k in range(size)]))
 
 
+@pytest.mark.parametrize(("count", "kind"), [(1024, bytes), (1025, memoryview)])
+def test_small_contents_do_not_keep_the_body(count: int, kind: type) -> None:
+    text = described(("x", "FP32", [count], 4 * count), id="kept")
+    for _ in range(4):
+        request = read(text, bytes(4 * count))
+    assert type(request.inputs[0].data) is kind
+
+
 def test_a_boolean_is_looked_at_each_time() -> None:
     text = described(("z", "BOOL", [2], 2))
     for _ in range(3):
@@ -244,6 +351,11 @@ def test_memory_is_bounded() -> None:
         for _ in range(2):
             forms.learn(form, request, 0, LIMITS)
     assert len(forms) <= 256
+    for number in range(600):
+        assert forms.request(form, text, len(text), f"m{number}", "", LIMITS) is not None
+    kept = [n for n in range(600) if forms.newest(text, len(text), f"m{n}", "", LIMITS) is not None]
+    assert len(kept) <= 256
+    assert kept[-1] == 599
     forms.learn((b"[" * 5000, b""), request, 0, LIMITS)
     forms.learn((b"[" * 5000, b""), request, 0, LIMITS)
     assert len(forms) <= 256

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import struct
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ import pytest
 
 from server.codec.json import decode_infer, encode_infer
 from server.errors import InvalidArgument
-from server.types import InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
+from server.types import DATATYPES, InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 
 LIMITS = RequestLimits()
 
@@ -389,3 +394,121 @@ def test_no_outputs_and_no_elements() -> None:
     assert orjson.loads(answer()[0])["outputs"] == []
     assert b'"shape":[0,3],"data":[]' in answer(Tensor("y", "FP32", (0, 3), b""))[0]
     assert b'"shape":[],"data":[true]' in answer(Tensor("y", "BOOL", (), b"\x01"))[0]
+
+
+# --- Answers that repeat -------------------------------------------------------------------------------------------
+
+#: Of 4 bytes each, so that there is a frame, and memory to write on, that the answer before has used.
+SMALL: dict[str, list[list[Any]]] = {
+    "FP32": [[0.1], [-2.5], [float("nan")], [float("inf")], [3e38]],
+    "INT32": [[1], [-2], [2**31 - 1]],
+    "UINT16": [[1, 2], [65535, 0]],
+    "INT8": [[1, 2, 3, 4], [-1, -2, -3, -128]],
+    "BOOL": [[True, False, True, True], [False, False, False, True]],
+    "FP16": [[0.5, 2], [float("-inf"), 1]],
+}
+
+
+def expected(tensor: Tensor, version: str, id: str) -> dict[str, Any]:
+    output = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    return {"model_name": "m", "model_version": version} | ({"id": id} if id else {}) | {"outputs": [output]}
+
+
+@pytest.mark.parametrize("datatype", SMALL)
+def test_each_answer_has_its_own_numbers(datatype: str) -> None:
+    dtype = DATATYPES[datatype][0]
+    for version, id in (("1", ""), ("2", 'a"b'), ("1", ""), ("1", "é")):
+        for values in SMALL[datatype] * 2:
+            array = np.array(values, dtype)
+            tensor = Tensor("y", datatype, array.shape, array.tobytes())
+            response = InferenceResponse("m", version, id, [tensor])
+            chunks, size = encode_infer(response, outputs=[], binary_default=False)
+            assert size is None
+            document = json.loads(b"".join(chunks))
+            np.testing.assert_array_equal(np.array(document["outputs"][0].pop("data"), dtype), array)
+            assert document == expected(tensor, version, id)
+            chunks, size = encode_infer(response, outputs=[], binary_default=True)
+            document = json.loads(bytes(chunks[0]))
+            assert (document["outputs"][0].pop("parameters"), chunks[1]) == ({"binary_data_size": 4}, tensor.data)
+            assert (document, size) == (expected(tensor, version, id), len(chunks[0]))
+
+
+def test_answers_that_differ_in_one_thing() -> None:
+    """Each after each: nothing of one is left in another, whether the newest fits or an older one."""
+    tensors = [
+        Tensor(name, datatype, shape, bytes(count * 8))
+        for name in ("y", "z")
+        for datatype in ("INT64", "FP64")
+        for count, shape in ((2, (2,)), (2, (1, 2)), (2, (2, 1)), (1, (1,)), (0, (0,)), (400, (400,)))
+    ]
+    tensors += [Tensor("y", "BYTES", (1,), [text]) for text in (b"a", b"bb")]
+    answers = [InferenceResponse(model, version, "", [t]) for t in tensors for model, version in ("m1", "m2", "n1")]
+    for first in answers[:9] + answers[-6:]:
+        for second in answers:
+            for binary in (False, True):
+                for response in (first, second):
+                    chunks, size = encode_infer(response, outputs=[], binary_default=binary)
+                    (tensor,) = response.outputs
+                    document = json.loads(bytes(chunks[0]))
+                    assert (document["model_name"], document["model_version"]) == (response.model, response.version)
+                    (entry,) = document["outputs"]
+                    shown = entry["name"], entry["datatype"], tuple(entry["shape"])
+                    assert shown == (tensor.name, tensor.datatype, tensor.shape)
+                    if binary:
+                        assert entry["parameters"] == {"binary_data_size": len(chunks[1])}
+                        assert size == len(chunks[0])
+                    elif isinstance(tensor.data, list):
+                        assert entry["data"] == [text.decode() for text in tensor.data]
+                    else:
+                        assert entry["data"] == [0] * (len(tensor.data) // 8)
+
+
+def test_a_preference_for_the_one_output() -> None:
+    tensor = floats("y", "FP32", 1.5)
+    for preference in (None, True, False):
+        for default in (True, False):
+            wanted = default if preference is None else preference
+            for name, binary in (("y", wanted), ("other", default)):
+                _, size = answer(tensor, outputs=[RequestedOutput(name, preference)], binary_default=default)
+                assert (size is not None) is binary
+
+
+def test_a_refused_answer_leaves_the_next_one_alone() -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match="'y' has NaN or infinite values"):
+            answer(floats("y", "FP32", math.inf, 1), strict_json=True)
+        assert json.loads(answer(floats("y", "FP32", 2, 1), strict_json=True)[0])["outputs"][0]["data"] == [2, 1]
+
+
+def test_answers_are_written_side_by_side() -> None:
+    """Large answers leave the loop: small ones of the same kind may be written in several threads at once."""
+
+    def write(number: int) -> set[bytes]:
+        tensor = floats("side", "FP32", *range(number, number + 100))
+        return {answer(tensor)[0] for _ in range(2000)}
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for number, written in enumerate(pool.map(write, range(8))):
+                (text,) = written
+                assert json.loads(text)["outputs"][0]["data"] == list(range(number, number + 100))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_what_is_kept_of_answers_is_bounded() -> None:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(6000):
+            response = InferenceResponse(f"m{number}", "1", "", [Tensor("y", "FP32", (256,), bytes(1024))])
+            encode_infer(response, outputs=[], binary_default=False)
+            if number == 2000:
+                before, _ = tracemalloc.get_traced_memory()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after < before + 6_000_000

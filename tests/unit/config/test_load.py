@@ -518,12 +518,12 @@ def test_the_environment_is_the_processs_by_default(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hostile_file_is_refused_in_bounded_time() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     lines = [HEAD + "models:"] + [f"  m{n}: &m{n} {{x: [{', '.join(['*m0'] * 9)}]}}" for n in range(9)]
     problems("\n".join(lines))
     problems(HEAD + "models: " + "{a: " * 100_000)
     problems(HEAD + "models:\n" + "".join(f"  m{n}: {{sorce: x}}\n" for n in range(2_000)))
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 _KEYS = st.sampled_from(

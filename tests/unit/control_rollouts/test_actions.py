@@ -111,7 +111,7 @@ class Rig:
             yield
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while not holds():  # noqa: ASYNC110 - tables and disks ring no bell
                 await asyncio.sleep(0.01)
 

@@ -147,6 +147,23 @@ def test_groups_by_value_and_by_bins() -> None:
         one_column(Holdout({"x": np.zeros((2, 3))}, 2, 2, ""), "x")
 
 
+def test_groups_of_text_files_are_codes_as_they_stand_there(tmp_path: Path) -> None:
+    """Also where one of the files has nothing but numbers and another has not; bins are of numbers all the same."""
+    (tmp_path / "a.csv").write_text("zip,n,age\n007,1,17\n7,1.0,018\n,2.5,30\n")
+    (tmp_path / "b.csv").write_text("zip,n,age\n 007,nan,18\n2B,1e0,\n")
+    groups = {"slices": [{"column": "zip", "metric": "accuracy"}, {"column": "age", "bins": [18]}],
+              "fairness": [{"column": "n", "demographic_parity": "10%"}]}  # fmt: skip
+    found = read_holdout(policy(tmp_path, ["a.csv", "b.csv"], **groups), "")
+    assert groups_of(found, "zip", ()).tolist() == ["007", "7", "missing", "007", "2B"]
+    assert groups_of(found, "n", ()).tolist() == ["1", "1", "2.5", "missing", "1"]
+    assert groups_of(found, "age", (18,)).tolist() == ["under 18", "from 18", "from 18", "from 18", "missing"]
+    (tmp_path / "h.csv").write_text("zip\n" + "\n".join(f"{code:03}" for code in range(150)))
+    few = read_holdout(
+        policy(tmp_path, holdout={"max_rows": 100}, slices=[{"column": "zip", "metric": "accuracy"}]), ""
+    )
+    assert groups_of(few, "zip", ()).tolist() == [f"{code:03}" for code in few.table["zip"]]
+
+
 def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "h.npz", a=np.zeros(3), b=np.zeros(2))
     with pytest.raises(InvalidArgument, match=r"different lengths: \[2, 3\]"):

@@ -19,6 +19,7 @@ from loadtests.session import session
 from server.errors import InvalidArgument
 
 FLOORS: dict[str, tuple[Protocol, ...]] = {
+    "ngh2": ("grpc", "grpcio"),
     "bare": ("http-json", "http-binary", "grpc", "grpcio"),
     "native-echo": ("http-json", "http-binary", "grpc", "grpcio"),
     "grpc-echo": ("grpc", "grpcio"),

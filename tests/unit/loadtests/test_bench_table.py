@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from loadtests.bench_rows import GOALS, NATIVE, ROWS, USUAL_GRPC, Goal
-from loadtests.bench_table import estimate, reached, text
+from loadtests.bench_rows import BARE, GOALS, NATIVE, NGH2, ROWS, USUAL_GRPC, Goal
+from loadtests.bench_table import estimate, limit_of, reached, text
 from loadtests.results import METRICS, Result
 from loadtests.stats import Estimate
 from tests.unit.loadtests.test_results import sample
@@ -55,6 +55,23 @@ def test_verdicts(bounds: tuple[float, float, float], at_least: bool, word: str)
     assert reached(goal, Estimate(value, low, high, 0.95)) == word
 
 
+def test_a_ratio_without_a_goal_is_shown_and_not_judged() -> None:
+    goal = Goal("r", "c", "r", "b", "cpu_us", None)
+    assert reached(goal, Estimate(2.0, 1.9, 2.1, 0.95)) == "no goal"
+    assert limit_of(goal) == ""
+    result = Result("bench")
+    for column, cost in ((NATIVE, 2.0), (BARE, 1.0), (NGH2, 1.6)):
+        result.add(ROW, column, sample(cpu_s=cost))
+    lines = text(result, ROWS).splitlines()
+    (bare,) = [line for line in lines if line.startswith(f"{ROW}: native to bare")]
+    (ngh2,) = [line for line in lines if line.startswith(f"{ROW}: native to ngh2")]
+    assert "2.000 [2.000, 2.000]" in bare
+    assert "no goal" in bare
+    assert "1.250 [1.250, 1.250]" in ngh2
+    assert ngh2.endswith("reached")
+    assert sum(line.startswith(("ngh2: ", "bare: ")) for line in lines) == 2
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     slow = [1.0, 4.0, 2.0, 1.5, 9.0, 1.0]
     result = measured([0.05 * x for x in slow], slow)
@@ -64,6 +81,8 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert "0.050 [0.050, 0.050]" in said
     assert "a note" in said
     assert said.count("not measured") == len(GOALS) - 1
+    ours = [goal for goal in GOALS if goal.row == ROW]
+    assert text(result, ROWS[:1]).count("not measured") == len(ours) - 1
 
 
 def test_errors_are_told() -> None:

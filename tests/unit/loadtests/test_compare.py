@@ -44,8 +44,9 @@ def test_unlike_machines_and_settings_are_named_first() -> None:
     first, second = result(a=[sample()]), result(a=[sample()])
     assert differences(first, second) == []
     second.machine["cpu"] = "another"
+    second.machine["compiled"] = not first.machine["compiled"]
     second.settings["rounds"] = 9
-    assert [line.partition(" ")[0] for line in differences(first, second)] == ["cpu", "rounds"]
+    assert [line.partition(" ")[0] for line in differences(first, second)] == ["cpu", "compiled", "rounds"]
     assert text(first, second).startswith("warning: cpu differs")
 
 

@@ -218,6 +218,14 @@ def test_the_real_client(status: grpc.StatusCode | None) -> None:
     assert sum(traces.values()) == len(traces) == taken.latency.count
 
 
+@pytest.mark.parametrize(("sampled", "flags"), [(0.0, {"00"}), (0.5, {"00", "01"}), (1.0, {"01"})])
+def test_traces_are_flagged_as_often_as_it_is_said(sampled: float, flags: set[str]) -> None:
+    log: list[dict[bytes, bytes]] = []
+    drive(lambda: GrpcServer(log), lambda at: [GrpcLane(at, MESSAGE, 8, sampled=sampled)])
+    assert len(log) > 20
+    assert {headers[b"traceparent"].decode()[-2:] for headers in log} == flags
+
+
 def test_nobody_listens() -> None:
     async def run() -> None:
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
@@ -225,7 +233,7 @@ def test_nobody_listens() -> None:
         server.close()
         await server.wait_closed()
         for lane in (HttpLane(address, REQUEST), GrpcLane(address, MESSAGE)):
-            with pytest.raises(OSError, match=r"."):
+            with pytest.raises(OSError, match=f"cannot connect to {address}"):
                 await lane.open()
             await lane.close()
 

@@ -62,6 +62,36 @@ def test_errors_are_one_line(tmp_path: Path, loop: str) -> None:
     assert "Traceback" not in result.output
 
 
+GONE = """
+name: gone
+target: {{http: "127.0.0.1:9"{more}}}
+model: bench
+payload: {{inline: {{x: {{datatype: FP32, shape: [1], data: [1]}}}}}}
+protocol: http-json
+generator: {generator}
+"""
+
+
+@pytest.mark.parametrize("generator", ["own", "h2load"])
+@pytest.mark.parametrize(("more", "wanted"), [("", "nobody answers at 127.0.0.1:9"), (", pid: 4194305", "target.pid")])
+def test_a_server_that_is_not_there(tmp_path: Path, generator: str, more: str, wanted: str) -> None:
+    (tmp_path / "s.yaml").write_text(GONE.format(generator=generator, more=more))
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "r.json")])
+    assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)
+    assert wanted in result.output
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--html"])
+def test_a_place_that_takes_no_file_is_told_before(tmp_path: Path, option: str) -> None:
+    (tmp_path / "s.yaml").write_text(GONE.format(generator="own", more=""))
+    (tmp_path / "file").touch()
+    arguments = ["run", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "r"), option, str(tmp_path / "file" / "x")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f"{tmp_path}/file" in result.output
+
+
 def test_a_model_that_cannot_be_asked_for(tmp_path: Path) -> None:
     write_model(tmp_path / f"{MODEL}.onnx")
     path = tmp_path / "s.yaml"

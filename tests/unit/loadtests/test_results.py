@@ -95,3 +95,12 @@ def test_what_is_no_result(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=r"result\.json"):
         results.load(path)
+
+
+def test_a_folder_that_takes_no_result_is_named_before(tmp_path: Path) -> None:
+    results.check_folder(tmp_path / "deep" / "down")
+    assert (tmp_path / "deep" / "down").is_dir()
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "down"):
+        with pytest.raises(OSError, match="file"):
+            results.check_folder(wrong)

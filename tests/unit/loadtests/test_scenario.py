@@ -84,9 +84,10 @@ def test_no_file(tmp_path: Path) -> None:
         load_scenario(tmp_path / "none.yaml")
 
 
-def test_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
-        load_scenario(written(tmp_path, ""))
+@pytest.mark.parametrize(("text", "got"), [("", "NoneType"), ("- 1", "list"), ("steady", "str")])
+def test_a_file_without_keys(tmp_path: Path, text: str, got: str) -> None:
+    with pytest.raises(ConfigError, match=f"mapping of keys, got {got}"):
+        load_scenario(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])

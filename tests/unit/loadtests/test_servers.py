@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
-from loadtests.servers import Target, parse_target
+from loadtests.servers import Target, check_reachable, parse_target
 from server.errors import InvalidArgument
 
 
@@ -35,3 +36,13 @@ def test_a_peer() -> None:
 def test_what_is_no_peer(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_target(text)
+
+
+def test_a_server_that_does_not_listen_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as other:
+        up = f"127.0.0.1:{there.getsockname()[1]}"
+        check_reachable(Target("one", up, up))
+        gone = f"127.0.0.1:{other.getsockname()[1]}"
+        other.close()
+        with pytest.raises(ConnectionError, match=f"one: nobody answers at {gone}: .*refused"):
+            check_reachable(Target("one", up, gone))

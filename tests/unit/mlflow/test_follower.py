@@ -56,7 +56,7 @@ def place(mlflow: Mlflow, tmp_path: Path) -> Iterator[Place]:
     found.close()
 
 
-def eventually(check: Callable[[], bool], seconds: float = 20) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until
@@ -99,11 +99,11 @@ def test_a_hint_wakes_the_poll(place: Place) -> None:
 
 def test_hints_do_not_drive_the_poll(place: Place) -> None:
     place.follower.start()
-    polls = place.mlflow.count("/search")
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
+    polls, began = place.mlflow.count("/search"), time.monotonic()
+    while time.monotonic() < began + 1.5:
         place.follower.hint()
-    assert 1 <= place.mlflow.count("/search") - polls <= 3
+    eventually(lambda: place.mlflow.count("/search") > polls)
+    assert place.mlflow.count("/search") - polls <= 2 + (time.monotonic() - began)  # one a second
 
 
 def test_an_outage_ends_by_itself(mlflow: Mlflow, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def filled(looks: int, capacity: int = 4, columns: int = 2) -> History:
     history = History(columns, capacity)
     for look in range(looks):
         values = [np.full(columns, float(10 * look + place)) for place in range(5)]
-        history.add(100 * look, look, math.log(1e-3), values, np.arange(columns) == look % 2)
+        history.add(100 * look, look, math.log(1e-3), np.array(values), np.arange(columns) == look % 2)
     return history
 
 

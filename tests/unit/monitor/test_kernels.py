@@ -21,13 +21,16 @@ from monitor.drift.psi import Psi
 from monitor.drift.rates import rates
 from monitor.drift.wasserstein import Wasserstein
 from monitor.kernels._jit import compile_all
+from monitor.kernels.codes import count_cells
+from monitor.kernels.distances import add_chi_square, chi_square
 from monitor.kernels.folding import fold, tally
-from monitor.kernels.ks import cumulate, ks_distance, ks_interval
+from monitor.kernels.ks import ks_distance, ks_interval
 from monitor.kernels.shares import any_exceeds
 from monitor.kernels.tails import judge_columns, kolmogorov_log_tail
-from monitor.kernels.windows import close_pane, span
-from monitor.layout import Layout
+from monitor.kernels.windows import close_pane, run_columns, span
+from monitor.layout import Layout, running_of
 from monitor.profile import ReferenceProfile
+from monitor.types import counts_of
 from tests.reference import naive_monitor as naive
 
 #: NUMBA_DISABLE_JIT, to see what tests cover: a kernel is plain Python then, and warns of overflow that it deals with.
@@ -121,7 +124,8 @@ def test_some_columns_of_wide_rows_are_counted_in_any_order(places: list[int]) -
 def test_ks_with_all_knots_is_scipys(name: str, dtype: str) -> None:
     reference, window = samples(name, dtype)
     low, high = KolmogorovSmirnov().interval(pair(reference, window, None))
-    a, b = reference[~np.isnan(reference)], window[~np.isnan(window)]
+    # In double: from SciPy 1.18 on, the distance is in the precision of the values.
+    a, b = (values[~np.isnan(values)].astype("f8") for values in (reference, window))
     exact = stats.ks_2samp(a, b, method="asymp").statistic
     assert low[0] == pytest.approx(exact, abs=1e-12)
     assert high[0] == low[0]
@@ -283,12 +287,14 @@ def test_both_tests_of_every_column() -> None:
     size = 4000
     distance, index = rng.exponential(0.05, size), rng.exponential(0.02, size)
     distance[::7] = index[::11] = np.nan
-    ks = np.stack([rng.choice([5.0, 30.0], size), rng.choice([-np.inf, -8.0, -2.0], size), rng.normal(-2, 2, size)])
-    psi = np.stack([rng.choice([50.0, 990.0], size), rng.choice([-8.0, -2.0], size), rng.normal(-2, 2, size)])
+    ks = [rng.choice([5.0, 30.0], size), rng.choice([-np.inf, -8.0, -2.0], size), rng.normal(-2, 2, size)]
+    psi = [rng.choice([50.0, 990.0], size), rng.choice([-8.0, -2.0], size), rng.normal(-2, 2, size)]
     inflation, degrees = rng.choice([1.0, 1.7], size), rng.choice([0.0, 4.5, 9.0], size)
-    floor, calm = np.array([0.05, 0.02]), np.array([0.04, 0.016])
-    log_p, flags = np.empty((2, size)), np.empty((3, size), bool)
-    judge_columns(distance, index, ks, np.stack([*psi, inflation, degrees]), floor, calm, log_p, flags)
+    critical = rng.exponential(0.1, (2, size))
+    ks += [np.full(size, 0.05), np.full(size, 0.04), critical[0]]
+    psi += [np.full(size, 0.02), np.full(size, 0.016), critical[1]]
+    log_p, flags, told = np.empty((2, size)), np.empty((3, size), bool), np.empty((5, size), "f4")
+    judge_columns(distance, index, np.stack(ks), np.stack([*psi, inflation, degrees]), log_p, flags, told)
     assert log_p[0].tolist() == log_tail_kolmogorov(distance * ks[0]).tolist()
     assert log_p[1].tolist() == log_tail_chi_square(index * psi[0] / inflation, degrees).tolist()
     by_ks, by_psi = log_p[0] < ks[1], log_p[1] < psi[1]
@@ -297,25 +303,28 @@ def test_both_tests_of_every_column() -> None:
     assert flags[1].tolist() == ((by_ks & (distance >= 0.05)) | (by_psi & (index >= 0.02))).tolist()
     assert flags[2].tolist() == (quiet[0] & quiet[1]).tolist()
     assert all(0 < found.sum() < size for found in flags)
+    wanted = [index, critical[1], distance, critical[0], log_p.min(axis=0) / math.log(10.0)]
+    assert np.array_equal(told, np.array(wanted, "f4"), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
 def test_fold(dtype: str) -> None:
+    """Two columns; the second's two runs are of one bin."""
     compile_all()
-    cells, bins = np.array([3, 4, 5, 6], dtype), np.array([1, 0, 1, 2], "i4")
-    out = np.full(3, 99, "i8")
-    fold(cells, np.arange(5), bins, out)
-    assert out.tolist() == [4, 8, 6]
+    running, bins = np.array([3, 7, 12, 6, 20, 65_000], dtype), np.array([1, 0, 2, 3, 2], "i4")
+    out = np.full(4, 99, "i8")
+    fold(running, np.array([0, 2, 3, 4, 5]), bins, np.array([0, 2, 5]), out)
+    assert out.tolist() == [9, 3, 6 + 64_980, 14]
 
 
 @pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
 def test_what_is_told_of_a_sample(dtype: str) -> None:
     """Two columns, of three and of two cells: the bins, the rows and the missing ones of each."""
     compile_all()
-    cells, bins = np.array([3, 4, 5, 6, 60_000], dtype), np.full(3, 99, "i8")
+    running, bins = np.array([3, 7, 12, 6, 60_006], dtype), np.full(3, 99, "i8")
     rows, missing = np.full((2, 2), 99, "i8")
-    places = np.array([0, 1, 3, 5]), np.array([1, 0, 2], "i4"), np.array([0, 2, 3])
-    tally(cells, *places, np.array([2, 4]), bins, rows, missing)
+    places = np.array([0, 2, 4]), np.array([1, 0, 2], "i4"), np.array([0, 2, 3])
+    tally(running, *places, np.array([2, 4]), bins, rows, missing)
     assert bins.tolist() == [9, 3, 60_006]
     assert rows.tolist() == [12, 60_006]
     assert missing.tolist() == [5, 60_000]
@@ -324,55 +333,105 @@ def test_what_is_told_of_a_sample(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
 def test_is_any_share_over_what_is_allowed(dtype: str) -> None:
     compile_all()
-    cells, rows, columns = np.array([5, 0, 10], dtype), np.array([100, 0]), np.array([0, 1, 0])
-    at, allowed = np.array([0, 1, 2]), np.array([0.0, 0.0, 0.06])
-    assert not any_exceeds(cells, at, rows, columns, allowed, 0.0501)
-    assert any_exceeds(cells, at, rows, columns, allowed, 0.05)  # the first, just so
-    assert not any_exceeds(cells, at[:0], rows, columns, allowed, -1.0)
-    assert any_exceeds(cells, at[1:2], rows, columns[1:], allowed, 0.0)  # without rows: a share of 0
+    running, rows, columns = np.array([5, 5, 15], dtype), np.array([100, 0]), np.array([0, 1, 0])
+    at, before, allowed = np.array([0, 1, 2]), np.array([-1, 0, 1]), np.array([0.0, 0.0, 0.06])
+    assert not any_exceeds(running, at, before, rows, columns, allowed, 0.0501)
+    assert any_exceeds(running, at, before, rows, columns, allowed, 0.05)  # the first, just so
+    assert not any_exceeds(running, at[1:], before[1:], rows, columns[1:], allowed[1:], 0.0401)
+    assert any_exceeds(running, at[1:], before[1:], rows, columns[1:], allowed[1:], 0.0399)  # 10 of 100, less 0.06
+    assert not any_exceeds(running, at[:0], before, rows, columns, allowed, -1.0)
+    assert any_exceeds(running, at[1:2], before[1:], rows, columns[1:], allowed, 0.0)  # without rows: a share of 0
 
 
 @pytest.mark.parametrize("dtype", ["u2", "i4", "i8"])
+@pytest.mark.parametrize("reference", ["i4", "i8"])
 @pytest.mark.parametrize("cells", [2, 3, 4, 5, 6, 17, 64, 2051])
-def test_the_distance_of_looks_is_the_interval_s_lower_end(cells: int, dtype: str) -> None:
+def test_the_distance_of_looks_is_the_interval_s_lower_end(cells: int, reference: str, dtype: str) -> None:
+    """Also where products of both sizes are beyond 32 bits."""
     compile_all()
     rng = np.random.default_rng(cells)
     start = np.arange(4) * cells
+    products = []
     for _ in range(20):
-        counts = [rng.poisson(rng.choice([0.01, 1.0, 300.0], 3 * cells)).astype("i8") for _ in range(2)]
+        counts = [rng.poisson(rng.choice([0.01, 1.0, most / cells], 3 * cells)) for most in (1e6, 4e4)]
         counts[int(rng.integers(2))][cells : 2 * cells - 1] = 0
-        cumulated = np.full(3 * cells, np.nan)
-        cumulate(counts[0], start, cumulated)
-        columns = [counts[0][first : first + cells] for first in start[:3]]
-        assert cumulated.tolist() == [sum(c[: min(k, cells - 1)]) for c in columns for k in range(1, cells + 1)]
+        running = [running_of(side, start) for side in counts]
         found, low, high = (np.full(3, -1.0) for _ in range(3))
-        ks_distance(cumulated, counts[1].astype(dtype), start, found)
+        ks_distance(running[0].astype(reference), running[1].astype(dtype), start, found)
         ks_interval(counts[0], counts[1], start, low, high)
         assert np.array_equal(found, low, equal_nan=True)
         assert np.isnan(found[1])
         for own, first in zip(found, start[:3], strict=True):
             sides = [side[first : first + cells].tolist() for side in counts]
-            if sum(sides[0][:-1]) and sum(sides[1][:-1]):
+            products.append(sum(sides[0][:-1]) * sum(sides[1][:-1]))
+            if products[-1]:
                 assert own == pytest.approx(float(naive.ks_interval(*sides)[0]), abs=1e-15)
+    assert min(products) < 2**31 < max(products) or cells == 2
+
+
+@pytest.mark.parametrize("size", [1, 2**31 - 1, 2**31, 2**31 + 1, 2**40])
+def test_distances_around_the_largest_product_of_32_bits_are_exact(size: int) -> None:
+    """All of the reference lies below all of the window."""
+    compile_all()
+    found = np.full(1, -1.0)
+    ks_distance(np.array([size, size, size]), np.array([0, 1, 1]), np.array([0, 3]), found)
+    assert found[0] == 1.0
+    ks_distance(np.array([0, size, size]), np.array([1, 1, 1]), np.array([0, 3]), found)
+    assert found[0] == 1.0
+
+
+def test_running_sums_are_of_each_column_and_counts_come_back() -> None:
+    compile_all()
+    rng = np.random.default_rng(2)
+    start = np.array([0, 2, 9, 10, 11, 40])
+    counts = rng.integers(0, 2**40, 40)
+    running = running_of(counts, start)
+    columns = [counts[first:last].tolist() for first, last in pairwise(start.tolist())]
+    assert running.tolist() == [sum(own[: k + 1]) for own in columns for k in range(len(own))]
+    assert (counts_of(running, start) == counts).all()
+    few = rng.integers(0, 200, 40)
+    assert (counts_of(running_of(few, start).astype("u2"), start) == few).all()
 
 
 @pytest.mark.parametrize(
-    ("pane", "window", "most"), [("i4", "i8", 2**30), ("u2", "i4", 2**16), ("u2", "u2", 2**16 // 5)]
+    ("pane", "window", "most"), [("i4", "i8", 2**26), ("u2", "i4", 2**11), ("u2", "u2", 2**11 // 5)]
 )
 def test_a_pane_enters_all_windows_and_the_oldest_leaves_each(pane: str, window: str, most: int) -> None:
+    """Columns of 1 to 31 cells, the last ones marks."""
     compile_all()
     rng = np.random.default_rng(1)
+    start = np.append(0, np.cumsum([2, 3, 4, 5, 6, 7, 31, 1, 1]))
+    cells = int(start[-1])
     lengths = np.array([1, 3, 5])
-    panes, sums, opened = np.zeros((5, 7), pane), np.zeros((3, 7), window), np.zeros(7, "i4")
+    panes, sums, opened = np.zeros((5, cells), pane), np.zeros((3, cells), window), np.zeros(cells, "i4")
     past = []
     for closed in range(23):
-        opened += rng.integers(0, most, 7, dtype="i4")
-        past.append(opened.astype("i8"))
-        close_pane(opened, panes, closed, lengths, sums)
+        opened += rng.integers(0, most, cells, dtype="i4")
+        past.append(np.concatenate([np.cumsum(opened[first:last], dtype="i8") for first, last in pairwise(start)]))
+        close_pane(opened, start, panes, closed, lengths, sums)
         assert not opened.any()
         assert (panes[closed % 5] == past[-1]).all()
         for length, total in zip(lengths, sums, strict=True):
             assert total.tolist() == np.sum(past[-length:], axis=0).tolist()
+
+
+def test_chi_square_of_neighbours_is_added_where_both_have_rows() -> None:
+    compile_all()
+    rng = np.random.default_rng(4)
+    start = np.array([0, 3, 7, 9])
+    total, degrees, statistic, occupied = np.ones(3), np.ones(3), np.empty(3), np.empty(3, "i8")
+    expected, expected_degrees = np.ones(3), np.ones(3)
+    for _ in range(5):
+        before, now = rng.poisson(2.0, (2, 9))
+        now[3:7] = 0
+        chi_square(before, now, start, statistic, occupied)
+        expected += np.where(np.isnan(statistic), 0.0, statistic)
+        expected_degrees += np.where(np.isnan(statistic), 0.0, occupied - 1.0)
+        add_chi_square(before, now, start, total, degrees)
+    assert total.tolist() == expected.tolist()
+    assert degrees.tolist() == expected_degrees.tolist()
+    assert (total[1], degrees[1]) == (1.0, 1.0)
+    assert total[0] > 1.0
 
 
 def test_what_spans_the_panes_of_a_window() -> None:
@@ -386,8 +445,16 @@ def test_what_spans_the_panes_of_a_window() -> None:
     assert span(facts, 4, 2) == (7, 1, 40, 70)  # the place of pane 0 holds pane 3 now
 
 
+@pytest.mark.skipif(INTERPRETED, reason="plain Python keeps the GIL")
+def test_kernels_of_rows_and_cells_run_without_the_gil() -> None:
+    for long in (count_cells, close_pane, run_columns, ks_distance, ks_interval):
+        assert vars(long)["targetoptions"]["nogil"]
+    for brief in (span, tally, fold, any_exceeds, judge_columns, add_chi_square):
+        assert not vars(brief)["targetoptions"]["nogil"]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="plain Python takes any types")
 def test_kernels_refuse_what_they_were_not_compiled_for() -> None:
     compile_all()
     with pytest.raises(TypeError, match="matching definition"):
-        fold(np.zeros(2, "f4"), np.zeros(3, "i8"), np.zeros(2, "i4"), np.zeros(1, "i8"))
+        fold(np.zeros(2, "f4"), np.zeros(2, "i8"), np.zeros(2, "i4"), np.zeros(2, "i8"), np.zeros(1, "i8"))

@@ -137,6 +137,40 @@ def test_wakes_when_half_full() -> None:
     assert woken == [60, 70, 80]
 
 
+@pytest.mark.parametrize("only", [True, False], ids=["one input", "more tensors"])
+def test_room_and_wakes_are_by_what_waits_at_each_offer(only: bool) -> None:
+    """However much comes and goes between: also a batch larger than all room, and one whose input is absent."""
+    rng = np.random.default_rng(11)
+    woken: list[int] = []
+    outputs = [] if only else [("y", 0, False)]
+    one = Tap([("x", 0, False)], outputs, max_rows=40, max_bytes=900, wake=lambda: woken.append(one.offered))
+    queue: list[tuple[int, int]] = []
+    offered, wanted, dropped, refused = 0, [], 0, 0
+    for step in range(4000):
+        rows, size = int(rng.integers(1, 12)) + 60 * (step % 97 == 0), int(rng.choice([0, 30, 300]))
+        waits, held = sum(own for own, _ in queue), sum(own for _, own in queue)
+        room = waits + rows <= 40 and held <= 900
+        strange = room and step % 89 == 0
+        content: Any = None if step % 13 == 0 else [b"x" * size]
+        given = one.offer(rows, [] if strange else [content], [Output(b"")], step)
+        assert given == (room and not strange)
+        offered += rows
+        if given:
+            queue.append((rows, 0 if content is None else size))
+            if waits + rows > 20:
+                wanted.append(offered)
+        else:
+            dropped, refused = dropped + rows * (not room), refused + rows * strange
+        if rng.random() < 0.2:
+            taken = one.take(int(rng.integers(1, 50)))
+            assert list(zip(taken.rows, taken.sizes, strict=True)) == queue[: len(taken.rows)]
+            del queue[: len(taken.rows)]
+        assert (one.offered, one.dropped, one.refused) == (offered, dropped, refused)
+        assert one.waiting == sum(own for own, _ in queue)
+    assert woken == wanted
+    assert min(dropped, refused, len(woken)) > 0
+
+
 def test_counters_are_exact_with_a_consumer_beside() -> None:
     one = tap(max_rows=64)
     done = threading.Event()

@@ -13,9 +13,9 @@ def test_drains_when_woken_and_once_more_at_the_end() -> None:
     thread = DrainThread(drained.release, interval_s=60, on_error=errors.append)
     thread.start()
     thread.wake()
-    assert drained.acquire(timeout=10)
+    assert drained.acquire(timeout=30)
     assert thread.stop()
-    assert drained.acquire(timeout=10)
+    assert drained.acquire(timeout=30)
     assert errors == []
 
 
@@ -23,7 +23,7 @@ def test_drains_by_itself() -> None:
     drained = threading.Semaphore(0)
     thread = DrainThread(drained.release, interval_s=0.001, on_error=lambda error: None)
     thread.start()
-    assert all(drained.acquire(timeout=10) for _ in range(3))
+    assert all(drained.acquire(timeout=30) for _ in range(3))
     assert thread.stop()
 
 
@@ -37,7 +37,7 @@ def test_an_error_does_not_end_it() -> None:
 
     thread = DrainThread(lambda: 1 // 0, interval_s=0.001, on_error=on_error)
     thread.start()
-    assert all(failed.acquire(timeout=10) for _ in range(2))
+    assert all(failed.acquire(timeout=30) for _ in range(2))
     assert thread.stop()
     assert all(isinstance(error, ZeroDivisionError) for error in errors)
 

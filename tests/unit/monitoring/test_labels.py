@@ -286,3 +286,5 @@ def test_every_version_with_labels_is_listed() -> None:
     assert second.takes("good", "")
     assert not second.takes("good", "another outcome")
     assert not second.takes("fine", "")
+    assert second.wants("")
+    assert not second.wants("another outcome")

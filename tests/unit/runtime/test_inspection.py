@@ -168,11 +168,11 @@ def test_a_file_over_the_format_is_refused_unread(path: Path) -> None:
 def test_a_sparse_gigabyte_is_refused_at_its_first_field(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(2**30)
-    began = time.monotonic()
+    began = time.process_time()
     assert refusal(path) == (
         "model.onnx cannot be loaded: its bytes are no ONNX model, there is no valid field at byte 0."
     )
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

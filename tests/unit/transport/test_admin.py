@@ -157,7 +157,7 @@ async def admin(
     listener = HttpServer(app, settings=settings)
     host, port = await listener.start("127.0.0.1", 0)
     try:
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=10, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30, trust_env=False) as client:
             yield Admin(client, applying, audit)
     finally:
         await listener.drain(1)
@@ -619,7 +619,7 @@ async def test_without_captured_rows_the_format_is_not_found() -> None:
     app = admin_app(EchoCatalog(), token=None, loopback=True, views=views)
     listener = HttpServer(app, settings=HttpSettings(drain_idle_s=0.01))
     host, port = await listener.start("127.0.0.1", 0)
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=10, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30, trust_env=False) as client:
         answers = [(await client.get(f"{DRIFT}{query}")).status_code for query in ("", "?format=npz")]
     await listener.drain(1)
     assert answers == [200, 404]
@@ -637,7 +637,7 @@ async def test_limits_are_bounded(tmp_path: Path, path: str, query: str) -> None
 async def test_what_was_not_handed_in_is_not_there() -> None:
     listener = HttpServer(admin_app(EchoCatalog(), token=None, loopback=True), settings=HttpSettings(drain_idle_s=0.01))
     host, port = await listener.start("127.0.0.1", 0)
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=10, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30, trust_env=False) as client:
         statuses = {path: (await client.get(path)).status_code for path in (*READ, "/admin/v1/experiments/e1")}
     await listener.drain(1)
     assert {path for path, status in statuses.items() if status == 200} == {"/admin/v1/models"}

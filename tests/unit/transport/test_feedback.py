@@ -51,6 +51,8 @@ def test_when_an_outcome_was(time: str, wanted: int) -> None:
         ({"id": "a"}, "'outcome' must be a number or text"),
         ({"id": "a", "outcome": ""}, "got an empty text"),
         ({"id": "a", "outcome": "x" * 4097}, "'outcome' must be text of at most 4096"),
+        ({"id": "a", "outcome": float("inf")}, "'outcome' must be a finite number, got inf"),
+        ({"id": "a", "outcome": float("nan")}, "'outcome' must be a finite number, got nan"),
         ({"id": "a", "outcome": [1]}, "got a list"),
         ({"id": "a"}, "got nothing"),
         ({"id": "a", "outcome": {"v": 1}}, "got an object"),

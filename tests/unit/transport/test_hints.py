@@ -49,7 +49,7 @@ async def listening(woken: Woken, *secrets: str, token: str | None = TOKEN) -> A
     listener = HttpServer(app, settings=HttpSettings(drain_idle_s=0.01))
     host, port = await listener.start("127.0.0.1", 0)
     try:
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=10, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30, trust_env=False) as client:
             yield client
     finally:
         await listener.drain(1)

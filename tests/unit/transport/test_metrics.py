@@ -51,7 +51,7 @@ def listening() -> Iterator[tuple[str, int]]:
 )
 def test_page_in_the_format_asked_for(accept: str, content_type: str, body: bytes) -> None:
     with listening() as address:
-        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection = http.client.HTTPConnection(*address, timeout=30)
         connection.request("GET", "/metrics", headers={"Accept": accept})
         response = connection.getresponse()
         assert (response.status, response.headers["content-type"], response.read()) == (200, content_type, body)

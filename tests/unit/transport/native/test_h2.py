@@ -187,6 +187,21 @@ def test_streams_that_end_within_a_message(wire: Http2Wire) -> None:
     assert answer.body.count(b"affine") == 1
 
 
+@pytest.mark.parametrize("size", [1, 5, 64, 1000])
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize(
+    ("bad", "status"), [(grpc_message(b"abc", 7), "3"), (struct.pack(">BI", 0, 1 << 30) + b"abc", "8")]
+)
+def test_streams_answer_what_came_before_broken_framing(
+    wire: Http2Wire, bad: bytes, status: str, end: bool, size: int
+) -> None:
+    """However it is cut: the last of the good messages and the bad prefix may share a frame."""
+    wire.send(opened(1, path=http2.STREAM_INFER) + body(1, grpc_message(message()) * 2 + bad, end=end, size=size))
+    answer = wire.answer(1)
+    assert answer.status == status
+    assert answer.body.count(b"affine") == 2
+
+
 def test_broken_streams_give_their_slot_back(quick: Running) -> None:
     """An error ends a stream whose peer goes on sending: it must not stay open."""
     with Http2Wire(quick.grpc) as wire:
@@ -322,6 +337,65 @@ def test_an_early_answer_is_not_lost_to_the_reset_behind_it(server: Running) -> 
         assert answer.reset == NO_ERROR
 
 
+def exhaust(wire: Http2Wire) -> None:
+    """Use the connection's window up, to its last byte, and leave nothing queued."""
+    wire.send(opened(1) + body(1, grpc_message(wide(16_000))))
+    left, i = 65_535 - len(wire.answer(1).body), 3
+    while left:
+        size = left if left <= 164 else min(164, left - 38)  # an answer has 37 bytes and those of its id
+        wire.send(opened(i) + body(i, grpc_message(message("echo", 1.0, id="i" * (size - 37)))))
+        left -= len(wire.answer(i).body)
+        i += 2
+
+
+def test_an_error_is_not_lost_to_the_reset_behind_it(server: Running) -> None:
+    """Trailers wait for windows too, where no byte is before them."""
+    with Http2Wire(server.grpc, {http2.INITIAL_WINDOW_SIZE: 1 << 20}, generous=False) as wire:
+        exhaust(wire)
+        wire.send(opened(101, path=http2.STREAM_INFER))
+        while 101 not in wire.answers:
+            assert wire.read_frame()
+        wire.send(body(101, grpc_message(b"abc", 7), end=False))
+        assert settled(server)
+        wire.settled()
+        assert (wire.answers[101].ended, wire.answers[101].reset) == (False, None)
+        wire.send(http2.window(0, 1 << 20))
+        assert wire.answer(101).status == "3"
+        wire.settled()
+        assert wire.answers[101].reset == NO_ERROR
+
+
+def test_a_drain_waits_for_the_end_of_an_answer_that_has_no_bytes() -> None:
+    own = {http2.INITIAL_WINDOW_SIZE: 1 << 20}
+    with running(transport="native", limits=LIMITS) as server, Http2Wire(server.grpc, own, generous=False) as wire:
+        exhaust(wire)
+        wire.send(opened(101) + body(101, grpc_message(message("nobody"))))
+        while 101 not in wire.answers:
+            assert wire.read_frame()
+        with draining(server):
+            while wire.goaway is None or wire.goaway[0] != 101:
+                assert wire.read_frame()
+            wire.settled()
+            wire.send(http2.window(0, 1000))
+            assert wire.answer(101).status == "5"
+            wire.closed()
+
+
+def test_a_drain_does_not_wait_for_windows_without_end() -> None:
+    own = {http2.INITIAL_WINDOW_SIZE: 1 << 20}
+    settings = HttpSettings(write_stall_s=0.5)
+    with (
+        running(transport="native", limits=LIMITS, http=settings) as server,
+        Http2Wire(server.grpc, own, generous=False) as wire,
+    ):
+        exhaust(wire)
+        wire.send(opened(101) + body(101, grpc_message(message("nobody"))))
+        drained = asyncio.run_coroutine_threadsafe(server.grpc_server.drain(30), server.loop)
+        wire.closed()
+        assert drained.result(10) is True
+        assert not wire.answers[101].ended
+
+
 def test_a_large_answer_of_a_stream_does_not_wait_for_a_window_that_is_open(server: Running) -> None:
     """Larger than a stream's share: what the peer's windows let out at once is not waited for."""
     with Http2Wire(server.grpc, {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}, generous=False) as wire:
@@ -441,7 +515,7 @@ def test_bodies_that_stop_and_bodies_that_trickle(quick: Running) -> None:
         wire.send(opened(3))
         wire.send(opened(5, path=http2.STREAM_INFER) + body(5, whole[:20], end=False))
         assert [wire.answer(i).status for i in (1, 3, 5)] == ["4", "4", "4"]
-        stop, pause = time.monotonic() + 6, threading.Event()
+        stop, pause = time.monotonic() + 20, threading.Event()
         wire.send(opened(7) + opened(9, path=http2.STREAM_INFER) + body(9, whole[:6], end=False))
         wire.send(body(7, whole[:6], end=False))
         trickling = {7, 9}
@@ -502,8 +576,7 @@ def test_connections_over_the_maximum() -> None:
             goaway = wire.closed()
             assert goaway is not None
             assert goaway[1] == ENHANCE_YOUR_CALM
-        silent = [socket.create_connection(server.grpc, 5) for _ in range(100)]
-        silent[-1].settimeout(5)
+        silent = [socket.create_connection(server.grpc, 20) for _ in range(100)]
         assert silent[-1].recv(1) == b""  # closed without a word
         assert kept[0].call(1, message()).status == "0"
         for each in silent:
@@ -636,7 +709,8 @@ def test_connections_of_an_age_end_and_their_streams_do_not() -> None:
         wire.closed()
 
 
-def test_watch_follows_and_ends_with_the_server() -> None:
+def test_watch_tells_of_the_end_and_ends_behind_the_last_goaway() -> None:
+    """A client that reads slowly has the time between to learn that it is to go elsewhere."""
     path = "/grpc.health.v1.Health/Watch"
     with running(transport="native") as server, Http2Wire(server.grpc) as wire:
         asked = health_pb2.HealthCheckRequest().SerializeToString()
@@ -644,9 +718,14 @@ def test_watch_follows_and_ends_with_the_server() -> None:
         while len(wire.answers.get(1, http2.Answer()).body) < 7:
             assert wire.read_frame()
         with draining(server):
-            answer = wire.answer(1)
-            assert answer.status == "14"
-            assert answer.body[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
+            while len(wire.answers[1].body) < 14:
+                assert wire.read_frame()
+            assert wire.answers[1].body[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert wire.goaway in (None, (2**31 - 1, NO_ERROR))
+            assert not wire.answers[1].ended
+            assert wire.answer(1).status == "14"
+            assert wire.goaway == (1, NO_ERROR)
+            wire.closed()
 
 
 def test_half_closed_peers_are_let_go(server: Running) -> None:

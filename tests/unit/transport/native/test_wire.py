@@ -69,12 +69,27 @@ def test_messages_come_whole_however_they_are_cut() -> None:
         deframer = wire.Deframer(300)
         got = [m for i in range(0, len(stream), size) for m in deframer.feed(stream[i : i + size])]
         assert got == messages
-        assert not deframer.partial
+        assert not deframer.size
 
 
 def test_a_message_over_the_limit_is_refused_by_its_prefix() -> None:
     deframer = wire.Deframer(300)
     assert deframer.feed(b"\x00\x00\x00") == []
-    assert deframer.partial
-    with pytest.raises(PayloadTooLarge):
-        deframer.feed(b"\xff\xff")
+    assert deframer.size == 3
+    assert deframer.feed(b"\xff\xff") == []
+    assert isinstance(deframer.error, PayloadTooLarge)
+    assert deframer.size == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"), [(b"\x02\x00\x00\x00\x01", InvalidArgument), (b"\x00\x00\x00\x01\x2d", PayloadTooLarge)]
+)
+def test_what_came_before_a_bad_prefix_is_given_and_nothing_after_it(bad: bytes, kind: type[Exception]) -> None:
+    good = wire.framed(b"abc") + wire.framed(b"")
+    stream = good + bad + good
+    for size in range(1, len(stream) + 1):
+        deframer = wire.Deframer(300)
+        got = [m for i in range(0, len(stream), size) for m in deframer.feed(stream[i : i + size])]
+        assert got == [(False, b"abc"), (False, b"")]
+        assert isinstance(deframer.error, kind)
+        assert deframer.size == 0
