@@ -17,7 +17,7 @@ from server._pb import inference_pb2 as pb
 from server.codec.binary import input_tensor
 from server.codec.checks import check_id, check_name, check_shape, check_unique
 from server.errors import TidegateError
-from server.types import ALL_DATATYPES, DATATYPES, InferenceRequest, RequestedOutput, RequestLimits, Tensor
+from server.types import ALL_DATATYPES, DATATYPES, Buffer, InferenceRequest, RequestedOutput, RequestLimits, Tensor
 
 # Tags of length-delimited fields: (number << 3) | 2.
 _MODEL_NAME: Final = 0x0A
@@ -30,23 +30,56 @@ _RAW_CONTENTS: Final = 0x3A
 #: Longer entries are not kept, so the caches are bounded in bytes too.
 _MAX_ENTRY_BYTES: Final = 1024
 _MAX_ENTRIES: Final = 4096
+_MAX_FORMS: Final = 256
+#: Contents of messages up to this size are copied: cheaper than a view, and the message is not kept for them.
+_COPIED_BYTES: Final = 4096
 
 
 class _UnusualError(Exception):
     """Not for the scan."""
 
 
-#: The top-level fields of one message, still as bytes: model, version, id, inputs, outputs, contents.
-_Fields: TypeAlias = tuple[bytes, bytes, bytes, list[bytes], list[bytes], list[memoryview]]
+#: The top-level fields of one message, still as bytes: model, version, id, inputs, outputs, contents; the last tag.
+_Fields: TypeAlias = tuple[bytes, bytes, bytes, list[bytes], list[bytes], list[memoryview], int]
+
+
+class _Form:
+    """Messages of one length that begin alike, and end with the contents of their one input: any bytes will do there.
+
+    They were read under ``limits``.
+    """
+
+    __slots__ = ("datatype", "limits", "model", "name", "prefix", "shape", "start", "version")
+
+    def __init__(self, prefix: bytes, request: InferenceRequest, limits: RequestLimits) -> None:
+        tensor = request.inputs[0]
+        self.prefix = prefix
+        self.start = len(prefix)
+        self.limits = limits
+        self.model = request.model
+        self.version = request.version
+        self.name = tensor.name
+        self.datatype = tensor.datatype
+        self.shape = tensor.shape
+
+
+#: The newest form of each length: clients repeat themselves, and to compare costs less than to read.
+_forms: Final[dict[int, _Form]] = {}
 
 
 def scan(raw: bytes, limits: RequestLimits, *, whole: bool = True) -> InferenceRequest | None:
-    """The request, its tensors views on ``raw``; None when protobuf must judge. Never raises.
+    """The request; None when protobuf must judge. Never raises. Tensors are views on ``raw``, small ones copies.
 
     ``whole``: see :func:`server.codec.binary.input_tensor`.
     """
+    form = _forms.get(len(raw))
+    if form is not None and form.limits is limits and raw.startswith(form.prefix):
+        start = form.start
+        data: Buffer = raw[start:] if len(raw) <= _COPIED_BYTES else memoryview(raw)[start:]
+        tensor = Tensor(form.name, form.datatype, form.shape, data)
+        return InferenceRequest(form.model, form.version, "", [tensor], [])
     try:
-        return _request(_fields(raw), limits, whole)
+        return _request(raw, _fields(raw), limits, whole)
     except (_UnusualError, IndexError, UnicodeDecodeError, DecodeError, TidegateError):
         return None
 
@@ -57,7 +90,7 @@ def _fields(raw: bytes) -> _Fields:
     inputs: list[bytes] = []
     outputs: list[bytes] = []
     contents: list[memoryview] = []
-    position, size = 0, len(raw)
+    position, size, tag = 0, len(raw), 0
     while position < size:
         tag, length, start = raw[position], raw[position + 1], position + 2
         if length & 0x80:
@@ -80,7 +113,7 @@ def _fields(raw: bytes) -> _Fields:
             version = raw[start:position]
         else:
             raise _UnusualError
-    return model, version, identifier, inputs, outputs, contents
+    return model, version, identifier, inputs, outputs, contents, tag
 
 
 def _long_length(raw: bytes, position: int) -> tuple[int, int]:
@@ -95,8 +128,8 @@ def _long_length(raw: bytes, position: int) -> tuple[int, int]:
     raise _UnusualError
 
 
-def _request(fields: _Fields, limits: RequestLimits, whole: bool) -> InferenceRequest:
-    model, version, raw_id, inputs, requested, contents = fields
+def _request(raw: bytes, fields: _Fields, limits: RequestLimits, whole: bool) -> InferenceRequest:
+    model, version, raw_id, inputs, requested, contents, last = fields
     count = len(inputs)
     if not 0 < count <= limits.max_inputs or count != len(contents) or len(requested) > limits.max_outputs:
         raise _UnusualError
@@ -110,7 +143,18 @@ def _request(fields: _Fields, limits: RequestLimits, whole: bool) -> InferenceRe
     if raw_id:
         identifier = raw_id.decode()
         check_id(identifier, limits.max_id_bytes)
-    return InferenceRequest(model.decode(), version.decode(), identifier, tensors, outputs)
+    request = InferenceRequest(model.decode(), version.decode(), identifier, tensors, outputs)
+    # An id is another one each time: a form with it would only drive out others.
+    if count == 1 and last == _RAW_CONTENTS and not raw_id and not requested and tensors[0].datatype in _ANY_BYTES:
+        _learn(raw, raw[: len(raw) - len(contents[0])], request, limits)
+    return request
+
+
+def _learn(raw: bytes, prefix: bytes, request: InferenceRequest, limits: RequestLimits) -> None:
+    if len(prefix) <= _MAX_ENTRY_BYTES:
+        if len(_forms) >= _MAX_FORMS:
+            _forms.clear()
+        _forms[len(raw)] = _Form(prefix, request, limits)
 
 
 def _input(entry: bytes, data: memoryview, max_dims: int, whole: bool) -> Tensor:

@@ -14,6 +14,7 @@ import structlog
 
 from server.config.routing import RoutingSpec
 from server.config.settings import ReloadSettings
+from server.control.aliases import AliasTargets
 from server.control.loading import Loader
 from server.control.mending import Mending
 from server.control.publishing import Loaded, Publisher
@@ -27,6 +28,7 @@ from server.control.versions import (
     KnownVersion,
     Prepared,
     index_rows,
+    is_lacking,
     is_unchanged,
     loaded_version,
     serving,
@@ -73,9 +75,7 @@ class ModelControl:
         self._audit = audit
         self._mode = mode
         self._plans: dict[str, ModelPlan] = {}
-        #: By model: where the aliases of the plan lead that was applied last, and where they led when last looked at.
-        self._applied: dict[str, Mapping[str, str]] = {}
-        self._led: dict[str, Mapping[str, str]] = {}
+        self._aliases = AliasTargets()
         self._versions: dict[str, dict[str, KnownVersion]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         #: Held by whoever changes what is wanted: the start, or one poll, load, unload or reconfiguration at a time.
@@ -332,10 +332,10 @@ class ModelControl:
         for name in {*self._versions, *self._plans}:
             plan, known = self._plans.get(name), self._versions.setdefault(name, {})
             fresh = prepared.fresh.get(name, {})
-            kept = set() if plan is None else {v.version for v in plan.versions} | set(plan.refused)
-            kept |= set() if plan is None else self._needed(name)
+            kept = set() if plan is None else self._kept(plan, known, fresh)
             gone += [version for number, version in known.items() if number in fresh or number not in kept]
             self._versions[name] = {n: v for n, v in {**known, **fresh}.items() if n in kept}
+            self._aliases.follow(name, plan)
             if plan is None:
                 del self._versions[name]
         loaded = {name: self.loaded(name) for name in self._versions if self._ready(name)}
@@ -345,6 +345,14 @@ class ModelControl:
         for retired in prepared.taken_back:
             self._back(retired)
         self._retire(gone, warm=True)
+
+    def _kept(self, plan: ModelPlan, known: Mapping[str, KnownVersion], fresh: Mapping[str, KnownVersion]) -> set[str]:
+        """The versions that stay under a plan. As at a look: what it lacks takes nothing away from what serves."""
+        if plan.error:
+            return set(known)
+        kept = {version.version for version in plan.versions} | set(plan.refused) | self._needed(plan.name)
+        lacking = is_lacking(plan, {**known, **fresh})
+        return kept | {number for number, version in known.items() if lacking and version.served is not None}
 
     def obey(self, reload: ReloadSettings) -> None:
         """New rules for versions that are replaced; what is warm stays so for as long as was said then."""
@@ -403,7 +411,7 @@ class ModelControl:
         async with self._lock(model):
             plan = self._plans.get(model)
             self._versions.setdefault(model, {})
-            self._applied[model] = {} if plan is None else plan.aliases
+            self._aliases.follow(model, plan)
             if plan is not None and plan.error:
                 self._refuse_plan(plan)
                 return
@@ -425,14 +433,13 @@ class ModelControl:
         refused = {} if plan is None else plan.refused
         needed = set() if plan is None else self._needed(model)
         surplus = sorted(set(known) - wanted - set(refused) - needed)
-        if any(known[number].served is None for number in wanted):
+        if plan is not None and is_lacking(plan, known):
             surplus = [number for number in surplus if known[number].served is None]
         gone = [known.pop(number) for number in surplus]
         for number, reason in refused.items():
             known.setdefault(number, KnownVersion(number, UNAVAILABLE)).reason = reason
         if plan is None:
-            del self._versions[model], self._applied[model]
-            self._led.pop(model, None)
+            del self._versions[model]
         self._publish(model)
         return gone
 
@@ -558,21 +565,8 @@ class ModelControl:
         """What of one model is ready now."""
         ready, plan, current = self._ready(model), self._plans.get(model), self._gateway.table.models.get(model)
         stable = stable_version(plan, "" if current is None else current.stable, ready)
-        return Loaded(ready, stable, self._aliases(model, plan, ready))
-
-    def _aliases(self, model: str, plan: ModelPlan | None, ready: Mapping[str, Served]) -> dict[str, str]:
-        """The versions that aliases lead to. One whose version is not ready stays where it last led to one that is.
-
-        A newer plan may be known than the one that is being applied: then what that one says is nearer than nothing.
-        """
-        wanted = {} if plan is None else plan.aliases
-        before, applied = self._led.get(model, {}), self._applied.get(model, {})
-        found: dict[str, str] = {}
-        for alias, number in wanted.items():
-            nearest = (number, applied.get(alias, ""), before.get(alias, ""))
-            found[alias] = next((one for one in nearest if one in ready), number)
-        self._led[model] = found
-        return found
+        aliases, moving = self._aliases.of(model, plan, ready)
+        return Loaded(ready, stable, aliases, moving)
 
     def _why_not(self, model: str) -> str:
         reasons = [v.reason or v.state.lower() for v in self._versions.get(model, {}).values()]

@@ -30,11 +30,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True, frozen=True)
 class Loaded:
-    """What of one real model is ready: versions by number, the one that answers ("": none), and aliases."""
+    """What of one real model is ready: versions by number, the one that answers ("": none), and aliases.
+
+    ``moving``: the aliases that name a version which is not ready, and that version; until it is, they lead elsewhere.
+    """
 
     versions: Mapping[str, Served] = field(default_factory=dict)
     stable: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    moving: Mapping[str, str] = field(default_factory=dict)
 
 
 _NOTHING = Loaded()
@@ -113,8 +117,12 @@ class Publisher:
         return all(self.find(end) is not None for end in ends)
 
     def alias(self, model: str, alias: str) -> str:
-        """The version that an alias of a model names, as far as is known; "" for none."""
+        """The version that an alias of a model leads to, as far as is known; "" for none."""
         return self._loaded.get(model, _NOTHING).aliases.get(alias, "")
+
+    def named(self, model: str, alias: str) -> str:
+        """The version that an alias of a model names, ready or not, as far as is known; "" for none."""
+        return self._loaded.get(model, _NOTHING).moving.get(alias, "") or self.alias(model, alias)
 
     def led_to(self, model: str) -> set[str]:
         """The versions of a model that answer by the word of a rollout, whatever aliases say."""

@@ -68,8 +68,19 @@ def is_unchanged(version: KnownVersion) -> bool:
     return version.loaded is None or version.loaded.file is None or version.loaded.file.still()
 
 
+def is_lacking(plan: ModelPlan, known: Mapping[str, KnownVersion]) -> bool:
+    """Whether a version that is wanted cannot serve, or the one that is to answer is refused and does not."""
+    wanted = {version.version for version in plan.versions} | ({plan.stable or ""} & plan.refused.keys())
+    return any(number not in known or known[number].served is None for number in wanted)
+
+
 def stable_version(plan: ModelPlan | None, current: str, ready: Collection[str]) -> str:
-    """The version that the plan names, and while that is not ready the ``current`` one if that is; "": none."""
+    """The version that the plan names, and while that is not ready the ``current`` one if that is; "": none.
+
+    A plan that makes no sense names none: the ``current`` one stays.
+    """
+    if plan is not None and plan.error and current in ready:
+        return current
     if plan is None or plan.stable is None:
         return max(ready, key=int, default="")
     if plan.stable in ready:

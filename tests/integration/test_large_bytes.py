@@ -307,8 +307,8 @@ def test_a_client_that_leaves_before_its_answer_is_written(server: Running) -> N
     with held(server):
         before, tasks = len(port.released), tasks_of(server)
         with http_wire(server) as wire:
-            wire.send(post("/v2/models/echo/infer", body))
             seen = handled(server)
+            wire.send(post("/v2/models/echo/infer", body))
             assert port.wait(lambda: handled(server) == seen + 1)
             assert tasks_of(server) == tasks + 1
         assert port.wait(lambda: len(port.released) == before + 1)

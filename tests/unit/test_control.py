@@ -848,3 +848,103 @@ def test_an_upstream_that_was_down_is_not_tried_again_when_it_was_unloaded(tmp_p
         assert rig.stable("m") == "1"
 
     run(tmp_path, body, "explicit", source=Elsewhere(tmp_path))
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
+
+
+class Named:
+    """A registry of one model: what its aliases name is wanted, its champion answers."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plans: dict[str, ModelPlan] = {}
+
+    def say(self, refused: str = "", **aliases: str) -> None:
+        wanted = sorted(set(aliases.values()) - {refused})
+        versions = tuple([VersionPlan(one, self.root / "m" / one / "model.onnx", one) for one in wanted])
+        reasons = {refused: "its manifest was changed"} if refused else {}
+        self.plans = {
+            "m": ModelPlan("m", versions=versions, refused=reasons, stable=aliases["champion"], aliases=aliases)
+        }
+
+    def fail(self) -> None:
+        self.plans = {"m": ModelPlan("m", error="the registry cannot be read")}
+
+    def scan(self) -> dict[str, ModelPlan]:
+        return self.plans
+
+
+def named(tmp_path: Path, body: Callable[[Rig, Named], Coroutine[Any, Any, None]]) -> None:
+    """Versions 1 and 2 can be loaded, 3 cannot."""
+    source = Named(tmp_path)
+
+    async def main(rig: Rig) -> None:
+        for version, text in (("1", "1"), ("2", "2"), ("3", "bad")):
+            rig.put("m", version, text)
+        await body(rig, source)
+
+    run(tmp_path, main, source=source)
+
+
+def leads(rig: Rig) -> dict[str, str]:
+    return dict(rig.control.loaded("m").aliases)
+
+
+async def put_in_force(rig: Rig, source: Named) -> None:
+    """As a reload does."""
+    async with rig.control.turn:
+        rig.control.commit(await rig.control.prepare(source), {}, 1)
+
+
+def test_a_registry_that_cannot_be_read_makes_no_challenger_champion(tmp_path: Path) -> None:
+    async def body(rig: Rig, source: Named) -> None:
+        source.say(champion="1", challenger="2")
+        await rig.control.start()
+        source.fail()
+        await rig.control.refresh()
+        await put_in_force(rig, source)
+        assert (rig.stable("m"), leads(rig)) == ("1", {"champion": "1", "challenger": "2"})
+        source.say(champion="2")
+        await rig.control.refresh()
+        assert (rig.stable("m"), leads(rig)) == ("2", {"champion": "2"})
+        assert set(rig.gateway.routes("m").versions) == {"2"}
+
+    named(tmp_path, body)
+
+
+@pytest.mark.parametrize("refused", ["", "3"])
+def test_a_champion_that_cannot_be_had_takes_nobodys_place(tmp_path: Path, refused: str) -> None:
+    """Neither when it is looked at nor when the configuration is put in force anew; moved back or on, the rest goes."""
+
+    async def body(rig: Rig, source: Named) -> None:
+        source.say(champion="1")
+        await rig.control.start()
+        source.say(refused, champion="3")
+        await rig.control.refresh()
+        await put_in_force(rig, source)
+        assert (rig.stable("m"), leads(rig)) == ("1", {"champion": "1"})
+        assert rig.control.loaded("m").moving == {"champion": "3"}
+        source.say(champion="1")
+        await rig.control.refresh()
+        assert (rig.stable("m"), set(rig.rows())) == ("1", {("m", "1")})
+        source.say(champion="2")
+        await rig.control.refresh()
+        assert (rig.stable("m"), set(rig.gateway.routes("m").versions)) == ("2", {"2"})
+        assert not rig.control.loaded("m").moving
+
+    named(tmp_path, body)
+
+
+def test_an_alias_stays_where_a_configuration_has_led_it(tmp_path: Path) -> None:
+    """Not where it led at the last look at the source, which was before that."""
+
+    async def body(rig: Rig, source: Named) -> None:
+        source.say(champion="1", challenger="2", shadow="3")
+        await rig.control.start()
+        for aliases in ({"champion": "2", "previous": "1", "shadow": "3"}, {"champion": "3", "previous": "1"}):
+            source.say(**aliases)
+            await put_in_force(rig, source)
+        assert leads(rig) == {"champion": "2", "previous": "1"}
+
+    named(tmp_path, body)

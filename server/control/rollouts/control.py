@@ -35,6 +35,7 @@ from server.control.rollouts.tenure import Tenure
 from server.control.rollouts.traffic import Meter
 from server.control.rollouts.views import expected, families, past_shown, shown
 from server.errors import ConfigError, FailedPrecondition, InvalidArgument, NotFound, TidegateError
+from server.gateway import Served
 from server.store.base import StoreError
 from server.telemetry.snapshot import FamilySnapshot
 
@@ -214,6 +215,8 @@ class RolloutControl:
                 run.left = False
                 self._runs[entry] = run
                 self._hands.publisher.set_course(entry, run.steering(), run.books)
+                # What it published while the routing was not its to say is in no table.
+                self._hands.tell(run, Recovered(crashed=False))
                 return True
         return False
 
@@ -275,7 +278,7 @@ class RolloutControl:
         if run is None or (run.machine.ended and template.follows):
             await self._begin(entry, template)
         elif template.follows and run.machine.state is State.PROMOTED:
-            following = self._alias_of(template.candidate)
+            following = self._named(template.candidate)
             if following not in {"", run.machine.spec.candidate}:
                 self._wait(entry, f"version {following} waits until the promotion of '{run.id}' is closed (keep_warm)")
 
@@ -326,13 +329,23 @@ class RolloutControl:
     # -- aliases ------------------------------------------------------------------------------------------------
 
     def _alias_of(self, reference: Reference) -> str:
+        """The version that an alias leads to."""
         return self._hands.publisher.alias(reference.model, reference.version.removeprefix("@"))
+
+    def _named(self, reference: Reference) -> str:
+        """The version that an alias names, ready or not: that is what people want, wherever it leads until then."""
+        return self._hands.publisher.named(reference.model, reference.version.removeprefix("@"))
+
+    def _find(self, reference: Reference) -> tuple[str, Served] | None:
+        """What a reference names, when that is loaded; not the version that its alias leads to until then."""
+        named = Reference(reference.model, self._named(reference)) if reference.is_alias else reference
+        return self._hands.publisher.find(named)
 
     async def _watch_aliases(self, run: Run) -> None:
         """People who move the champion decide; the candidate goes when it is challenger no more."""
         template, state = run.template, run.machine.state
         if template.stable.is_alias:
-            now, spec = self._alias_of(template.stable), run.machine.spec
+            now, spec = self._named(template.stable), run.machine.spec
             if state is State.PROMOTED:
                 run.seen_moved = run.seen_moved or now == spec.candidate
                 moved = run.seen_moved and now != spec.candidate
@@ -342,7 +355,7 @@ class RolloutControl:
                 actor = await self._setter(template, template.stable)
                 self._hands.tell(run, Overridden(actor, f"the champion was moved to {now or 'nowhere'}"))
         if template.follows and state not in {*_OURS_TO_MOVE, State.PROMOTED} and not run.machine.ended:
-            now = self._alias_of(template.candidate)
+            now = self._named(template.candidate)
             if now != run.machine.spec.candidate:
                 actor = await self._setter(template, template.candidate)
                 self._hands.tell(run, SpecRemoved(actor))
@@ -392,9 +405,8 @@ class RolloutControl:
 
     def _wanted(self, template: RolloutTemplate) -> RolloutSpec | None:
         """What is to begin now; None when nothing is, or not yet. Raises RolloutRefused."""
-        find = self._hands.publisher.find
-        stable, candidate = find(template.stable), find(template.candidate)
-        if template.follows and not self._alias_of(template.candidate):
+        stable, candidate = self._find(template.stable), self._find(template.candidate)
+        if template.follows and not self._named(template.candidate):
             self._wait(template.entry, f"no version is {template.candidate}")
             return None
         for reference, found in ((template.stable, stable), (template.candidate, candidate)):

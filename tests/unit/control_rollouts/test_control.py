@@ -1,4 +1,4 @@
-"""A rollout that begins while the configuration is changed under it."""
+"""A rollout while the configuration, or what aliases name, is changed under it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from server.config.load import parse_config
 from server.config.rollouts import RolloutTemplate, compile_rollouts
+from server.config.routing import compile_routing
 from server.control.publishing import Loaded
 from server.control.rollouts.control import RolloutControl
 from server.control.rollouts.tenure import Tenure
+from server.store.base import StoreError
 from tests.unit.control_rollouts.test_actions import TEXT, Rig
 
 
@@ -67,6 +69,95 @@ def test_a_section_that_is_back_before_its_rollout_has_ended_has_one_end(tmp_pat
         assert rig.deferred.flush(10)
         told = [row.event.action for row in rig.audit.tail(20)]
         assert (told.count("rollout.rolling_back"), told.count("rollout.aborted")) == (1, 1)
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+FOLLOWING = """apiVersion: tidegate/v1
+registry: {embedded: true}
+models:
+  m:
+    rollout:
+      id: r1
+      candidate: "@challenger"
+      steps: [{weight: 50%, approve: true}]
+      gates: {errors: {event: error, max_rate: 5%}}
+"""
+
+
+@pytest.mark.parametrize(("alias", "state"), [("challenger", "aborted"), ("champion", "aborted")])
+def test_who_moves_an_alias_to_a_version_that_is_not_ready_has_decided(tmp_path: Path, alias: str, state: str) -> None:
+    """The alias leads to the version before until then. Its rollout ends all the same, and none begins with it."""
+
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        aliases = {"champion": "1", "challenger": "2"}
+        config = parse_config(FOLLOWING, path="f", folder=tmp_path)
+        loaded = Loaded(rig.versions, "1", aliases, {alias: "3"})
+        rig.publisher.replace(compile_routing(config), {"m": loaded}, 2)
+        control = RolloutControl(rig.hands, Tenure(tmp_path))
+        await control.start(compile_rollouts(config), "ada")
+        await control._look_at("m")  # as the next look would
+        assert [(one["state"], one["reason"]) for one in control.all()] == [("waiting", f"m@{alias} is not loaded")]
+        rig.publisher.update("m", Loaded(rig.versions, "1", aliases))
+        looking = asyncio.ensure_future(control.run())
+        await rig.until(lambda: rig.share == 0.5)
+        rig.publisher.update("m", loaded)
+        await rig.until(lambda: state in [one["state"] for one in control.all()])
+        assert (rig.share, rig.gateway.routes("m").stable) == (0, "1")
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await control.close()
+        await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+class Stuck:
+    """A registry that can be written to only once it is ``free``."""
+
+    def __init__(self) -> None:
+        self.free = False
+        self.moves: list[str] = []
+
+    def move(self, entry: str, alias: str, was: str, to: str) -> str:
+        if not self.free:
+            raise StoreError("the disk is full")
+        self.moves.append(to)
+        return ""
+
+
+def test_a_section_that_is_back_brings_no_traffic_back(tmp_path: Path) -> None:
+    """Without its section a way back has no table to publish; with the section again it has."""
+
+    async def body() -> None:
+        rig = Rig(tmp_path)
+        rig.hands.mover = mover = Stuck()
+        aliases = {"champion": "1", "challenger": "2"}
+        config = parse_config(FOLLOWING, path="f", folder=tmp_path)
+        rig.publisher.replace(compile_routing(config), {"m": Loaded(rig.versions, "1", aliases)}, 2)
+        control = RolloutControl(rig.hands, Tenure(tmp_path))
+        await control.start(compile_rollouts(config), "ada")
+        looking = asyncio.ensure_future(control.run())
+        await rig.until(lambda: rig.share == 0.5)
+        ordered = asyncio.ensure_future(control.order("r1-2", "promote", actor="bob", reason=""))
+        await rig.until(lambda: rig.share == 1)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        (run,) = control._runs.values()
+        rig.publisher.update("m", Loaded({"2": rig.versions["2"]}, "2", aliases))
+        control.follow({}, "cleo")
+        await rig.until(lambda: len(run.queue) == 1)  # all but the alias is done
+        rig.publisher.update("m", Loaded(rig.versions, "1", aliases))
+        control.follow(compile_rollouts(config), "cleo")
+        assert (rig.share, rig.gateway.routes("m").stable) == (0, "1")
+        mover.free = True
+        await rig.until(lambda: [one["state"] for one in control.all()] == ["aborted"])
+        await control._look_at("m")
+        await ordered
+        assert (rig.share, rig.gateway.routes("m").stable, mover.moves[-1]) == (0, "1", "1")
+        await control.close()
         await rig.close()
 
     asyncio.run(asyncio.wait_for(body(), 30))
