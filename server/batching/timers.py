@@ -105,7 +105,7 @@ class KernelTimer:
     def __init__(self) -> None:
         if sys.platform != "linux":
             raise OSError(f"no timerfd on {sys.platform}")
-        library = ctypes.CDLL(None, use_errno=True)
+        library = ctypes.PyDLL(None, use_errno=True)  # calls too short to let others have the lock
         try:
             create, self._settime = library.timerfd_create, library.timerfd_settime
         except AttributeError:

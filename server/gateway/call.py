@@ -275,19 +275,19 @@ class Call:
         if self._timer is not None:
             self._stop_timer()
         self._attempt = None
-        attempt.release()
         self._reply.message(response, attempt.decision)
         code = self._reply.finish(None)
         if code is None:
             self._answered(attempt, work, "ok")
         elif code == WRITING:
-            self._attempt = attempt
+            self._attempt = attempt  # it holds its version on: the counts of one that is closed are forgotten
         else:
             self._answered(attempt, work, code)
 
     def _answered(self, attempt: Attempt, work: Work, code: str) -> None:
         """The caller has the answer, or the error that came in its place."""
         self._count(attempt, code)
+        attempt.release()
         attempt.work = None
         self._capture(attempt, work, code)
         if code != "ok":

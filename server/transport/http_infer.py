@@ -195,7 +195,11 @@ class InferApp:
         ticket = await self._run(permit, request, reply, receive)
         call.decision = reply.decision
         with telling(ticket):
-            return await self.encode(head, request, reply.result(permit))
+            response = reply.result(permit)
+            answer = self.encode(head, request, response)
+            if not pieces.has_many(response) and _size(response) <= self._settings.offload_bytes:
+                return await answer  # it is encoded at once
+            return await _while_wanted(answer, receive, 0)  # encoding goes by the deadline itself
 
     def _head(self, target: tuple[bytes, bytes], scope: Scope) -> RequestHead:
         received_ns = time.monotonic_ns()
@@ -271,7 +275,7 @@ class InferApp:
             wired = pieces.wired(response, json_codec.binary_outputs(response, request.outputs, request.binary_output))
             response = await by_deadline(self.turns.take(wired), head.deadline_ns, ANSWERED_LATE)
         encode = partial(json_codec.encode_infer, response, **options)
-        if sum(len(tensor.data) for tensor in response.outputs) <= offload:
+        if _size(response) <= offload:
             return self._packed(encode(), accept)
         if self._codec is not None and _json_bytes(request, response) > offload:
             with suppress(Unavailable):
@@ -293,6 +297,11 @@ class InferApp:
         return answer
 
 
+def _size(response: InferenceResponse) -> int:
+    """Of its outputs, in bytes (elements of BYTES)."""
+    return sum(len(tensor.data) for tensor in response.outputs)
+
+
 def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:
     """How much of the outputs is to be written as JSON, in bytes of the tensors (elements of BYTES)."""
     binary = json_codec.binary_outputs(response, request.outputs, request.binary_output)
@@ -300,7 +309,10 @@ def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:
 
 
 async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadline_ns: int) -> _T:
-    """The result of ``work``. It is ended when it would come too late: DeadlineExceeded, or Cancelled by the client."""
+    """The result of ``work``, which is ended early: by the deadline, DeadlineExceeded, or by the client, Cancelled.
+
+    ``deadline_ns`` 0: it has none, or looks after that itself.
+    """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:

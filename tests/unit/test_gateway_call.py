@@ -324,12 +324,35 @@ def test_an_answer_that_takes_long_to_write_is_counted_when_it_is(code: str, res
         rig = Rig(Script(), ModelPolicy())
         reply = await ask(rig, WRITING)
         assert counted(rig) == (0, 0, 0)
-        assert rig.candidate.calls == 0, "the version has done its part"
+        assert rig.candidate.calls == 1
         reply.ticket.written(code)
+        assert rig.candidate.calls == 0
         assert counted(rig) == result
         reply.ticket.written("internal")
         reply.ticket.cancel()
         assert counted(rig) == result
+        await rig.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("code", ["ok", "cancelled"])
+def test_a_version_that_is_let_go_while_its_answer_is_written_leaves_no_series(code: str) -> None:
+    async def body() -> None:
+        rig = Rig(Script(), ModelPolicy())
+        reply = await ask(rig, WRITING)
+        held, forgotten = rig.candidate, list[str]()
+
+        def forget() -> None:
+            forgotten.append("2")
+            rig.telemetry.forget("m", "2")
+
+        held.on_idle = forget
+        if not held.calls:  # nothing holds it: it is closed, and forgotten
+            forget()
+        reply.ticket.written(code)
+        assert forgotten == ["2"]
+        assert b'version="2"' not in rig.telemetry.metrics.render()
         await rig.close()
 
     run(body)

@@ -219,8 +219,9 @@ class InferCycle:
 
     @property
     def answering(self) -> bool:
-        """It has been run, and what was found is being written down."""
-        return self._response is not None
+        """It has been run, and what was found is being written down, without a wait for others' turns."""
+        response = self._response
+        return response is not None and not pieces.has_many(response)
 
     # --- Reply -----------------------------------------------------------------------------------------------
 
@@ -401,9 +402,9 @@ class NativeHttp1(HttpProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. True: what is owed is written first; else the connection is closed now.
 
-        Nothing is owed for a request that never came whole, nor for inference that waits or runs: callers who leave
-        say no more than this either, and what they have queued would run in front of what others wait for. So nothing
-        is owed behind one of these. Over TLS a connection ends as a whole.
+        Nothing is owed for a request that never came whole, nor for inference that runs or waits, be it for its turn to
+        be written: callers who leave say no more than this either, and what they have queued would run in front of what
+        others wait for. So nothing is owed behind one of these. Over TLS a connection ends as a whole.
         """
         if self._closing or self._refusal is not None or self._paced is not None or self.transport.is_closing():
             return False

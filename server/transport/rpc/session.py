@@ -55,12 +55,13 @@ class _Slot:
             self.answers.append(response)
             self._wake()
 
-    def finish(self, error: TidegateError | None) -> None:
-        self.error = self.error or error
+    def finish(self, error: TidegateError | None) -> str | None:
+        unkept, self.error = self.error, self.error or error
         self.finished = True
         self.ticket = None  # it refers to this reply: apart, both go with the last reference
         self._keep(-self.size)
         self._wake()
+        return None if unkept is None else unkept.code
 
 
 def _size(response: InferenceResponse) -> int:
