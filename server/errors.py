@@ -14,6 +14,8 @@ class TidegateError(Exception):
     code = "internal"
     #: Whether one member of a batch may be to blame for it, or parts of the batch may do better: then it is divided.
     divides = False
+    #: Whether it has been counted as a refusal: it may pass several places that would.
+    counted = False
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -121,7 +121,7 @@ class RequestedOutput:
 
 @dataclass(slots=True, init=False)
 class InferenceRequest:
-    """A decoded request; tensors stay views on the received buffer, which is immutable until released."""
+    """A decoded request; large tensors stay views on the received buffer, which is immutable until released."""
 
     model: str
     version: str
@@ -325,6 +325,10 @@ class Port(Protocol):
 
     def admit(self, head: RequestHead) -> Permit:
         """Take or refuse from headers alone, before a body is read. Raises TidegateError naming the limit hit."""
+        ...
+
+    def refuse(self, error: TidegateError) -> TidegateError:
+        """Count a request that ends by this error before it was handed over; what was refused here is known."""
         ...
 
     def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> Ticket:

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 
 from loadtests.models import MODEL, bench_row
 from loadtests.session import session
+from server.errors import TidegateError
 from server.transport.answers import HttpSettings
 from server.transport.http_infer import InferApp
 from server.transport.native.server import GrpcMethods, NativeServer, Served
@@ -60,6 +61,10 @@ class EchoPort:
         self._output = Tensor("y", "FP32", rows.shape, rows.tobytes())
         self._decision = Decision(MODEL, "1", "stable", 1, "default")
         self._ticket = Answered()
+
+    def refuse(self, error: TidegateError) -> TidegateError:
+        """Nothing is counted."""
+        return error
 
     def admit(self, head: RequestHead) -> Permit:
         return EchoPermit(head)

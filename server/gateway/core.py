@@ -206,8 +206,10 @@ class Gateway:
         )
 
     def refuse(self, error: TidegateError) -> TidegateError:
-        """Count a refusal by its reason."""
-        self.telemetry.rejected(error.code).inc()
+        """Count a refusal by its reason, once."""
+        if not error.counted:
+            error.counted = True
+            self.telemetry.rejected(error.code).inc()
         return error
 
     def give_back(self, size: int) -> None:

@@ -108,12 +108,13 @@ def deadline_of(metadata: dict[str, str], received_ns: int) -> int:
 class _Call:
     """What is known of one request so far, for its answer's headers."""
 
-    __slots__ = ("_own_id", "decision", "permit")
+    __slots__ = ("_own_id", "decision", "handed", "permit")
 
     def __init__(self) -> None:
         self._own_id = ""
         self.permit: Permit | None = None
         self.decision: Decision | None = None
+        self.handed = False  # to the port, which counts it from then on
 
     @property
     def id(self) -> str:
@@ -169,12 +170,14 @@ class InferApp:
         try:
             return await self._infer(call, target, scope, receive)
         except TidegateError as error:
-            return self._refusal(error)
+            return self._refusal(call, error)
         except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._log.error("request_failed", id=call.id, protocol="http", exc_info=error)
-            return self._refusal(Internal(call.id))
+            return self._refusal(call, Internal(call.id))
 
-    def _refusal(self, error: TidegateError) -> Answer:
+    def _refusal(self, call: _Call, error: TidegateError) -> Answer:
+        if not call.handed:
+            self._port.refuse(error)
         return error_answer(error, self._statuses)
 
     def _finish(self, answer: Answer, call: _Call) -> Answer:
@@ -192,6 +195,7 @@ class InferApp:
         body = await self._reader.read(receive, limit, head.deadline_ns, permit.hold)
         request = await self._decode(head, permit, body, receive)
         reply = SingleReply(asyncio.get_running_loop())
+        call.handed = True
         ticket = await self._run(permit, request, reply, receive)
         call.decision = reply.decision
         with telling(ticket):

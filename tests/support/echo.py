@@ -140,6 +140,8 @@ class EchoPort:
         self.cancelled: list[str] = []
         #: What became of answers that took long to write.
         self.written: list[str] = []
+        #: Codes of what was refused before it was handed over.
+        self.refused: list[str] = []
         self.held: list[EchoTicket] = []
         self.changed = threading.Condition()
 
@@ -151,6 +153,10 @@ class EchoPort:
         """Called by tests, off the loop: until ``ready`` holds."""
         with self.changed:
             return self.changed.wait_for(ready, timeout)
+
+    def refuse(self, error: TidegateError) -> TidegateError:
+        self.refused.append(error.code)
+        return error
 
     def admit(self, head: RequestHead) -> Permit:
         if head.protocol == "http":

@@ -74,6 +74,7 @@ class InferCycle:
     __slots__ = (
         "_answers",
         "_decision",
+        "_handed",
         "_head",
         "_parts",
         "_permit",
@@ -101,6 +102,7 @@ class InferCycle:
         self._response: InferenceResponse | None = None
         self._decision: Decision | None = None
         self._answers = 0
+        self._handed = False  # to the port, which counts it from then on
         self._parts: list[bytes] = []
         self._size = 0
         # What the connection's own code reads and sets on whatever stands here:
@@ -183,6 +185,7 @@ class InferCycle:
             self._submit(permit, request)
 
     def _submit(self, permit: Permit, request: InferenceRequest) -> None:
+        self._handed = True
         ticket = self._protocol.server_side.port.handle(permit, request, self)
         if not self.response_complete:
             self._ticket = ticket
@@ -288,6 +291,8 @@ class InferCycle:
     def _fail(self, error: TidegateError) -> None:
         self._parts.clear()  # the cycle stays with its connection until the next one, and its permit is given back
         if not self.response_complete:
+            if not self._handed:
+                self._protocol.server_side.port.refuse(error)
             self._send(error_answer(error, self._protocol.server_side.statuses))
 
     def _tidegate_id(self) -> str:

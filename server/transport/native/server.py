@@ -178,6 +178,8 @@ class NativeServer(HttpServer):
         try:
             return self._call(connection, stream_id, metadata.raw.get(b":path", b""), GrpcHead(metadata))
         except TidegateError as error:
+            if metadata.raw.get(b":path") == _INFER:
+                self.port.refuse(error)
             self._refuse(connection, stream_id, error, ended)
             return None
 

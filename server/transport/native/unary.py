@@ -238,7 +238,7 @@ class UnaryCall:
 class InferCall(UnaryCall):
     """``ModelInfer``: from the last byte of its message to its answer there is no task. It is its own ``Reply``."""
 
-    __slots__ = ("_answers", "_decision", "_permit", "_response", "_ticket")
+    __slots__ = ("_answers", "_decision", "_handed", "_permit", "_response", "_ticket")
 
     def __init__(self, connection: Http2Connection, stream_id: int, head: GrpcHead) -> None:
         super().__init__(connection, stream_id, head)
@@ -247,6 +247,7 @@ class InferCall(UnaryCall):
         self._decision: Decision | None = None
         self._response: InferenceResponse | None = None
         self._answers = 0
+        self._handed = False  # to the port, which counts it from then on
 
     def _admit(self, size: int) -> None:
         connection, head = self._connection, self._head
@@ -277,6 +278,7 @@ class InferCall(UnaryCall):
             self._submit(permit, request)
 
     def _submit(self, permit: Permit, request: InferenceRequest) -> None:
+        self._handed = True
         ticket = self._connection.server.port.handle(permit, request, self)
         if self._permit is not None:
             self._ticket = ticket
@@ -291,6 +293,11 @@ class InferCall(UnaryCall):
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the boundary of one call
             self.fail(error)
+
+    def _fail(self, error: TidegateError) -> None:
+        if not self._handed:
+            self._connection.server.port.refuse(error)
+        super()._fail(error)
 
     # Reply:
 

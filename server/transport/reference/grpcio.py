@@ -66,7 +66,7 @@ class GrpcSettings:
 class _Call:
     """One inference call or stream: what is known of it for its initial metadata."""
 
-    __slots__ = ("_own_id", "_sent", "context", "decision", "permit")
+    __slots__ = ("_own_id", "_sent", "context", "decision", "handed", "permit")
 
     def __init__(self, context: _Context) -> None:
         self._own_id = ""
@@ -74,6 +74,7 @@ class _Call:
         self.context = context
         self.permit: Permit | None = None
         self.decision: Decision | None = None
+        self.handed = False  # to the port, which counts it from then on
 
     @property
     def id(self) -> str:
@@ -250,8 +251,11 @@ class GrpcServer:
             await call.send_headers()
             return answer
         except Exception as error:  # noqa: BLE001 - the boundary of one request
+            told = self._told(error, call.id)
+            if not call.handed:
+                self._port.refuse(told)
             await call.send_headers()
-            return await self._abort(context, self._told(error, call.id))
+            return await self._abort(context, told)
         finally:
             call.release()
 
@@ -259,6 +263,7 @@ class GrpcServer:
         permit = call.permit = self._port.admit(_head(call.context, len(raw)))
         request = await self._decoded(raw)
         reply = SingleReply(asyncio.get_running_loop())
+        call.handed = True
         ticket = await infer(self._port, permit, request, reply)
         call.decision = reply.decision
         with telling(ticket):

@@ -144,10 +144,10 @@ class StreamSession:
             if not slot.finished:
                 slot.ticket = ticket
         except TidegateError as error:
-            slot.finish(error)
+            slot.finish(self._port.refuse(error))
         except Exception as error:  # noqa: BLE001 - the boundary of one request: logged here, no text to the client
             self._log.error("request_failed", id=self._permit.tidegate_id, protocol="grpc", exc_info=error)
-            slot.finish(Internal(self._permit.tidegate_id))
+            slot.finish(self._port.refuse(Internal(self._permit.tidegate_id)))
 
     def _keep(self, size: int) -> None:
         """So many bytes more are in flight, or less. Raises TidegateError where there is no room for more."""
