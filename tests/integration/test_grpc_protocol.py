@@ -705,7 +705,8 @@ def test_watch_ends_no_sooner_than_its_connection(transport: str) -> None:
             assert wire.read_frame()
         drained = asyncio.run_coroutine_threadsafe(server.grpc_server.drain(10), server.loop)
         answer = wire.answer(1)
-        assert [answer.body[6], answer.body[13]] == [_STATUS.SERVING, _STATUS.NOT_SERVING]
+        if transport == "native":  # gRPC's core may cut what it has not written yet when a call ends by an error
+            assert [answer.body[6], answer.body[13]] == [_STATUS.SERVING, _STATUS.NOT_SERVING]
         assert (answer.status, wire.goaway) == ("14", (1, 0))
         wire.closed()
         assert drained.result(10) is True
