@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import sys
@@ -45,6 +46,7 @@ def _leave_hanging_work(code: int) -> None:
     if any(thread.is_alive() for thread in working):
         sys.stdout.flush()
         sys.stderr.flush()
+        logging.shutdown()
         os._exit(code)
 
 

@@ -87,6 +87,8 @@ class ModelControl:
         self._held: dict[str, Counter[str]] = {}
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
+        #: Why plans are refused, as it was logged: once, not at each look.
+        self._refused: dict[str, str] = {}
 
     # -- what others ask ----------------------------------------------------------------------------------------
 
@@ -398,6 +400,7 @@ class ModelControl:
 
     async def _scan(self) -> None:
         self._plans = await self._loader.run(self._source.scan)
+        self._refused = {name: error for name, error in self._refused.items() if name in self._plans}
         for name in self._plans:
             if name not in self._versions:
                 self._gateway.unready.setdefault(name, "not loaded")
@@ -415,6 +418,7 @@ class ModelControl:
             if plan is not None and plan.error:
                 self._refuse_plan(plan)
                 return
+            self._refused.pop(model, None)
             gone: list[KnownVersion] = []
             try:
                 if plan is not None:
@@ -452,7 +456,9 @@ class ModelControl:
 
     def _refuse_plan(self, plan: ModelPlan) -> None:
         """A model folder that makes no sense: what serves goes on, the reason is kept."""
-        log.error("model_refused", model=plan.name, error=plan.error, still_serving=bool(self._ready(plan.name)))
+        if self._refused.get(plan.name) != plan.error:
+            self._refused[plan.name] = plan.error
+            log.error("model_refused", model=plan.name, error=plan.error, still_serving=bool(self._ready(plan.name)))
         self._publish(plan.name)
 
     async def _ensure(self, plan: ModelPlan, wanted: VersionPlan, again: bool, gone: list[KnownVersion]) -> None:

@@ -102,20 +102,25 @@ class DirectorySource:
         self._root = root
         self._state_dir = state_dir
         self._base = NamedModel("", root, base or ModelOptions())
+        self._ignored: set[str] = set()  # entries that were left out at the last look
 
     def scan(self) -> dict[str, ModelPlan]:
-        """Plans by name; entries that have no usable name are logged and left out."""
+        """Plans by name; entries that have no usable name are left out, and logged when they appear."""
         found = _scan(self._root)
         plans = {
             name: _plan(model, self._base, found.problems, self._state_dir) for name, model in found.models.items()
         }
+        ignored = set()
         for problem in found.problems:
             if problem.model in plans:
                 continue
             if is_model_name(problem.model):
                 plans[problem.model] = ModelPlan(problem.model, error=problem.message)
-            else:
+                continue
+            ignored.add(problem.model)
+            if problem.model not in self._ignored:
                 log.warning("entry_ignored", entry=problem.model[:128], reason=problem.message)
+        self._ignored = ignored
         return plans
 
 

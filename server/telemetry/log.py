@@ -4,8 +4,9 @@
 the stdlib's logging (uvicorn, grpc, warnings) take the same road and look alike; start uvicorn with
 ``log_config=None`` so that its loggers propagate to the root.
 
-Logging never stops the server: a line that standard error does not take at once (a pipe nobody reads) is dropped
-and counted, and the count is told with the next line that gets through.
+Logging never stops the server: what standard error does not take at once (a pipe that is read slowly, or not at all)
+waits in memory up to a limit. Beyond it the lines that have waited longest are dropped and counted, and the count is
+told in their place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import logging
 import os
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import orjson
@@ -34,8 +37,11 @@ LEVELS: Final[dict[str, int]] = {
 }
 #: POSIX promises that a pipe reported writable takes this many bytes without blocking.
 _PIPE_BUF: Final = getattr(select, "PIPE_BUF", 512)
-#: How long a full standard error may hold up the first line; while it stays full the next ones are dropped at once.
-_PATIENCE_MS: Final = 50
+_END: Final = b"\n"
+#: How many bytes of lines may wait for a standard error that is full.
+_WAITING_BYTES: Final = 1 << 20
+#: What a standard error that is full is given to take what waits, at the end of the process.
+_FLUSH_S: Final = 2.0
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
@@ -46,18 +52,19 @@ def get_logger(name: str) -> FilteringBoundLogger:
 def configure(format: str = "json", level: str = "info", fd: int = 2) -> None:
     """Send all logs from ``level`` up to file descriptor ``fd``. May be called again to change any of the three.
 
-    Raises ConfigError for an unknown format or level.
+    What still waits to be written when the process ends is flushed by ``logging.shutdown``. Raises ConfigError for an
+    unknown format or level.
     """
     _check(format, level)
     render = _render_json if format == "json" else _render_text
-    sink, lost_line = LineSink(fd), _lost_line(render)
+    sink = LineSink(fd, _lost_line(render))
     structlog.configure(
         processors=[*_shared_processors(), render],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=lambda name="": _LineLogger(name, sink, lost_line),
+        logger_factory=lambda name="": _LineLogger(name, sink),
         cache_logger_on_first_use=False,  # a later configure() must reach loggers bound at module level
     )
-    _bridge_stdlib(_LineLogger("", sink, lost_line), render, LEVELS[level])
+    _bridge_stdlib(sink, render, LEVELS[level])
 
 
 def _check(format_name: str, level: str) -> None:
@@ -81,53 +88,120 @@ def _shared_processors() -> list[Processor]:
 
 
 class LineSink:
-    """Whole lines onto one file descriptor; safe from any thread; never raises and never waits long."""
+    """Whole lines onto one file descriptor, in order; safe from any thread; never raises and never waits.
 
-    def __init__(self, fd: int) -> None:
+    What the descriptor has no room for waits for a thread that writes when there is some again. Over ``limit`` bytes
+    the lines that have waited longest are dropped; what ``lost_line(n)`` gives is written where n of them were.
+    """
+
+    def __init__(self, fd: int, lost_line: Callable[[int], str], limit: int = _WAITING_BYTES) -> None:
         #: Lines lost and not yet told about.
         self.dropped = 0
         self._fd = fd
+        self._lost_line = lost_line
+        self._limit = limit
         self._lock = threading.Lock()
-        self._stalled = False
-        self._torn = False
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        #: What is left of a line that has been written in part.
+        self._rest = memoryview(b"")
+        self._writer: threading.Thread | None = None
+        self._room = _room_in(fd)
 
-    def write(self, line: str, lost_line: Callable[[int], str]) -> None:
-        """Write ``line``, then ``lost_line(n)`` when n lines before it were dropped; or count this one as dropped."""
+    def write(self, line: str) -> None:
+        """Write ``line``, or have it wait."""
+        data = _encoded(line)
         with self._lock:
-            if not self._send(line):
-                self.dropped += 1
-            elif self.dropped and self._send(lost_line(self.dropped)):
-                self.dropped = 0
+            self._waiting.append(data)
+            self._waiting_bytes += len(data)
+            if self._writer is None and not self._write_all():
+                self._start_writer()
+            self._shorten()
 
-    def _send(self, line: str) -> bool:
-        data = b"\n" * self._torn + line.encode("utf-8", "backslashreplace") + b"\n"
-        sent = 0
+    def flush(self, timeout_s: float = _FLUSH_S) -> None:
+        """Wait until nothing waits any more, but not for long: nobody may be reading."""
+        writer = self._writer
+        if writer is not None:
+            writer.join(timeout_s)
+
+    def _write_all(self) -> bool:
+        """Write while there is room; False when something is left."""
+        while self._room.poll(0):
+            if self._write_some():
+                return True
+        return False
+
+    def _write_some(self) -> bool:
+        """Write what there is room for; True when nothing is left to be written."""
         try:
-            while sent < len(data) and self._writable():
-                sent += os.write(self._fd, data[sent : sent + _PIPE_BUF])
+            if self._rest:
+                self._rest = self._unsent(self._rest)
+            elif self.dropped:
+                self._rest = self._unsent(memoryview(_encoded(self._lost_line(self.dropped))))
+                self.dropped = 0
+            else:
+                self._rest = self._unsent(memoryview(self._waiting[0]))
+                self._waiting_bytes -= len(self._waiting.popleft())
         except OSError:
-            pass  # a closed or broken standard error leaves nobody to tell
-        self._torn = 0 < sent < len(data)
-        return sent == len(data)
+            self._give_up()
+            return True
+        return not (self._rest or self._waiting)
 
-    def _writable(self) -> bool:
-        events = self._poll.poll(0 if self._stalled else _PATIENCE_MS)
-        self._stalled = not events
-        return bool(events)
+    def _unsent(self, data: memoryview) -> memoryview:
+        """What is left of it once the descriptor has taken what it takes without blocking."""
+        with suppress(BlockingIOError):  # another process that writes there took the room
+            return data[os.write(self._fd, data[:_PIPE_BUF]) :]
+        return data
+
+    def _give_up(self) -> None:
+        """Standard error is closed or broken: nobody is left to tell. Should it recover, a torn line is ended first."""
+        self.dropped += len(self._waiting) + (len(self._rest) > len(_END))
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self._rest = memoryview(_END if self._rest else b"")
+
+    def _shorten(self) -> None:
+        while self._waiting_bytes > self._limit:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self.dropped += 1
+
+    def _start_writer(self) -> None:
+        """What waits is written even if no line follows."""
+        writer = threading.Thread(target=self._write_later, name="log-writer", daemon=True)
+        with suppress(RuntimeError):  # no thread to spare, or the interpreter ends: the next line tries again
+            writer.start()
+            self._writer = writer
+
+    def _write_later(self) -> None:
+        room = _room_in(self._fd)
+        while True:
+            room.poll()
+            with self._lock:
+                if self._write_some():
+                    self._writer = None
+                    return
+
+
+def _room_in(fd: int) -> select.poll:
+    """Tells when the descriptor takes something, or is broken. Not for several threads at once."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return poll
+
+
+def _encoded(line: str) -> bytes:
+    return line.encode("utf-8", "backslashreplace") + _END
 
 
 class _LineLogger:
     """What structlog calls once an event is rendered: every level writes."""
 
-    def __init__(self, name: str, sink: LineSink, lost_line: Callable[[int], str]) -> None:
+    def __init__(self, name: str, sink: LineSink) -> None:
         self.name = name
         self._sink = sink
-        self._lost_line = lost_line
 
     def msg(self, line: str) -> None:
-        self._sink.write(line, self._lost_line)
+        self._sink.write(line)
 
     debug = info = warning = error = critical = msg
 
@@ -181,19 +255,22 @@ def _plain(value: object) -> str:
 class _Bridge(logging.Handler):
     """The root handler: renders a stdlib record as structlog renders its own events."""
 
-    def __init__(self, logger: _LineLogger) -> None:
+    def __init__(self, sink: LineSink) -> None:
         super().__init__()
-        self._logger = logger
+        self._sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._logger.msg(self.format(record))
+            self._sink.write(self.format(record))
         except Exception:  # noqa: BLE001 - a record that cannot be formatted must not reach the code that logged it
-            self._logger.msg(json.dumps({"event": "log_record_unreadable", "logger": record.name}))
+            self._sink.write(json.dumps({"event": "log_record_unreadable", "logger": record.name}))
+
+    def flush(self) -> None:
+        self._sink.flush()
 
 
-def _bridge_stdlib(logger: _LineLogger, render: Callable[..., str], level: int) -> None:
-    bridge = _Bridge(logger)
+def _bridge_stdlib(sink: LineSink, render: Callable[..., str], level: int) -> None:
+    bridge = _Bridge(sink)
     bridge.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_shared_processors(),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import socket
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,22 +17,18 @@ import pytest
 
 from server._pb import inference_pb2 as pb
 from tests.support import models
-from tests.support.server import Server
+from tests.support.ports import reserved_port
+from tests.support.server import PRODUCT_PATH, Server
 from tests.support.v2 import call
 
 #: Folders beside the model that the first scan has to look into.
 CROWD = 3000
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 @contextmanager
 def starting(*arguments: str) -> Iterator[tuple[Server, str]]:
     """A server that has just been started, and the address that it will have."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{reserved_port()}"
     server = Server(*arguments, "--http", address)
     try:
         yield server, address
@@ -77,6 +78,39 @@ def test_a_model_of_a_directory_is_never_unknown(tmp_path: Path, control: str) -
         assert found["/v2/models/other/versions/1/infer"] <= {503, 400}
         assert 503 in found["/v2/models/wanted/ready"] <= {503, 200}
         assert call(address, "POST", "/v2/models/nobody/infer", {})[0] == 404
+
+
+def test_who_reads_the_log_late_is_told_that_it_is_ready(tmp_path: Path) -> None:
+    """A repository with more to say of than a pipe holds. After ``ready`` no line follows that could bring it along."""
+    address = f"127.0.0.1:{reserved_port()}"
+    command = [sys.executable, "-m", "server", "serve", "--model-repository", str(crowded(tmp_path / "repository"))]
+    command += ["--state-dir", str(tmp_path / "state"), "--http", address]
+    for flag in ("--grpc", "--metrics", "--admin"):
+        command += [flag, "127.0.0.1:0"]
+    environment = {**os.environ, "PYTHONPATH": PRODUCT_PATH, "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        ended = threading.Timer(120, process.kill)
+        ended.start()
+        try:
+            while process.poll() is None and not answers_ready(address):
+                pass
+            assert process.stderr is not None
+            events = []
+            for line in process.stderr:
+                events.append(json.loads(line)["event"])
+                if events[-1] == "ready":
+                    break
+        finally:
+            ended.cancel()
+            process.kill()
+    assert Counter(events) == {"model_refused": CROWD, "model_loading": 2, "model_ready": 2, "ready": 1}
+
+
+def answers_ready(address: str) -> bool:
+    try:
+        return call(address, "GET", "/v2/health/ready")[0] == 200
+    except OSError:
+        return False  # not bound yet
 
 
 def test_an_alias_is_not_ready_while_its_model_loads(tmp_path: Path) -> None:

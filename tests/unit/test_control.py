@@ -948,3 +948,37 @@ def test_an_alias_stays_where_a_configuration_has_led_it(tmp_path: Path) -> None
         assert leads(rig) == {"champion": "2", "previous": "1"}
 
     named(tmp_path, body)
+
+
+def test_a_refusal_is_told_once_until_it_changes(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        (rig.root / "empty").mkdir()
+        (rig.root / "no name").mkdir()
+        config = rig.root / "m" / "config.pbtxt"
+        with structlog.testing.capture_logs() as logs:
+            await rig.control.start()
+
+            async def look() -> list[tuple[str, str]]:
+                logs.clear()
+                for _ in range(2):
+                    await rig.control.refresh()
+                told = ("model_refused", "entry_ignored")
+                return [(line["event"], line.get("model", line.get("entry"))) for line in logs if line["event"] in told]
+
+            assert await look() == []
+            for wrong in ("max_batch_size: x", "nonsense: 1 }"):
+                config.write_text(wrong)
+                assert await look() == [("model_refused", "m")]
+            config.unlink()
+            assert await look() == []
+            config.write_text(wrong)
+            assert await look() == [("model_refused", "m")]
+            for folder in ("empty", "no name"):
+                (rig.root / folder).rmdir()
+            assert await look() == []
+            for folder in ("empty", "no name"):
+                (rig.root / folder).mkdir()
+            assert sorted(await look()) == [("entry_ignored", "no name"), ("model_refused", "empty")]
+
+    run(tmp_path, body)

@@ -1,14 +1,17 @@
-"""Log lines as they reach the descriptor: both formats, foreign records, hostile values, a reader that is gone."""
+"""Log lines as they reach the descriptor: both formats, foreign records, hostile values, readers late or gone."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -171,60 +174,124 @@ def lost(count: int) -> str:
     return f"lost {count}"
 
 
-def test_a_reader_that_stalls_costs_lines_not_time() -> None:
-    reader, writer = os.pipe()
-    try:
-        sink = LineSink(writer)
-        line = "x" * 1000
-        for _ in range(1000):  # far over what a pipe holds; a blocking write would never return
-            sink.write(line, lost)
-        assert sink.dropped > 500
-        dropped = sink.dropped
-        assert drain(reader) == (1000 - dropped) * (line + "\n")
-        sink.write("again", lost)
-        assert drain(reader) == f"again\nlost {dropped}\n"
-        assert sink.dropped == 0
-    finally:
-        os.close(reader)
-        os.close(writer)
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Where to read and where to write."""
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        with suppress(OSError):  # the test has closed it
+            os.close(fd)
 
 
-def test_a_torn_line_is_ended_before_the_next() -> None:
-    reader, writer = os.pipe()
-    try:
-        sink = LineSink(writer)
-        sink.write("y" * 1_000_000, lost)
-        assert sink.dropped == 1
-        assert set(drain(reader)) == {"y"}
-        sink.write("next", lost)
-        assert drain(reader) == "\nnext\nlost 1\n"
-    finally:
-        os.close(reader)
-        os.close(writer)
+def read_until(fd: int, end: str) -> list[str]:
+    """The lines up to the first that is ``end``; fails when nothing comes any more before it has."""
+    text = b""
+    while not text.endswith(f"{end}\n".encode()):
+        assert select.select([fd], [], [], 20)[0], text[-200:]
+        text += os.read(fd, 65536)
+    return text.decode().splitlines()
 
 
-def drain(fd: int) -> str:
-    os.set_blocking(fd, False)
-    parts = []
-    try:
-        while part := os.read(fd, 65536):
-            parts.append(part)
-    except BlockingIOError:
-        pass
-    return b"".join(parts).decode()
+def test_a_reader_that_is_late_finds_every_line(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost)
+    written = [f"{number:0500}" for number in range(1000)]
+    for line in written:  # far over what a pipe holds; a blocking write would never return
+        sink.write(line)
+    assert read_until(reader, written[-1]) == written  # and nothing is written that could bring the last one
+    sink.flush(20)
+    sink.write("again")
+    assert read_until(reader, "again") == ["again"]
+
+
+def test_over_the_limit_the_oldest_that_wait_are_dropped_and_told_in_their_place(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost, limit=100_000)
+    written = [f"{number:0999}" for number in range(1000)]
+    for line in written:
+        sink.write(line)
+    dropped = sink.dropped
+    assert dropped > 500
+    found = read_until(reader, written[-1])
+    assert sink.dropped == 0
+    before = found.index(f"lost {dropped}")
+    assert found[:before] == written[:before]
+    assert found[before + 1 :] == written[before + dropped :] == written[-100:]
+
+
+def test_a_line_that_has_begun_is_ended_whatever_its_length(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost, limit=10_000)
+    sink.write("y" * 1_000_000)
+    sink.write("z" * 20_000)  # alone over the limit
+    sink.write("next")
+    assert read_until(reader, "next") == ["y" * 1_000_000, "lost 1", "next"]
+
+
+def test_lines_of_several_threads_stay_whole(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost)
+
+    def log(name: str) -> None:
+        for number in range(300):
+            sink.write(f"{name}{number:0900}")
+
+    threads = [threading.Thread(target=log, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sink.write("end")
+    found = read_until(reader, "end")
+    for name in "ab":
+        assert [line for line in found if line[0] == name] == [f"{name}{number:0900}" for number in range(300)]
+
+
+def test_what_waits_for_a_reader_that_goes_is_counted_and_a_torn_line_is_ended(
+    pipe: tuple[int, int], tmp_path: Path
+) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost)
+    for line in ("y" * 1_000_000, "second", "third"):
+        sink.write(line)
+    os.close(reader)
+    sink.flush(20)
+    assert sink.dropped == 3
+    file = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, writer)
+    os.close(file)
+    sink.write("fourth")
+    sink.write("fifth")
+    assert (tmp_path / "log").read_text() == "\nlost 3\nfourth\nfifth\n"
 
 
 @pytest.mark.parametrize("kind", ["closed", "broken"])
-def test_a_closed_or_broken_standard_error_is_survived(kind: str) -> None:
-    reader, writer = os.pipe()
-    sink = LineSink(writer)
+def test_a_closed_or_broken_standard_error_is_survived(kind: str, pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    sink = LineSink(writer, lost)
     os.close(reader)
     if kind == "closed":
         os.close(writer)
-    sink.write("nobody", lost)
+    sink.write("nobody")
     assert sink.dropped == 1
-    if kind == "broken":
-        os.close(writer)
+
+
+def test_a_process_that_ends_lets_a_late_reader_have_what_waits() -> None:
+    program = (
+        "from server.telemetry.log import *; configure(); log = get_logger('x')\n"
+        "for number in range(2000): log.info('line', number=number, filling='x' * 200)\n"
+        "print('done', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "done\n"
+        found = [json.loads(line) for line in process.stderr]
+    assert [entry.get("number") for entry in found] == list(range(2000))
+    assert process.returncode == 0
 
 
 def test_a_process_logs_to_standard_error_only() -> None:
