@@ -252,7 +252,7 @@ def _code(work: Callable[[], object]) -> str:
 def test_infer_answers_with_initial_metadata(server: Running, channel: grpc.Channel, model: str) -> None:
     request = infer_request(model, id="7", model_version="1").SerializeToString()
     raw, done = channel.unary_unary(f"/{SERVICE.full_name}/ModelInfer").with_call(
-        request, timeout=10, metadata=(("traceparent", "00-aa"), ("x", "1"), ("x", "2"), ("y-bin", b"\x00"))
+        request, timeout=1000, metadata=(("traceparent", "00-aa"), ("x", "1"), ("x", "2"), ("y-bin", b"\x00"))
     )
     response = pb.ModelInferResponse.FromString(raw)
     assert (response.model_name, response.model_version, response.id) == (model, "1", "7")
@@ -265,7 +265,8 @@ def test_infer_answers_with_initial_metadata(server: Running, channel: grpc.Chan
     assert headers["traceresponse"] == "00-aa"
     head = server.port.admitted[-1]
     assert (head.protocol, head.metadata["x"], "y-bin" in head.metadata) == ("grpc", "1, 2", False)
-    assert 9_000_000_000 < head.deadline_ns - head.received_ns < 11_000_000_000  # sent in few digits, rounded up
+    # Sent in few digits, rounded up, and some of it was over on arrival.
+    assert 900 * 10**9 < head.deadline_ns - head.received_ns < 1_020 * 10**9
 
 
 @pytest.mark.parametrize(
@@ -705,8 +706,7 @@ def test_watch_ends_no_sooner_than_its_connection(transport: str) -> None:
             assert wire.read_frame()
         drained = asyncio.run_coroutine_threadsafe(server.grpc_server.drain(10), server.loop)
         answer = wire.answer(1)
-        if transport == "native":  # gRPC's core may cut what it has not written yet when a call ends by an error
-            assert [answer.body[6], answer.body[13]] == [_STATUS.SERVING, _STATUS.NOT_SERVING]
+        assert [answer.body[6], answer.body[13]] == [_STATUS.SERVING, _STATUS.NOT_SERVING]
         assert (answer.status, wire.goaway) == ("14", (1, 0))
         wire.closed()
         assert drained.result(10) is True

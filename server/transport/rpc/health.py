@@ -52,11 +52,11 @@ class HealthRpcs:
             last: _Status | None = None
             while True:
                 changed.clear()
-                now = self._status(service)
+                closing, now = self._closing, self._status(service)
                 if now != last:
                     last = now
                     yield pb.HealthCheckResponse(status=now).SerializeToString()
-                if self._closing:
+                if closing:  # as it was for what was told: while that was on its way it may have changed
                     return
                 await changed.wait()
         finally:
