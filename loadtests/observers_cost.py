@@ -1,6 +1,6 @@
 """What is spent on watching requests: the statistics, the trace gate and the drift monitor, of the whole.
 
-    python -m loadtests.observers_cost [--starts 6] [--rounds 4] [--seconds 1] [--output RESULT.json]
+    python -m loadtests.observers_cost [--starts 12] [--rounds 2] [--seconds 1] [--output RESULT.json]
 
 Four servers of the same model run at once on one core, each with one more of them than the one before:
 
@@ -17,8 +17,10 @@ shares of real requests over sockets, with the caches as cold as requests leave 
 would be more exact, and of something else.
 
 The price is noise: a share of 1 % needs a quiet machine. Two processes of one program differ by some percent as long as
-they live, which no number of rounds takes away, so all servers are started anew several times: the median of the rounds
-stands for each start, and the interval is that of the starts. Two builds differ too, if less: that stays.
+they live, which no number of rounds takes away, so all servers are started anew many times, in one order and then in
+the other, and asked in few rounds: the median of the rounds stands for each start, and the interval is that of the
+starts. Of six it would be the whole range; of twelve, that of the middle eight. Two builds differ too, if less: that
+stays.
 
 gRPC is asked by our own generator, on 8 connections with 8 calls each; one ``traceparent`` in a hundred says that it is
 sampled. HTTP is asked by h2load where it is installed, without one, so that the gate draws. The receiver of the spans
@@ -92,12 +94,15 @@ def rows() -> tuple[Row, Row]:
 
 
 @contextmanager
-def running(copies: Copies, files: Path, receiver: int) -> Iterator[dict[str, Target]]:
-    """All four, by name. ``files``: where model and profile are; ``receiver``: the port that spans are sent to."""
+def running(copies: Copies, files: Path, receiver: int, *, turned: bool = False) -> Iterator[dict[str, Target]]:
+    """All four, by name. ``files``: where model and profile are; ``receiver``: the port that spans are sent to.
+
+    ``turned``: the last is started first.
+    """
     cores, _ = machine.split_cores()
     targets = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for name in SERVERS:
+        for name in reversed(SERVERS) if turned else SERVERS:
             config = write_config(Path(folder, name), name, files, receiver)
             copy = copies.uncounted if name == "none" else copies.counted
             pid, ready = stack.enter_context(serving(config, cores=cores, copy=copy))
@@ -196,7 +201,8 @@ def measure(plan: Plan) -> Result:
         rounds, copies = Rounds(plan, {"y": np.asarray(answer)}, result), _copies(plan, files)
         for number in range(plan.starts):
             print(f"  start {number + 1} of {plan.starts}", flush=True)
-            with running(copies, files, receiver.getsockname()[1]) as targets, machine.pinned(generator_cores):
+            started = running(copies, files, receiver.getsockname()[1], turned=bool(number % 2))
+            with started as targets, machine.pinned(generator_cores):
                 uvloop.run(rounds.run(targets))
     result.settings["apart"] = rounds.apart
     result.load_end = machine.load_average()
@@ -253,8 +259,8 @@ def _notes(result: Result) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=6, help="how often all servers are started anew")
-    parser.add_argument("--rounds", type=int, default=4, help="after each start")
+    parser.add_argument("--starts", type=int, default=12, help="how often all servers are started anew")
+    parser.add_argument("--rounds", type=int, default=2, help="after each start")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="length of a cell in a round (h2load: whole seconds)"
     )

@@ -42,6 +42,7 @@ MODULES = (
     "server/codec/elements.py",
     "server/codec/forms.py",
     "server/codec/json.py",
+    "server/codec/pieces.py",
     "server/codec/protobuf.py",
     "server/codec/scan.py",
     "server/gateway/call.py",

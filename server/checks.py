@@ -14,12 +14,12 @@ from server.types import BYTES, InferenceRequest, ModelSpec, ParameterValue, Req
 _MAX_TIMEOUT_US = 10**15
 
 
-def fit_inputs(spec: ModelSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
+def fit_inputs(spec: ModelSpec, inputs: list[Tensor]) -> tuple[list[Tensor | None], int]:
     """The request's inputs in the spec's order (None: absent and optional), and their rows (0: does not batch)."""
     specs = spec.inputs
     if len(inputs) == 1 == len(specs) and inputs[0].name == specs[0].name:
         tensor = inputs[0]
-        return [tensor], _check_tensor(spec, specs[0], tensor, 0)
+        return [tensor], _check_tensor(spec, specs[0], tensor)
     given = _by_name(spec, inputs)
     ordered: list[Tensor | None] = []
     rows = 0
@@ -38,7 +38,7 @@ def fit_inputs(spec: ModelSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor |
     return ordered, rows
 
 
-def _by_name(spec: ModelSpec, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _by_name(spec: ModelSpec, inputs: list[Tensor]) -> dict[str, Tensor]:
     given: dict[str, Tensor] = {}
     for tensor in inputs:
         if tensor.name in given:
@@ -60,7 +60,7 @@ def _by_name(spec: ModelSpec, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _check_rows_agree(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor, rows: int, first: str) -> int:
-    got = _check_tensor(spec, wanted, tensor, rows)
+    got = _check_tensor(spec, wanted, tensor)
     if rows and got != rows:
         raise InvalidArgument(
             f"inputs of model '{spec.name}' disagree on the batch size: '{first}' has {rows} rows, "
@@ -69,7 +69,7 @@ def _check_rows_agree(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor, rows:
     return got
 
 
-def _check_tensor(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor, rows: int) -> int:
+def _check_tensor(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor) -> int:
     """Rows of this tensor (0 when the model does not batch)."""
     if tensor.datatype != wanted.datatype:
         raise InvalidArgument(
@@ -79,8 +79,7 @@ def _check_tensor(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor, rows: int
     if len(shape) != len(wanted.shape):
         raise _wrong_shape(spec, wanted, shape)
     if spec.max_batch_size:
-        if shape[1:] != wanted.shape[1:]:
-            _check_dims(spec, wanted, shape, 1)
+        _check_dims(spec, wanted, shape, 1)
         got = shape[0]
         if not 0 < got <= spec.max_batch_size:
             raise InvalidArgument(
@@ -88,14 +87,14 @@ def _check_tensor(spec: ModelSpec, wanted: TensorSpec, tensor: Tensor, rows: int
                 f"'{spec.name}' (inference request batch-size must be <= {spec.max_batch_size}), got {got}"
             )
         return got
-    if shape != wanted.shape:
-        _check_dims(spec, wanted, shape, 0)
+    _check_dims(spec, wanted, shape, 0)
     return 0
 
 
 def _check_dims(spec: ModelSpec, wanted: TensorSpec, shape: tuple[int, ...], start: int) -> None:
-    for want, got in zip(wanted.shape[start:], shape[start:], strict=True):
-        if want not in (-1, got):
+    dims = wanted.shape
+    for axis in range(start, len(dims)):
+        if dims[axis] not in (-1, shape[axis]):
             raise _wrong_shape(spec, wanted, shape)
 
 

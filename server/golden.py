@@ -119,14 +119,6 @@ def _tolerance(where: str, request: Mapping[str, Any], name: str) -> float:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, frozen=True)
-class _Alone:
-    """A batch's only member."""
-
-    inputs: list[Tensor | None]
-    rows: int
-
-
 def run_golden(engine: Engine, cases: Sequence[GoldenCase], batching: BatchingOptions) -> str:
     """The first disagreement as one sentence, or "" when there is none. Requests count from 1.
 
@@ -142,8 +134,8 @@ def run_golden(engine: Engine, cases: Sequence[GoldenCase], batching: BatchingOp
 
 def _disagreement(engine: Engine, layout: Layout, case: GoldenCase) -> str:
     try:
-        member = _Alone(*fit_inputs(engine.spec, case.inputs))
-        (answer,) = layout.split([member], engine.run(0, layout.join([member])))
+        inputs, rows = fit_inputs(engine.spec, list(case.inputs))
+        (answer,) = layout.split([inputs], [rows], engine.run(0, layout.join([inputs], rows)))
     except TidegateError as error:
         return error.message
     got = {tensor.name: tensor for tensor in answer}

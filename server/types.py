@@ -193,6 +193,8 @@ class RequestLimits:
 
 # --- The port between transports and gateway -------------------------------------------------------------------
 
+# Whoever names one of these protocols as a base class is called by the compiled program without a look-up.
+
 
 @dataclass(slots=True, init=False)
 class RequestHead:
@@ -235,9 +237,16 @@ class RequestHead:
 class Permit(Protocol):
     """Leave to send one request (or one stream of them) in. Release it exactly once, after the last handle."""
 
+    __slots__ = ()
+
     head: RequestHead
     #: Unique id made by the gateway; answered as ``x-tidegate-id`` whatever happens.
     tidegate_id: str
+
+    @property
+    def traceresponse(self) -> str | None:
+        """The ``traceresponse`` header of a sampled request; None for any other."""
+        ...
 
     def hold(self, size: int) -> None:
         """It holds so many bytes now, and counts for no fewer than its head said. Raises TidegateError: no room."""
@@ -280,6 +289,8 @@ class Reply(Protocol):
     Zero or more ``message``, then exactly one ``finish``; both may come before ``handle`` returns.
     """
 
+    __slots__ = ()
+
     def message(self, response: InferenceResponse, decision: Decision) -> None: ...
 
     def finish(self, error: TidegateError | None) -> str | None:
@@ -293,6 +304,8 @@ class Reply(Protocol):
 
 class Ticket(Protocol):
     """A request in flight. ``cancel`` after the end is harmless; after a cancel nothing more is replied."""
+
+    __slots__ = ()
 
     def cancel(self) -> None: ...
 

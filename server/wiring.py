@@ -52,6 +52,7 @@ from server.delivery.options import TRAINING
 from server.errors import ModelLoadError, NotFound, TidegateError
 from server.gates.keeper import Gatekeeper
 from server.gateway import AdmissionLimits, Gateway, Served
+from server.gateway.served import BatchCounts
 from server.history import ConfigHistory, LastGood
 from server.lifecycle import Lifecycle, Readiness
 from server.listening import Admin, listeners
@@ -580,11 +581,7 @@ def _server_of_versions(
 
 
 def _counting(counted: ModelTelemetry) -> Callable[[BatchRecord], None]:
-    def count(record: BatchRecord) -> None:
-        if record.error is None:
-            counted.batch_done(record.rows or 1, record.assemble_ns, record.compute_ns, record.split_ns)
-
-    return count
+    return BatchCounts(counted).count
 
 
 def _telemetry(settings: ServerSettings) -> tuple[Telemetry, OtlpExport | None]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -34,13 +34,8 @@ from server.types import BYTES, DATATYPES, Buffer, ModelSpec, Tensor, TensorSpec
 _COPIED_BYTES: Final = 4096
 
 
-class Rows(Protocol):
-    """One member's part of a batch. ``inputs`` stand in spec order; None is an absent optional input."""
-
-    @property
-    def inputs(self) -> list[Tensor | None]: ...
-    @property
-    def rows(self) -> int: ...
+#: One member's part of a batch, in spec order; None is an absent optional input.
+Inputs: TypeAlias = list[Tensor | None]
 
 
 class _Bucketed(NamedTuple):
@@ -100,22 +95,24 @@ class Layout:
         shape, axis = tensor.shape, bucketed.axis
         return (*shape[:axis], bucketed.padded(shape[axis]), *shape[axis + 1 :])
 
-    def join(self, members: Sequence[Rows]) -> Batch:
-        """One batch of members that share a row plan. Contents are referred to, not copied, unless padded."""
-        rows = members[0].rows if len(members) == 1 else sum([member.rows for member in members])
+    def join(self, members: list[Inputs], rows: int) -> Batch:
+        """One batch of members that share a row plan and have so many rows in all.
+
+        Contents are referred to, not copied, unless padded.
+        """
         shapes: list[tuple[int, ...]] = []
         parts: list[list[Buffer | list[bytes]] | None] = []
-        for index, column in enumerate(zip(*[member.inputs for member in members], strict=True)):
-            first = column[0]
+        for index, first in enumerate(members[0]):
             if first is None:
                 shapes.append(())
                 parts.append(None)
                 continue
-            present = cast("tuple[Tensor, ...]", column)  # the plan says which are absent, and it is the same for all
+            # The plan says which are absent, and it is the same for all.
+            present = [cast("Tensor", inputs[index]) for inputs in members]
             if index in self._buckets:
-                present = tuple([self._pad(index, tensor) for tensor in present])
-                first = present[0]
-            shapes.append((rows, *first.shape[1:]) if self._batched else first.shape)
+                present = [self._pad(index, tensor) for tensor in present]
+            shape = present[0].shape
+            shapes.append((rows, *shape[1:]) if self._batched else shape)
             parts.append([tensor.data for tensor in present])
         return Batch(rows, shapes, parts)
 
@@ -123,34 +120,35 @@ class Layout:
         shape = self._padded_shape(index, tensor)
         return tensor if shape == tensor.shape else _pad(tensor, shape, self._buckets[index])
 
-    def split(self, members: Sequence[Rows], outputs: list[Tensor]) -> list[list[Tensor]]:
-        """Each member's own outputs, as slices of the batch's. A member alone gets them unchanged.
+    def split(self, members: list[Inputs], rows: list[int], outputs: list[Tensor]) -> list[list[Tensor]]:
+        """Each member's own outputs, as slices of the batch's, ``rows[i]`` for member i. One alone gets them unchanged.
 
         Raises RuntimeFailure when an output's first dimension is not the rows of a batch of several members.
         """
         if len(members) == 1:
             shares = [outputs]
         else:
-            counts = [member.rows for member in members]
-            shares = [list(share) for share in zip(*[_slices(tensor, counts) for tensor in outputs], strict=True)]
+            shares = [[] for _ in members]
+            for tensor in outputs:
+                _deal(tensor, rows, shares)
         if self._buckets:
-            return [self._unpad(member, share) for member, share in zip(members, shares, strict=True)]
+            return [self._unpad(inputs, share) for inputs, share in zip(members, shares, strict=True)]
         return shares
 
-    def _unpad(self, member: Rows, outputs: list[Tensor]) -> list[Tensor]:
+    def _unpad(self, inputs: Inputs, outputs: list[Tensor]) -> list[Tensor]:
         return [
-            _cut(tensor, sizes) if (sizes := self._sent_sizes(member, tensor, cuts)) else tensor
+            _cut(tensor, sizes) if (sizes := self._sent_sizes(inputs, tensor, cuts)) else tensor
             for tensor, cuts in zip(outputs, self._cuts, strict=True)
         ]
 
-    def _sent_sizes(self, member: Rows, output: Tensor, cuts: dict[int, list[int]]) -> dict[int, int]:
+    def _sent_sizes(self, inputs: Inputs, output: Tensor, cuts: dict[int, list[int]]) -> dict[int, int]:
         """Output axis -> the size to cut it back to, for the axes that grew beyond doubt."""
         sizes: dict[int, int] = {}
         for axis, indexes in cuts.items():
             sent = {
                 tensor.shape[axis]
                 for index in indexes
-                if (tensor := member.inputs[index]) is not None
+                if (tensor := inputs[index]) is not None
                 and len(output.shape) > axis
                 and self._buckets[index].padded(tensor.shape[axis]) == output.shape[axis]
             }
@@ -162,8 +160,8 @@ class Layout:
 # --- slices ----------------------------------------------------------------------------------------------------------
 
 
-def _slices(tensor: Tensor, counts: list[int]) -> list[Tensor]:
-    """The tensor's rows, ``counts[i]`` for member i."""
+def _deal(tensor: Tensor, counts: list[int], shares: list[list[Tensor]]) -> None:
+    """The tensor's rows, ``counts[i]`` of them to ``shares[i]``."""
     total = sum(counts)
     if not tensor.shape or tensor.shape[0] != total:
         raise RuntimeFailure(
@@ -172,32 +170,35 @@ def _slices(tensor: Tensor, counts: list[int]) -> list[Tensor]:
         )
     name, datatype, row_shape, data = tensor.name, tensor.datatype, tensor.shape[1:], tensor.data
     if isinstance(data, bytes) and len(data) <= _COPIED_BYTES * len(counts):
-        return _copies(name, datatype, row_shape, data, counts, len(data) // total)
+        _deal_copies(name, datatype, row_shape, data, counts, len(data) // total, shares)
+        return
     source: memoryview | list[bytes] = data if isinstance(data, list) else _flat(data)
     step = len(source) // total
-    slices = []
     start = 0
-    for count in counts:
+    for count, share in zip(counts, shares, strict=True):
         end = start + count * step
-        slices.append(Tensor(name, datatype, (count, *row_shape), source[start:end]))
+        share.append(Tensor(name, datatype, (count, *row_shape), source[start:end]))
         start = end
-    return slices
 
 
-def _copies(
-    name: str, datatype: str, row_shape: tuple[int, ...], data: bytes, counts: list[int], step: int
-) -> list[Tensor]:
+def _deal_copies(
+    name: str,
+    datatype: str,
+    row_shape: tuple[int, ...],
+    data: bytes,
+    counts: list[int],
+    step: int,
+    shares: list[list[Tensor]],
+) -> None:
     """Small shares: a copy costs less than a view, and does not keep the whole."""
-    slices: list[Tensor] = []
     start = before = 0
     shape: tuple[int, ...] = ()
-    for count in counts:
+    for index, count in enumerate(counts):
         if count != before:
             before, shape = count, (count, *row_shape)
         end = start + count * step
-        slices.append(Tensor(name, datatype, shape, data[start:end]))
+        shares[index].append(Tensor(name, datatype, shape, data[start:end]))
         start = end
-    return slices
 
 
 def _flat(data: Buffer) -> memoryview:

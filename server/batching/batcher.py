@@ -90,8 +90,8 @@ CallLaterNs: TypeAlias = Callable[[int, Callable[[], None]], TimerHandle]
 class Work(Member):
     """One request for one version, and later its answer.
 
-    ``inputs`` stand in spec order and fit the spec; None is an absent optional input. ``done`` is called exactly once,
-    on the loop, unless it was cancelled; before that exactly one of ``outputs`` (this request's own rows, in spec
+    ``inputs`` stand in spec order and fit the spec; None is an absent optional input. ``settle`` is called exactly
+    once, on the loop, unless it was cancelled; before that exactly one of ``outputs`` (this request's own rows, in spec
     order) and ``error`` is set. Times are monotonic ns; a time that never came is 0. ``started_ns``: its first batch
     was handed to the engine; a failed batch may be run again in parts.
     """
@@ -105,7 +105,7 @@ class Work(Member):
         self,
         inputs: list[Tensor | None],
         rows: int,  # 0 for a model that does not batch
-        done: Callable[[Work], None],
+        done: Callable[[Work], None] | None = None,  # None: what follows is said by a ``settle`` of its own
         deadline_ns: int = 0,
         priority: int = 0,
         timeout_us: int = 0,
@@ -127,6 +127,11 @@ class Work(Member):
         self.batch_id = 0
         #: Requests with another mark never share a batch with it: a part of the traffic that is measured by itself.
         self.apart = ""
+
+    def settle(self, told: Work) -> None:
+        """It is over. ``told`` says how: itself, or one that stands for it while a thread may still write to it."""
+        if self.done is not None:
+            self.done(told)
 
 
 @dataclass(slots=True, init=False)
@@ -268,10 +273,10 @@ class Batcher:
     # --- for the gateway -------------------------------------------------------------------------------------
 
     def submit(self, work: Work) -> None:
-        """Queue a request; ``work.done`` is called on a later turn of the loop, never from here for this work.
+        """Queue a request; it is settled on a later turn of the loop, never from here.
 
         Raises QueueFull when a bound is reached, InvalidArgument when an input is over its largest bucket, Draining
-        after ``close``; then ``done`` is never called.
+        after ``close``; then it is never settled.
         """
         if self._closed:
             raise Draining(f"{self._name()} is being unloaded")
@@ -311,8 +316,7 @@ class Batcher:
         for work in members:
             self.cancel(work)
         for work in members:
-            told = Work(work.inputs, work.rows, work.done, error=why, enqueued_ns=work.enqueued_ns)
-            self._call_back(work.done, told)
+            self._settle(work, Work(work.inputs, work.rows, error=why, enqueued_ns=work.enqueued_ns))
         return len(members)
 
     def pending(self) -> int:
@@ -457,13 +461,14 @@ class Batcher:
         members, clock = execution.members, self._clock
         execution.instance, execution.started_ns = instance, clock()
         try:
-            batch = self._layout.join(members)
+            inputs, rows = [work.inputs for work in members], [work.rows for work in members]
+            batch = self._layout.join(inputs, sum(rows))
             execution.rows = batch.rows
             execution.assembled_ns = clock()
             outputs = self._engine.run(instance, batch)
             execution.computed_ns = clock()
-            for work, share in zip(members, self._layout.split(members, outputs), strict=True):
-                work.outputs = share
+            for index, share in enumerate(self._layout.split(inputs, rows, outputs)):
+                members[index].outputs = share
             if (taps := self.taps) is not None:
                 taps[instance].offer(batch.rows, batch.parts, outputs, execution.computed_ns, self.arm)
         except TidegateError as error:
@@ -593,13 +598,16 @@ class Batcher:
             self._reply(order.popleft())
 
     def _reply(self, work: Work) -> None:
-        if work.state == TAKEN:  # else it was cancelled, perhaps by a neighbour's ``done``
+        if work.state == TAKEN:  # else it was cancelled, perhaps by a neighbour's ``settle``
             work.state = GONE
             self._unanswered -= 1
-            try:
-                work.done(work)
-            except Exception as error:  # noqa: BLE001 - the request's boundary
-                self._raised(error)
+            self._settle(work, work)
+
+    def _settle(self, work: Work, told: Work) -> None:
+        try:
+            work.settle(told)
+        except Exception as error:  # noqa: BLE001 - the request's boundary
+            self._raised(error)
 
     def _call_back(self, callback: Callable[[T], None], argument: T) -> None:
         try:

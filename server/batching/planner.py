@@ -29,13 +29,13 @@ Timers and ready entries are removed lazily; they hold tickets, not members, so 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections import deque
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 from server.runtime.base import BatchingOptions, QueuePolicy
 from server.types import ModelSpec
@@ -53,8 +53,8 @@ class Member:
     """What the planner reads of a request (first block) and notes on it (second block). Compared by identity."""
 
     __slots__ = (
-        "deadline_ns", "enqueued_ns", "lane", "plan", "priority", "ripe", "rows", "state", "ticket", "timeout_ns",
-        "timeout_us",
+        "after", "before", "deadline_ns", "enqueued_ns", "lane", "plan", "priority", "ripe", "rows", "state", "ticket",
+        "timeout_ns", "timeout_us",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +75,9 @@ class Member:
 
         self.state = NEW
         self.ticket = 0
-        self.lane = 0
+        self.lane: _Lane | None = None
+        self.before: Member | None = None  # its neighbours in the lane
+        self.after: Member | None = None
         self.timeout_ns = 0
         self.ripe = False
 
@@ -165,40 +167,94 @@ def limits_for(spec: ModelSpec, options: BatchingOptions, slots: int) -> Limits:
 class _Level:
     """One priority level: its queue policy, its first lane, and how many members wait in it."""
 
-    __slots__ = ("lane", "policy", "waiting")
+    __slots__ = ("lane", "max_waiting", "policy", "timeout_us", "waiting")
 
     def __init__(self, number: int, policy: QueuePolicy) -> None:
         self.policy = policy
+        self.max_waiting = policy.max_queue_size
+        self.timeout_us = policy.default_timeout_us
         self.lane = 2 * number
         self.waiting = 0
 
 
-class _Group(Generic[M]):
-    """The waiting members of one row plan, lane by lane, each lane in order of tickets."""
+class _Lane:
+    """Members of one group that are equally urgent, in order of tickets.
+
+    They are linked to each other: one leaves from any place at once, and nothing is kept of those that have left.
+    """
+
+    __slots__ = ("first", "last", "level", "number")
+
+    def __init__(self, number: int, level: _Level) -> None:
+        self.number = number
+        self.level = level
+        self.first: Member | None = None
+        self.last: Member | None = None
+
+    def append(self, member: Member) -> None:
+        last = self.last
+        if last is None:
+            self.first = member
+        else:
+            last.after = member
+            member.before = last
+        self.last = member
+        member.lane = self
+        self.level.waiting += 1
+
+    def remove(self, member: Member) -> None:
+        before, after = member.before, member.after
+        if before is None:
+            self.first = after
+        else:
+            before.after = after
+        if after is None:
+            self.last = before
+        else:
+            after.before = before
+        member.before = member.after = member.lane = None
+        self.level.waiting -= 1
+
+
+class _Group:
+    """The waiting members of one row plan, lane by lane."""
 
     __slots__ = ("lanes", "listed", "ripe", "rows")
 
     def __init__(self) -> None:
-        self.lanes: dict[int, OrderedDict[int, M]] = {}
+        self.lanes: dict[int, _Lane] = {}
         self.listed: set[int] = set()  # lanes with an entry in the planner's ready heap
         self.rows = 0
         self.ripe = 0
 
-    def members(self) -> Iterator[M]:
-        """Every member in the order in which they are to run."""
-        return chain.from_iterable([self.lanes[lane].values() for lane in sorted(self.lanes)])
-
-    def put(self, member: M) -> None:
-        queue = self.lanes.get(member.lane)
-        if queue is None:
-            queue = self.lanes[member.lane] = OrderedDict()
-        queue[member.ticket] = member
+    def put(self, member: Member, number: int, level: _Level) -> None:
+        lane = self.lanes.get(number)
+        if lane is None:
+            lane = self.lanes[number] = _Lane(number, level)
+        lane.append(member)
         self.rows += member.rows or 1
         self.ripe += member.ripe
 
+    def first(self) -> Member | None:
+        """Who is to run before all others."""
+        return self._first_behind(-1)
+
+    def behind(self, member: Member) -> Member | None:
+        """Who is to run after a member, as far as they wait now."""
+        if member.after is not None or member.lane is None:
+            return member.after
+        return self._first_behind(member.lane.number)
+
+    def _first_behind(self, number: int) -> Member | None:
+        for following in sorted(self.lanes) if len(self.lanes) > 1 else self.lanes:
+            if following > number and (first := self.lanes[following].first) is not None:
+                return first
+        return None
+
     def head(self, lane: int) -> int:
         """The foremost ticket of a lane; 0 when the lane is empty."""
-        return next(iter(self.lanes[lane]), 0)
+        first = self.lanes[lane].first
+        return 0 if first is None else first.ticket
 
 
 class Planner(Generic[M]):
@@ -210,12 +266,12 @@ class Planner(Generic[M]):
         self.ahead = 0
         self._fill = max(limits.preferred, default=limits.max_rows)
         self._levels: dict[int, _Level] = {}
-        self._groups: dict[Hashable, _Group[M]] = {}
+        self._groups: dict[Hashable, _Group] = {}
         self._waiting = 0
         self._tickets = 0
         #: (lane, ticket of its head when listed, group): at most one live entry per lane of a group. A lane's head
         #: ticket only grows, so an entry is never later than the truth and is corrected when it comes up.
-        self._ready: list[tuple[int, int, _Group[M]]] = []
+        self._ready: list[tuple[int, int, _Group]] = []
         #: Members with something to happen to them while they wait, by ticket, and when (ns, ticket).
         self._timed: dict[int, M] = {}
         self._timers: list[tuple[int, int]] = []
@@ -244,9 +300,9 @@ class Planner(Generic[M]):
 
     def members(self) -> list[M]:
         """Everyone who waits, is being run, or is to be run again; those that were cancelled are not among them."""
-        waiting = [member for group in self._groups.values() for member in group.members()]
+        members = [member for group in self._groups.values() for member in self._foremost(group, group.rows)]
         taken = chain.from_iterable([*self._running.values(), *self._pieces])
-        return waiting + [member for member in taken if member.state == TAKEN]
+        return members + [member for member in taken if member.state == TAKEN]
 
     def wants_tick(self) -> bool:
         """A tick could do something: hand out a batch, or ask for an earlier wake."""
@@ -261,15 +317,13 @@ class Planner(Generic[M]):
         limits = self._limits
         number = member.priority if 0 < member.priority <= limits.priority_levels else limits.default_level
         level = self._levels.get(number) or self._level(number)
-        policy = level.policy
-        if 0 < limits.max_waiting <= self._waiting or 0 < policy.max_queue_size <= level.waiting:
+        if 0 < limits.max_waiting <= self._waiting or 0 < level.max_waiting <= level.waiting:
             return self._full(level)
-        member.lane = level.lane
-        if policy.default_timeout_us or member.timeout_us:
-            member.timeout_ns = _timeout_ns(member, policy)
+        if level.timeout_us or member.timeout_us:
+            member.timeout_ns = _timeout_ns(member, level.policy)
         member.ripe = not limits.max_delay_ns
         member.state = WAITING
-        self._enqueue(member, level)
+        self._enqueue(member, level.lane, level)
         return None
 
     def cancel(self, member: M) -> None:
@@ -327,39 +381,37 @@ class Planner(Generic[M]):
     def _full(self, level: _Level) -> Full:
         if 0 < self._limits.max_waiting <= self._waiting:
             return Full(self._waiting, self._limits.max_waiting)
-        return Full(level.waiting, level.policy.max_queue_size, level.lane // 2)
+        return Full(level.waiting, level.max_waiting, level.lane // 2)
 
-    def _enqueue(self, member: M, level: _Level) -> None:
+    def _enqueue(self, member: M, lane: int, level: _Level) -> None:
         self._tickets += 1
         member.ticket = self._tickets
         group = self._groups.get(member.plan)
         if group is None:
             group = self._groups[member.plan] = _Group()
-        group.put(member)
+        group.put(member, lane, level)
         self._waiting += 1
-        level.waiting += 1
         if member.deadline_ns or member.timeout_ns or not member.ripe:
             self._set_timer(member)
         if len(group.listed) < len(group.lanes):
             self._offer(group)
 
-    def _leave(self, member: M) -> _Group[M]:
+    def _leave(self, member: M) -> _Group:
         group = self._groups[member.plan]
         self._remove(group, [member])
         return group
 
-    def _remove(self, group: _Group[M], members: list[M]) -> None:
+    def _remove(self, group: _Group, members: list[M]) -> None:
         """Take members of one group out of the queue."""
-        levels, timed, lanes = self._levels, self._timed, group.lanes
+        timed = self._timed
         rows = ripe = 0
         for member in members:
-            lane, ticket = member.lane, member.ticket
-            del lanes[lane][ticket]
+            if (lane := member.lane) is not None:
+                lane.remove(member)
             rows += member.rows or 1
             ripe += member.ripe
-            levels[lane // 2].waiting -= 1
             if timed:
-                timed.pop(ticket, None)
+                timed.pop(member.ticket, None)
         group.rows -= rows
         group.ripe -= ripe
         self._waiting -= len(members)
@@ -368,23 +420,23 @@ class Planner(Generic[M]):
 
     # --- readiness and choice --------------------------------------------------------------------------------
 
-    def _is_ready(self, group: _Group[M]) -> bool:
+    def _is_ready(self, group: _Group) -> bool:
         if group.ripe or group.rows >= self._fill:
             return True
-        return bool(self._limits.preferred) and self._preferred_count(group) > 0
+        return bool(self._limits.preferred) and self._preferred_rows(group) > 0
 
-    def _preferred_count(self, group: _Group[M]) -> int:
-        """How many of the foremost members make up the largest preferred size that can be had; 0 when none can."""
-        rows = count = 0
-        for number, member in enumerate(group.members(), 1):
+    def _preferred_rows(self, group: _Group) -> int:
+        """The largest preferred size that the foremost members make up; 0 when they make up none."""
+        rows = found = 0
+        member = group.first()
+        while member is not None and rows < self._fill:
             rows += member.rows or 1
             if rows in self._limits.preferred:
-                count = number
-            if rows >= self._fill:
-                break
-        return count
+                found = rows
+            member = group.behind(member)
+        return found
 
-    def _offer(self, group: _Group[M]) -> None:
+    def _offer(self, group: _Group) -> None:
         """List every lane of a ready group that is not listed yet."""
         if not self._is_ready(group):
             return
@@ -403,7 +455,7 @@ class Planner(Generic[M]):
         self._ready = live
         heapify(live)
 
-    def _first_ready(self) -> _Group[M] | None:
+    def _first_ready(self) -> _Group | None:
         """The group whose foremost member is the oldest of the most urgent lane; its entry stays listed."""
         while self._ready:
             lane, ticket, group = self._ready[0]
@@ -437,24 +489,29 @@ class Planner(Generic[M]):
             member.state = TAKEN
         return members
 
-    def _choose(self, group: _Group[M]) -> list[M]:
+    def _choose(self, group: _Group) -> list[M]:
         """The foremost members that fit; a first member over the limit goes alone.
 
         While the queue delay has not passed (or none is set), a preferred size is kept where one can be had, and the
         largest preferred size is not exceeded.
         """
         patient = bool(self._limits.preferred) and not (self._limits.max_delay_ns and group.ripe)
-        if patient and (count := self._preferred_count(group)):
-            return [member for member, _ in zip(group.members(), range(count), strict=False)]
         limit = self._fill if patient else self._limits.max_rows
-        members: list[M] = []
+        return self._foremost(group, (self._preferred_rows(group) if patient else 0) or limit)
+
+    @staticmethod
+    def _foremost(group: _Group, limit: int) -> list[M]:
+        """The members to run first, up to so many rows; at least one."""
+        members: list[Member] = []
         rows = 0
-        for member in group.members():
+        member = group.first()
+        while member is not None:
             rows += member.rows or 1
             if members and rows > limit:
                 break
             members.append(member)
-        return members
+            member = group.behind(member)
+        return cast("list[M]", members)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -512,9 +569,10 @@ class Planner(Generic[M]):
         if 0 < member.deadline_ns <= now:
             return self._expire(member, Reason.DEADLINE)
         if 0 < member.timeout_ns <= now:
-            if self._levels[member.lane // 2].policy.timeout_action != "DELAY":
+            lane = member.lane
+            if lane is None or lane.level.policy.timeout_action != "DELAY":
                 return self._expire(member, Reason.TIMEOUT)
-            self._put_back(member)
+            self._put_back(member, lane)
             return None
         group = self._groups[member.plan]
         member.ripe = True
@@ -530,15 +588,14 @@ class Planner(Generic[M]):
             self._offer(group)
         return reason
 
-    def _put_back(self, member: M) -> None:
+    def _put_back(self, member: M, lane: _Lane) -> None:
         """DELAY: go to the lane behind, with a new ticket. It waits for no batch to fill any more."""
         group = self._leave(member)
         if group.rows:
             self._offer(group)
-        member.lane += 1
         member.timeout_ns = 0
         member.ripe = True
-        self._enqueue(member, self._levels[member.lane // 2])
+        self._enqueue(member, lane.number + 1, lane.level)
 
 
 def _timeout_ns(member: Member, policy: QueuePolicy) -> int:

@@ -16,6 +16,7 @@ from router.decision import RouteDecision
 from router.retry import Next
 from router.types import ShadowRoute
 from server.batching.batcher import TimerHandle, Work
+from server.batching.planner import NEW
 from server.checks import check_request, queue_terms
 from server.codec.classification import classify
 from server.errors import DeadlineExceeded, InvalidArgument, ModelNotReady, TidegateError, VersionTimeout
@@ -23,7 +24,16 @@ from server.gateway.ends import NO_TRIAL
 from server.gateway.policy import ModelPolicy, outcome_of
 from server.gateway.served import Served
 from server.gateway.tracing import record_of
-from server.types import WRITING, InferenceRequest, InferenceResponse, ModelSpec, Reply, RequestedOutput, Tensor
+from server.types import (
+    WRITING,
+    InferenceRequest,
+    InferenceResponse,
+    ModelSpec,
+    Reply,
+    RequestedOutput,
+    Tensor,
+    Ticket,
+)
 
 if TYPE_CHECKING:
     from server.gateway.core import Gateway, GatewayPermit
@@ -38,30 +48,34 @@ _LARGE_BYTES = 64 * 1024
 _SHED = frozenset({"queue_full", "queue_timeout"})
 
 
-class Attempt:
+class Attempt(Work):
     """One version's try at a request. From its start to its end it holds its version, and the one it may fall back to.
 
-    So a reload cannot close under a request what its own table promised it.
+    So a reload cannot close under a request what its own table promised it. ``begun_ns`` is 0 where nobody asks for it.
     """
 
-    __slots__ = ("call", "decision", "picked", "route", "served", "started_ns", "term", "work")
+    __slots__ = ("begun_ns", "call", "decision", "picked", "route", "served", "term")
 
     def __init__(self, call: Call, route: RouteDecision[Served], term: int, now: int) -> None:
+        super().__init__([], 0)
         self.call = call
         self.route = route
         self.served = route.target
         self.decision = self.served.decision(route)
         self.term = term
-        self.started_ns = now
+        self.begun_ns = now
         self.picked: list[int] | None = None
-        self.work: Work | None = None
         self.served.calls += 1
         if route.fallback is not None:
             route.fallback.target.calls += 1
 
-    def ran(self, work: Work) -> None:
-        """The batcher is done with it."""
-        self.call.ran(self, work)
+    @property
+    def work(self) -> Work | None:
+        """Itself, once its version's batcher has taken it."""
+        return None if self.state == NEW else self
+
+    def settle(self, told: Work) -> None:
+        self.call.ran(self, told)
 
     def release(self) -> None:
         """Let go of what it holds."""
@@ -70,7 +84,7 @@ class Attempt:
             self.route.fallback.target.release()
 
 
-class Call:
+class Call(Ticket):
     """A request in flight. ``cancel`` after the end is harmless.
 
     It is counted by what its caller is told: an answer that the transport cannot write ends it by an error.
@@ -126,9 +140,9 @@ class Call:
     def written(self, code: str) -> None:
         """The transport is done with an answer that took its time: "ok", or what the caller was told instead."""
         attempt = self._attempt
-        if self._done and attempt is not None and attempt.work is not None:
+        if self._done and attempt is not None:
             self._attempt = None
-            self._answered(attempt, attempt.work, code)
+            self._answered(attempt, attempt, code)
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
@@ -157,10 +171,10 @@ class Call:
 
     def _try(self, route: RouteDecision[Served]) -> None:
         """Begin an attempt, on stable when this version's breaker is open. Raises what a bad request deserves."""
-        now = self._gateway.clock()
         if self._policy is None and not self._permit.head.deadline_ns:
-            term = 1  # nothing limits its time or refuses its version
+            term, now = 1, 0  # nothing limits its time or refuses its version
         else:
+            now = self._gateway.clock()
             self._set_timer(now)
             term = self._admitted(route, now)
         if term == REFUSED:
@@ -175,7 +189,6 @@ class Call:
         before, attempt = self._attempt, Attempt(self, route, term, now)
         self._attempt = attempt
         if before is not None:  # only now: a try that could not begin leaves its request counted where the last one was
-            before.work = None
             before.release()
         attempt.served.routed(route.arm, route.reason)
         try:
@@ -193,17 +206,16 @@ class Call:
 
     def _submit(self, attempt: Attempt) -> None:
         request, spec = self._request, attempt.served.spec
-        deadline_ns = self._permit.head.deadline_ns
-        inputs, rows, attempt.picked = check_request(request, spec)
+        attempt.inputs, attempt.rows, attempt.picked = check_request(request, spec)
         rules = attempt.served.rules
         if rules is not None and (wrong := rules.refusal(request.inputs)) is not None:
             raise InvalidArgument(f"model '{spec.name}' refuses the request: {wrong}")
-        priority, timeout_us = queue_terms(request.parameters) if request.parameters else (0, 0)
-        work = Work(inputs, rows, attempt.ran, deadline_ns, priority, timeout_us)
+        attempt.deadline_ns = self._permit.head.deadline_ns
+        if request.parameters:
+            attempt.priority, attempt.timeout_us = queue_terms(request.parameters)
         if self._policy is not None and self._policy.rollout is not None:
-            work.apart = self._policy.rollout.lane(attempt.route.arm)
-        attempt.served.batcher.submit(work)
-        attempt.work = work
+            attempt.apart = self._policy.rollout.lane(attempt.route.arm)
+        attempt.served.batcher.submit(attempt)
 
     def ran(self, attempt: Attempt, work: Work) -> None:
         """The batcher is done with this attempt."""
@@ -266,7 +278,7 @@ class Call:
             policy.rollout.attempt(route.arm, route.key_hash, code, attempt.work)
         if policy.experiment is not None and code not in NO_TRIAL:
             unit = self._gateway.unit_of(route, self._permit.tidegate_id)
-            policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.started_ns)
+            policy.experiment.attempt(route.arm, unit, code != "ok", now - attempt.begun_ns)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -288,7 +300,6 @@ class Call:
         """The caller has the answer, or the error that came in its place."""
         self._count(attempt, code)
         attempt.release()
-        attempt.work = None
         self._capture(attempt, work, code)
         if code != "ok":
             if self._shadows:
@@ -388,7 +399,6 @@ class Call:
             self._gateway.telemetry.rejected(code).inc()
         self._count(attempt, code)
         attempt.release()
-        attempt.work = None  # it refers to this call: apart, both go with the last reference, and their tensors
 
     def _count(self, attempt: Attempt, code: str) -> None:
         head, work, trace = self._permit.head, attempt.work, self._permit.trace

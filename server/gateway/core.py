@@ -40,7 +40,7 @@ from server.gateway.served import CapturePort, Labels, Served
 from server.gateway.tracing import SampledRequests, beside
 from server.telemetry.instruments import Telemetry
 from server.telemetry.trace import RequestTrace, TraceContext
-from server.types import Clock, InferenceRequest, Permit, Reply, RequestHead, RequestLimits, Ticket, Unsent
+from server.types import Clock, InferenceRequest, Permit, Port, Reply, RequestHead, RequestLimits, Ticket, Unsent
 
 log: Any = structlog.get_logger("gateway")
 
@@ -57,7 +57,7 @@ class AdmissionLimits:
     retry_after_s: float = 1.0
 
 
-class GatewayPermit:
+class GatewayPermit(Permit):
     """A place among the requests in flight, with the bytes it may hold."""
 
     __slots__ = ("_bytes", "_gateway", "_released", "head", "tidegate_id", "trace")
@@ -101,7 +101,7 @@ class GatewayPermit:
             self._gateway.give_back(self._bytes)
 
 
-class Gateway:
+class Gateway(Port):
     """Admission, routing table, calls. Implements ``server.types.Port``.
 
     ``decisions``: how many of 10,000 routing decisions are logged. ``capture``: who records requests that are over.
@@ -132,7 +132,7 @@ class Gateway:
         self._sampled = SampledRequests(telemetry, call_soon)
         self.table: RoutingTable[Served] = RoutingTable({}, 0)
         #: What surrounds the decisions of public names that say anything about it.
-        self.policies: Mapping[str, ModelPolicy] = {}
+        self.policies: dict[str, ModelPolicy] = {}
         #: None: no decision is logged.
         self.decisions = DecisionLog(decisions) if decisions else None
         self.feedback = FeedbackIndex()
@@ -175,10 +175,7 @@ class Gateway:
             self._alone_from = self._ids
             self._poll.came()
         gate = self.telemetry.gate
-        trace = None
-        if gate is not None:
-            parent = head.metadata.get("traceparent")
-            trace = gate.start(parent, None if parent is None else head.metadata.get("tracestate"))
+        trace = None if gate is None else gate.start(head.metadata)
         return GatewayPermit(head, f"{self._id_prefix}{self._ids}", trace, self, size)
 
     def take_more(self, size: int) -> None:
@@ -474,7 +471,7 @@ class Gateway:
             for served in routes.versions.values():
                 served.telemetry.stats.pending = served.batcher.pending
         if policies is not None:
-            self.policies = policies
+            self.policies = dict(policies)
         self.telemetry.instruments.config_generation.labels("applied").set(table.generation)
 
 

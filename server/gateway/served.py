@@ -8,7 +8,7 @@ from typing import Protocol
 
 from router.breaker import Breaker
 from router.decision import RouteDecision
-from server.batching.batcher import Batcher
+from server.batching.batcher import Batcher, BatchRecord
 from server.gateway.ends import NO_ERROR, NOTHING
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
@@ -89,6 +89,30 @@ class CapturePort(Protocol):
         ...
 
 
+class _Count:
+    """A counter with what it counts: an arm, and why a request came to it or how it ended there."""
+
+    __slots__ = ("arm", "counter", "what")
+
+    def __init__(self, arm: str, what: str, counter: Counter) -> None:
+        self.arm = arm
+        self.what = what
+        self.counter = counter
+
+
+class BatchCounts:
+    """Counts the good runs of one version's engine."""
+
+    __slots__ = ("_telemetry",)
+
+    def __init__(self, telemetry: ModelTelemetry) -> None:
+        self._telemetry = telemetry
+
+    def count(self, record: BatchRecord) -> None:
+        if record.error is None:
+            self._telemetry.batch_done(record.rows or 1, record.assemble_ns, record.compute_ns, record.split_ns)
+
+
 @dataclass(slots=True, eq=False)
 class Served:
     """One loaded version as the gateway uses it. ``calls`` counts the requests that hold it.
@@ -110,6 +134,9 @@ class Served:
     _told: Decision | None = None
     _routes: dict[tuple[str, str], Counter] = field(default_factory=dict)
     _attempts: dict[tuple[str, str], Counter] = field(default_factory=dict)
+    #: What was counted last: most often the next request is counted as the same.
+    _route: _Count | None = None
+    _attempt: _Count | None = None
 
     def decision(self, route: RouteDecision[Served]) -> Decision:
         """What answers say of a decision: the same object as long as they say the same."""
@@ -127,19 +154,25 @@ class Served:
 
     def routed(self, arm: str, reason: str) -> None:
         """Count one routing decision for this version."""
-        counter = self._routes.get((arm, reason))
-        if counter is None:
-            labels = (self.spec.name, self.spec.version, arm, reason)
-            counter = self._routes[arm, reason] = self.instruments.route.labels(*labels)
-        counter.inc()
+        count = self._route
+        if count is None or count.arm is not arm or count.what is not reason:
+            counter = self._routes.get((arm, reason))
+            if counter is None:
+                labels = (self.spec.name, self.spec.version, arm, reason)
+                counter = self._routes[arm, reason] = self.instruments.route.labels(*labels)
+            count = self._route = _Count(arm, reason, counter)
+        count.counter.inc()
 
     def attempted(self, arm: str, code: str) -> None:
         """Count one attempt by how it ended, before any retry or fallback."""
-        counter = self._attempts.get((arm, code))
-        if counter is None:
-            labels = (self.spec.name, self.spec.version, arm, code)
-            counter = self._attempts[arm, code] = self.instruments.attempts.labels(*labels)
-        counter.inc()
+        count = self._attempt
+        if count is None or count.arm is not arm or count.what is not code:
+            counter = self._attempts.get((arm, code))
+            if counter is None:
+                labels = (self.spec.name, self.spec.version, arm, code)
+                counter = self._attempts[arm, code] = self.instruments.attempts.labels(*labels)
+            count = self._attempt = _Count(arm, code, counter)
+        count.counter.inc()
 
     def attempts(self) -> tuple[int, int]:
         """How many attempts have ended, and how many of them in an error of the version, as gates of rollouts count."""

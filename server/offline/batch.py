@@ -220,14 +220,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(slots=True, frozen=True)
-class _Alone:
-    """A run's only member."""
-
-    inputs: list[Tensor | None]
-    rows: int
-
-
 class _Run:
     """One start of a job, from its first part that is missing to its end."""
 
@@ -324,8 +316,8 @@ class _Run:
             for source, values in zip(sources, inputs, strict=True)
             if source is not None
         ]
-        member = _Alone(*fit_inputs(self._engine.spec, tensors))
-        (answer,) = self._layout.split([member], self._engine.run(0, self._layout.join([member])))
+        member, rows = fit_inputs(self._engine.spec, tensors)
+        (answer,) = self._layout.split([member], [rows], self._engine.run(0, self._layout.join([member], rows)))
         return answer
 
     # --- the end -------------------------------------------------------------------------------------------------

@@ -147,10 +147,22 @@ class Instruments:
         build.labels(version, platform.python_version()).set(1)
 
 
+class _Requests:
+    """Requests that are counted as the same, and how long they took."""
+
+    __slots__ = ("arm", "code", "durations", "protocol")
+
+    def __init__(self, arm: str, protocol: str, code: str, durations: Histogram) -> None:
+        self.arm = arm
+        self.protocol = protocol
+        self.code = code
+        self.durations = durations
+
+
 class ModelTelemetry:
     """Everything one model version counts, bound once: get it at load time, keep it, call it per request and batch."""
 
-    __slots__ = ("_batch_rows", "_compute", "_queue", "_request", "_requests", "stats")
+    __slots__ = ("_batch_rows", "_compute", "_last", "_queue", "_request", "_requests", "stats")
 
     def __init__(self, stats: ModelStats, instruments: Instruments) -> None:
         labels = (stats.model, stats.version)
@@ -160,6 +172,8 @@ class ModelTelemetry:
         self._batch_rows = instruments.batch_rows.labels(*labels)
         self._request: Family[Histogram] = instruments.request
         self._requests: dict[tuple[str, str, str], Histogram] = {}
+        #: What was counted last: most often the next request is counted as the same.
+        self._last: _Requests | None = None
 
     def request_done(
         self,
@@ -175,8 +189,10 @@ class ModelTelemetry:
         trace: TraceContext | None = None,
     ) -> None:
         """Count one finished request. ``code`` is "ok" or the error's code; stage times are 0 where not reached."""
-        key = (arm, protocol, code)
-        histogram = self._requests.get(key) or self._bind(key)
+        last = self._last
+        if last is None or last.arm is not arm or last.protocol is not protocol or last.code is not code:
+            last = self._last = _Requests(arm, protocol, code, self._find((arm, protocol, code)))
+        histogram = last.durations
         if trace is None:
             histogram.observe(total_ns)
         else:
@@ -193,10 +209,10 @@ class ModelTelemetry:
         self._batch_rows.observe(rows)
         self._compute.observe(infer_ns)
 
-    def _bind(self, key: tuple[str, str, str]) -> Histogram:
-        arm, protocol, code = key
-        histogram = self._request.labels(self.stats.model, self.stats.version, arm, protocol, code)
-        self._requests[key] = histogram
+    def _find(self, key: tuple[str, str, str]) -> Histogram:
+        histogram = self._requests.get(key)
+        if histogram is None:
+            histogram = self._requests[key] = self._request.labels(self.stats.model, self.stats.version, *key)
         return histogram
 
 

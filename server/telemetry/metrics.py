@@ -47,14 +47,14 @@ Collector: TypeAlias = Callable[[], Iterable[FamilySnapshot]]
 
 
 class Counter:
-    """A number that only grows."""
+    """A whole number that only grows."""
 
     __slots__ = ("value",)
 
     def __init__(self) -> None:
-        self.value: Number = 0
+        self.value = 0
 
-    def inc(self, amount: Number = 1) -> None:
+    def inc(self, amount: int = 1) -> None:
         self.value += amount
 
     def read(self) -> Value:
@@ -85,7 +85,7 @@ class Gauge:
 class Histogram:
     """Counts per bucket and a sum. Values are whole numbers in the raw unit (ns, rows) and stay exact."""
 
-    __slots__ = ("_bounds", "_counts", "_exemplars", "_per_unit", "_total")
+    __slots__ = ("_above", "_bounds", "_counts", "_exemplars", "_last", "_per_unit", "_total", "_up_to")
 
     def __init__(self, bounds: tuple[int, ...], per_unit: int) -> None:
         self._bounds = bounds
@@ -93,10 +93,22 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0
         self._exemplars: dict[int, Exemplar] = {}
+        #: The bucket of the newest value, which is most often the next one's too, and its bounds.
+        self._last = 0
+        self._above = self._up_to = 0
 
     def observe(self, value: int) -> None:
-        self._counts[_bucket(self._bounds, value)] += 1
+        if not self._above < value <= self._up_to:
+            self._seek(value)
+        counts, last = self._counts, self._last
+        counts[last] = counts[last] + 1  # for ``+=`` the compiled program would make an object of the 1
         self._total += value
+
+    def _seek(self, value: int) -> None:
+        """Find the bucket of a value. That of the largest values, and of 0, are looked for each time."""
+        last = self._last = _bucket(self._bounds, value)
+        self._above = self._bounds[last - 1] if last else 0
+        self._up_to = self._bounds[last] if last < len(self._bounds) else 0
 
     def observe_traced(self, value: int, trace_id: int, span_id: int) -> None:
         """``observe`` and keep the observation as its bucket's exemplar. For sampled requests."""

@@ -10,9 +10,9 @@ shares (every member of a batch is charged the batch's full time); ``fail`` is t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from time import time_ns
 from typing import Final
 
 from server.telemetry.snapshot import FamilySnapshot, Kind, Points
@@ -90,7 +90,7 @@ class ModelStats:
         batch.infer_ns += infer_ns
         batch.output_ns += output_ns
         self.execution_count += 1
-        self.last_inference_ms = time.time_ns() // 1_000_000
+        self.last_inference_ms = time_ns() // 1_000_000
 
     def as_dict(self) -> dict[str, object]:
         """One entry of ``model_stats``, as the HTTP statistics answer has it."""

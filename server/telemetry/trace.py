@@ -12,16 +12,22 @@ An unsampled request makes no context of its own. Whoever calls an upstream for 
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
 MAX_TRACESTATE: Final = 512
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}").match
 #: Characters of the four fields together; only a version after 00 may have more.
 _LENGTH: Final = 55
+#: Lower-case hexadecimal digits become 0, all else stays: one pass in C, a quarter of what a regular expression takes.
+_DIGITS: Final = bytes([48 if byte in b"0123456789abcdef" else byte for byte in range(256)])
+_SHAPE: Final = b"00-00000000000000000000000000000000-0000000000000000-00"
+_NO_TRACE: Final = b"0" * 32
+_NO_SPAN: Final = b"0" * 16
+_ZERO: Final = 48
+_F: Final = 102
 #: Last digits of a flags field in which the sampled bit is set.
 _ODD: Final = "13579bdf"
 #: Sampling and ids need spread, not secrecy; the generator is seeded anew in a forked child.
@@ -48,9 +54,20 @@ def parse_traceparent(value: str) -> TraceParent | None:
 
 
 def _valid(value: str) -> bool:
-    if _TRACEPARENT(value) is None:
+    if len(value) != _LENGTH:
+        if len(value) < _LENGTH or value[_LENGTH] != "-" or value.startswith("00"):
+            return False
+        value = value[:_LENGTH]
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
-    return len(value) == _LENGTH or (value[_LENGTH] == "-" and not value.startswith("00"))
+    return (
+        data.translate(_DIGITS) == _SHAPE
+        and (data[3] != _ZERO or data[3:35] != _NO_TRACE)
+        and (data[36] != _ZERO or data[36:52] != _NO_SPAN)
+        and (data[0] != _F or data[1] != _F)
+    )
 
 
 def format_traceparent(trace_id: int, span_id: int, *, sampled: bool = True) -> str:
@@ -95,14 +112,15 @@ class TraceGate:
         self._ratio = ratio
         self._parent_based = parent_based
 
-    def start(self, traceparent: str | None, tracestate: str | None = None) -> TraceContext | None:
-        """A new context when the request is sampled, else None. The headers as they came; None when absent."""
+    def start(self, metadata: Mapping[str, str]) -> TraceContext | None:
+        """A new context when the request is sampled, else None. ``metadata`` has its headers by lower-case names."""
+        traceparent = metadata.get("traceparent")
         if traceparent is None or not _valid(traceparent):
             return _root() if _draw() < self._ratio else None
         sampled = traceparent[54] in _ODD if self._parent_based else _draw() < self._ratio
         if not sampled:
             return None
-        state = bound_tracestate(tracestate) if tracestate else ""
+        state = bound_tracestate(metadata.get("tracestate", ""))
         return TraceContext(int(traceparent[3:35], 16), new_span_id(), int(traceparent[36:52], 16), state)
 
 

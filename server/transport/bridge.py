@@ -7,23 +7,31 @@ The port stays synchronous: a reply that arrives before ``handle`` returns costs
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from server.errors import TidegateError, Unimplemented
 from server.transport.faults import Internal
 from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, Port, Ticket
 
+#: Where an ASGI scope's ``extensions`` say what is to be called with the size of a large answer once there is one:
+#: it counts as unsent while it is written down, however long its task takes to come round to that.
+OWED: Final = "tidegate.owed"
+#: Answers that are no larger are not told.
+_LARGE_BYTES: Final = 64 * 1024
+
 
 class SingleReply:
     """Reply of a call that has exactly one answer. ``done`` resolves at ``finish`` or ``abandon``.
 
-    Whoever waits for it writes the answer, and tells the port (``telling``).
+    Whoever waits for it writes the answer, and tells the port (``telling``). ``owe``: see ``OWED``.
     """
 
-    __slots__ = ("_answers", "decision", "done", "error", "response")
+    __slots__ = ("_answers", "_owe", "decision", "done", "error", "response")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, owe: Callable[[int], None] | None = None) -> None:
+        self._owe = owe
         self.done: asyncio.Future[None] = loop.create_future()
         self.response: InferenceResponse | None = None
         self.decision: Decision | None = None
@@ -33,6 +41,10 @@ class SingleReply:
     def message(self, response: InferenceResponse, decision: Decision) -> None:
         self.response, self.decision = response, decision
         self._answers += 1
+        if self._owe is not None:
+            size = sum(len(tensor.data) for tensor in response.outputs)
+            if size > _LARGE_BYTES:
+                self._owe(size)
 
     def finish(self, error: TidegateError | None) -> str | None:
         self._settle(error)

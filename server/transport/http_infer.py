@@ -34,7 +34,7 @@ from server.transport.answers import (
     metadata_of,
     too_large,
 )
-from server.transport.bridge import SingleReply, telling
+from server.transport.bridge import OWED, SingleReply, telling
 from server.transport.faults import Internal, MethodNotAllowed, check_version, new_id
 from server.transport.offload import Offload
 from server.transport.port import Catalog
@@ -181,7 +181,9 @@ class InferApp:
         return error_answer(error, self._statuses)
 
     def _finish(self, answer: Answer, call: _Call) -> Answer:
-        answer.headers += decision_headers(call.id, call.decision, getattr(call.permit, "traceresponse", None))
+        answer.headers += decision_headers(
+            call.id, call.decision, None if call.permit is None else call.permit.traceresponse
+        )
         return answer
 
     async def _infer(self, call: _Call, target: tuple[bytes, bytes], scope: Scope, receive: Receive) -> Answer:
@@ -194,7 +196,7 @@ class InferApp:
         permit = call.permit = self._port.admit(head)
         body = await self._reader.read(receive, limit, head.deadline_ns, permit.hold)
         request = await self._decode(head, permit, body, receive)
-        reply = SingleReply(asyncio.get_running_loop())
+        reply = SingleReply(asyncio.get_running_loop(), scope.get("extensions", {}).get(OWED))
         call.handed = True
         ticket = await self._run(permit, request, reply, receive)
         call.decision = reply.decision

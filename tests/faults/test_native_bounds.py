@@ -187,7 +187,7 @@ def test_messages_are_bounded_by_what_they_inflate_to(path: str) -> None:
         assert wire.answer(1).status == "8"
 
 
-def test_streams_are_refused_where_answers_wait_for_their_reader() -> None:
+def test_streams_are_refused_while_answers_wait_for_their_reader() -> None:
     bounds, own = Http2Settings(max_unsent_bytes=200_000), {http2.INITIAL_WINDOW_SIZE: 0}
     with running(transport="native", http2=bounds) as server, Http2Wire(server.grpc, own, generous=False) as wire:
         wire.send(opened(1))
@@ -196,6 +196,11 @@ def test_streams_are_refused_where_answers_wait_for_their_reader() -> None:
         wire.send(opened(3, path=http2.STREAM_INFER))
         assert wire.answer(3).status == "14"
         assert "take them first" in wire.answer(3).headers["grpc-message"]
+        wire.send(http2.window(0, MIB) + http2.window(1, MIB))
+        assert len(wire.answer(1).body) > 400_000
+        wire.send(opened(5) + http2.window(5, MIB))
+        wire.upload(5, echoed(1000))
+        assert wire.answer(5).status == "0"
 
 
 def test_messages_that_have_begun_count_over_all_connections() -> None:

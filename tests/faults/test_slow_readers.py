@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import ssl
+import struct
 import threading
 import time
 import weakref
@@ -38,6 +39,7 @@ from tests.support.wire import Wire, post
 MIB = 1 << 20
 ANSWER = 16 * MIB  # more than the buffers of sockets take
 BOUND = 24 * MIB
+HEAD = 4096  # more than an answer has beside its values
 READERS = 8
 PATIENCE_S = 20.0
 
@@ -163,13 +165,10 @@ def test_unread_answers_fill_a_bound_and_readers_empty_it(house: House) -> None:
     refused = house.refused()
     with ExitStack() as stack:
         readers = [stack.enter_context(house.reader()) for _ in range(READERS)]
-        # An answer is counted once it has been written to the socket, and many may have been made until the loop comes
-        # round to that: the first half may all be answered, and of the second none is let in.
-        for wave in range(2):
-            for reader in readers[wave::2]:
-                reader.ask("wide")
-            assert until(lambda: house.unsent() > BOUND and total(house.server, "tidegate_requests_in_flight") == 0)
-        assert house.unsent() < READERS // 2 * (ANSWER + MIB)
+        for reader in readers:
+            reader.ask("wide")  # all at once: most are admitted before the first is answered
+        assert until(lambda: house.unsent() > BOUND and total(house.server, "tidegate_requests_in_flight") == 0)
+        assert house.unsent() <= BOUND + ANSWER + HEAD  # the bound is looked at before each answer
 
         response, body = house.http("affine")
         assert response.status == 503
@@ -263,11 +262,22 @@ def native(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 def held(server: Running) -> int:
     """Over both listeners."""
-    return server.http_server.unsent.total + cast("NativeServer", server.grpc_server).unsent.total
+    grpc_server = server.grpc_server
+    return server.http_server.unsent.total + (grpc_server.unsent.total if isinstance(grpc_server, NativeServer) else 0)
 
 
-def echoed(size: int) -> bytes:
-    request = pb.ModelInferRequest(model_name="echo")
+def held_in_the_turn_of_their_answers(server: Running) -> int:
+    """Of all requests that wait to be answered: before any answer has been written."""
+
+    def answered() -> int:
+        server.port.answer_held()
+        return held(server)
+
+    return server.call(answered)
+
+
+def echoed(size: int, model: str = "echo") -> bytes:
+    request = pb.ModelInferRequest(model_name=model)
     request.inputs.add(name="x", datatype="FP32", shape=[1, size // 4])
     request.raw_input_contents.append(bytes(size))
     return http2.grpc_message(request.SerializeToString())
@@ -312,6 +322,19 @@ def test_many_small_answers_are_seen_too(native: Running) -> None:
         assert until(lambda: held(native) == 0)
 
 
+def test_answers_of_one_turn_see_each_other_over_http2(native: Running) -> None:
+    """None of them has been written yet."""
+    with Http2Wire(native.grpc, {http2.INITIAL_WINDOW_SIZE: 0}, generous=False) as wire:
+        for stream_id in (1, 3, 5):
+            wire.send(opened(stream_id))
+            wire.upload(stream_id, echoed(MIB, "held"))
+        assert native.port.wait(lambda: len(native.port.held) == 3)
+        assert 3 * MIB < held_in_the_turn_of_their_answers(native) < 3 * (MIB + HEAD)
+        wire.send(http2.window(0, 8 * MIB) + b"".join(http2.window(i, 2 * MIB) for i in (1, 3, 5)))
+        assert [wire.answer(i).status for i in (1, 3, 5)] == ["0"] * 3
+    assert until(lambda: held(native) == 0)
+
+
 @pytest.mark.parametrize("native", [1.0], indirect=True)
 def test_who_is_cut_off_over_http2_holds_nothing(native: Running) -> None:
     own = {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}
@@ -326,14 +349,51 @@ def test_who_is_cut_off_over_http2_holds_nothing(native: Running) -> None:
 # --- HTTP/1.1 -----------------------------------------------------------------------------------------------------
 
 
-def large_request() -> bytes:
-    """Answered with what it says: 16 MiB."""
-    values = bytes(16 * MIB)
+def large_request(model: str = "echo", **more: str) -> bytes:
+    """Answered with as much as it says: 16 MiB."""
+    values = bytes(ANSWER)
     sizes = {"shape": [1, len(values) // 4], "parameters": {"binary_data_size": len(values)}}
     inputs = {"name": "x", "datatype": "FP32", **sizes}
     head = json.dumps({"inputs": [inputs], "parameters": {"binary_data_output": True}}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head))}
-    return post("/v2/models/echo/infer", head + values, headers)
+    headers = {"Inference-Header-Content-Length": str(len(head)), **more}
+    return post(f"/v2/models/{model}/infer", head + values, headers)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("transport", ["native", "reference"])
+def test_answers_of_one_turn_see_each_other_over_http1(transport: str, leaves: bool) -> None:
+    """They count while they are still being written down, until they are read or their readers leave.
+
+    Readers who only close are still written to: these are gone at once, and sooner than their answers are compressed.
+    """
+    coding = "gzip" if leaves else "identity"
+    with running(transport=transport) as server:
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(f"{server.http[0]}:{server.http[1]}")) for _ in range(3)]
+            for wire in wires:
+                wire.send(large_request("held", **{"Accept-Encoding": coding}))
+            assert server.port.wait(lambda: len(server.port.held) == 3)
+            assert held_in_the_turn_of_their_answers(server) == 3 * ANSWER
+            for wire in () if leaves else wires:
+                answer = wire.answer()
+                assert answer is not None
+                assert answer.body[-ANSWER:] == np.ones(ANSWER // 4, "<f4").tobytes()
+            for wire in wires if leaves else ():
+                wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            assert leaves or until(lambda: held(server) == 0)
+        assert until(lambda: held(server) == 0)
+
+
+@pytest.mark.parametrize("transport", ["native", "reference"])
+def test_an_answer_behind_one_that_is_not_read_counts_too(transport: str) -> None:
+    """The second waits in its task until the socket takes more."""
+    with running(transport=transport) as server:
+        with Wire(f"{server.http[0]}:{server.http[1]}", receive_buffer=4096) as wire:
+            wire.send(large_request())
+            assert until(lambda: held(server) > 4 * MIB)
+            wire.send(large_request())
+            assert until(lambda: held(server) > 4 * MIB + ANSWER)
+        assert until(lambda: held(server) == 0)
 
 
 @pytest.mark.parametrize("native", [1.0], indirect=True)

@@ -87,9 +87,10 @@ def contents(tensor: Tensor) -> Any:
 def check_round_trip(spec: ModelSpec, layout: Layout, members: list[Part]) -> None:
     for plan in {layout.plan(member.inputs) for member in members}:
         together = [member for member in members if layout.plan(member.inputs) == plan]
-        batch = layout.join(together)
-        assert batch.rows == sum(member.rows for member in together)
-        shares = layout.split(together, identity(spec, batch))
+        inputs, rows = [member.inputs for member in together], [member.rows for member in together]
+        batch = layout.join(inputs, sum(rows))
+        assert batch.rows == sum(rows)
+        shares = layout.split(inputs, rows, identity(spec, batch))
         for member, share in zip(together, shares, strict=True):
             for sent, got in zip(member.inputs, share, strict=True):
                 if sent is not None:
@@ -131,6 +132,6 @@ def test_padded_contents_equal_the_naive_twin(rows: list[list[int]], pad: int) -
     spec = ModelSpec("m", "1", (TensorSpec("x", "INT32", (-1, -1)),), (), max_batch_size=9, learned_batch_size=9)
     layout = Layout(spec, BatchingOptions(buckets={"x": (6,)}, pad_values={"x": pad}))
     members = [Part([Tensor("x", "INT32", (1, len(row)), np.array(row, "<i4").tobytes())], 1) for row in rows]
-    batch = layout.join(members)
+    batch = layout.join([member.inputs for member in members], len(members))
     got = np.frombuffer(b"".join(batch.parts[0] or []), "<i4").reshape(batch.shapes[0])  # type: ignore[arg-type]
     assert got.tolist() == [row + [pad] * (6 - len(row)) for row in rows]

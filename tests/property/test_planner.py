@@ -41,7 +41,9 @@ class Item(Member):
     bad: bool = False
     state: int = NEW
     ticket: int = 0
-    lane: int = 0
+    lane: Any = None
+    before: Any = None
+    after: Any = None
     timeout_ns: int = 0
     ripe: bool = False
     # what the test knows of it

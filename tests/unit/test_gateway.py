@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -26,6 +27,7 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway import AdmissionLimits, Gateway, GatewayPermit, RolloutBooks, Served
+from server.gateway.call import Attempt, Call
 from server.runtime.base import BatchingOptions, LoadRequest, ModelOptions
 from server.runtime.fake import FakeRuntime, Script
 from server.telemetry.instruments import Telemetry
@@ -135,6 +137,29 @@ def test_an_answer_ends_once_and_says_where_it_came_from() -> None:
         assert rig.served.calls == 0
         assert rig.telemetry.stats_for("m", "1").success_count == 1
         await rig.close()
+
+    run(body)
+
+
+def test_a_request_that_is_over_is_freed_without_the_collector() -> None:
+    async def ask(rig: Rig) -> None:
+        answer, _, permit = rig.ask()
+        _, ticket, left = rig.ask()
+        ticket.cancel()
+        left.release()
+        assert await answer.error() is None
+        permit.release()
+
+    async def body() -> None:
+        rig = Rig()
+        gc.collect()
+        gc.disable()
+        try:
+            await ask(rig)
+            await rig.close()  # the end of the thread that ran it
+            assert [one for one in gc.get_objects() if isinstance(one, Attempt | Call)] == []
+        finally:
+            gc.enable()
 
     run(body)
 

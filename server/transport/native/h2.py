@@ -57,7 +57,7 @@ _EARNED_MOST: Final = 32_768
 _SILENT_BYTES: Final = 32 * 1024 * 1024
 #: Handed to the socket at once.
 _PIECE_BYTES: Final = 256 * 1024
-#: After answers over this size it is counted at once what the peer has not taken; else when the connection is swept.
+#: Answers over this size count from the moment when they are made; smaller ones when the connection is swept.
 _LARGE_BYTES: Final = 64 * 1024
 #: After the last answer: how long the peer may take to close.
 _LINGER_S: Final = 1.0
@@ -140,6 +140,7 @@ class Http2Connection(asyncio.Protocol):
         #: Tasks of the ASGI app that still run, whether their streams are gone or not.
         self.tasks: set[asyncio.Task[None]] = set()
         self._answered_bytes = 0  # handed to the session
+        self._taken_bytes = 0  # so many of them at least: see ``overfull``
         self._large = False  # answers wait, or did when they were last counted
         self._unsent = 0  # so many bytes of them
         self._stalled_at = 0
@@ -244,32 +245,33 @@ class Http2Connection(asyncio.Protocol):
             self._idle_frame()
 
     def _open(self, event: Any) -> None:
+        stream_id, ended = event.stream_id, event.end_stream
         try:
-            stream = self.server.open_stream(self, event.stream_id, event.headers, event.end_stream)
+            stream = self.server.open_stream(self, stream_id, event.headers, ended)
         except Exception as error:  # noqa: BLE001 - the boundary of one stream
             self._log.error("stream_failed", exc_info=error)
-            self.session.reset(event.stream_id, INTERNAL_ERROR)
+            self.session.reset(stream_id, INTERNAL_ERROR)
             return
         if stream is not None:
-            self.streams[event.stream_id] = stream
-            if event.end_stream:
+            self.streams[stream_id] = stream
+            if ended:
                 self._feed(stream, b"", True)
 
     def _body(self, event: Any) -> None:
-        stream_id, data = event.stream_id, event.data
+        stream_id, data, ended = event.stream_id, event.data, event.end_stream
         stream = self.streams.get(stream_id)
         if stream is None:
             self.session.consumed(stream_id, len(data))
             return
         if data:
-            if event.end_stream:
+            if ended:
                 self.session.consumed(stream_id, len(data))  # at most a frame: nothing more comes that could add to it
             else:
                 self.windows.came(stream_id, len(data))
-        elif not event.end_stream:
+        elif not ended:
             self._idle_frame()
         try:
-            stream.data(data, event.end_stream)
+            stream.data(data, ended)
         except Exception as error:  # noqa: BLE001 - the boundary of one stream: its neighbours go on
             self._guard(stream, partial(stream.fail, error))
 
@@ -287,7 +289,8 @@ class Http2Connection(asyncio.Protocol):
 
     def _closed(self, stream_id: int) -> None:
         self.windows.forget(stream_id)
-        self._early.pop(stream_id, None)
+        if self._early:
+            self._early.pop(stream_id, None)
         stream = self.streams.pop(stream_id, None)
         if stream is not None:
             self._idle_frames += _EARNED_BY_RESET
@@ -321,8 +324,10 @@ class Http2Connection(asyncio.Protocol):
         self.streams.pop(stream_id, None)
         self._answered_bytes += size
         if size > _LARGE_BYTES:
-            self._large = True
-        self._idle_frames += _EARNED_BY_ANSWER + (_EARNED_BY_ANSWER + size * _EARNED_PER_BYTE if size else 0)
+            self._count_large(size)
+        self._idle_frames += _EARNED_BY_ANSWER
+        if size:
+            self._idle_frames += _EARNED_BY_ANSWER + size * _EARNED_PER_BYTE
         if not self._flush_due:
             self.flush_soon()
 
@@ -338,14 +343,19 @@ class Http2Connection(asyncio.Protocol):
         """So many bytes of answers were handed to the session."""
         self._answered_bytes += size
         if size > _LARGE_BYTES:
-            self._large = True
+            self._count_large(size)
         self._idle_frames += _EARNED_BY_ANSWER + size * _EARNED_PER_BYTE
         if not self._flush_due:
             self.flush_soon()
 
     def overfull(self) -> bool:
         """The peer leaves too much of its answers untaken."""
-        return self._untaken() > self.server.http2.max_unsent_bytes
+        limit = self.server.http2.max_unsent_bytes
+        if self._answered_bytes - self._taken_bytes <= limit:
+            return False  # even if it has taken nothing since it was counted: to count costs as much as to admit a call
+        untaken = self._untaken()
+        self._taken_bytes = self._answered_bytes - untaken
+        return untaken > limit
 
     def _untaken(self) -> int:
         """Bytes of answers in the session and in the socket's buffer."""
@@ -354,6 +364,11 @@ class Http2Connection(asyncio.Protocol):
     def _count_unsent(self, untaken: int) -> None:
         self._large = untaken > 0
         self._unsent = self.server.unsent.moved(self._unsent, untaken)
+
+    def _count_large(self, size: int) -> None:
+        """An answer that no one has tried to write yet: whoever is answered before that sees it, too."""
+        if not self.transport.is_closing():  # nobody would count again
+            self._count_unsent(self._unsent + size)
 
     def flush_soon(self) -> None:
         """Write once per turn of the loop, and not while a read is being handled: its end writes."""

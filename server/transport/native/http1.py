@@ -53,6 +53,7 @@ from server.types import (
     InferenceRequest,
     InferenceResponse,
     Permit,
+    Reply,
     RequestHead,
     RequestLimits,
     Ticket,
@@ -68,7 +69,7 @@ _SMALL_BODY_BYTES: Final[int] = pieces.SMALL_BODY_BYTES
 _monotonic_ns: Final = time.monotonic_ns
 
 
-class InferCycle:
+class InferCycle(Reply):
     """One inference request on a connection. It is its own ``Reply``, and stands where uvicorn keeps its cycles."""
 
     __slots__ = (
@@ -260,6 +261,7 @@ class InferCycle:
             or "accept-encoding" in head.metadata
             or pieces.has_many(response)
         ):
+            protocol.owe(size)
             self._working = protocol.later(self._answer_later(head, request, response))
             return WRITING
         chunks, json_size = json_codec.encode_infer(
@@ -276,12 +278,13 @@ class InferCycle:
         try:
             with telling(self._ticket):
                 answer = await self._protocol.server_side.infer.encode(head, request, response)
+            self._send(answer)
         except TidegateError as error:
-            answer = error_answer(error, self._protocol.server_side.statuses)
+            self._send(error_answer(error, self._protocol.server_side.statuses))
         except Exception as error:  # noqa: BLE001 - the boundary of one request
             self._crash(error)
-            return
-        self._send(answer)
+        finally:
+            self._protocol.owe(0)
 
     def _crash(self, error: Exception) -> None:
         tidegate_id = self._tidegate_id()
@@ -312,7 +315,7 @@ class InferCycle:
         for chunk in chunks:
             length += len(chunk)
         sizes = sizes_after_id(json_size, length, self.keep_alive)
-        trace = getattr(permit, "traceresponse", None)
+        trace = permit.traceresponse
         if trace:
             sizes = b"\r\ntraceresponse: " + header_value(trace) + sizes
         status = self._protocol.server_side.status_ok
@@ -327,7 +330,7 @@ class InferCycle:
         headers = [
             *protocol.server_side.default_headers,
             *answer.headers,
-            *decision_headers(self._tidegate_id(), self._decision, getattr(permit, "traceresponse", None)),
+            *decision_headers(self._tidegate_id(), self._decision, None if permit is None else permit.traceresponse),
         ]
         if any(name == b"connection" for name, _ in answer.headers):
             self.keep_alive = False

@@ -8,48 +8,73 @@ from typing import Any, Final
 from server.transport.native.session import Header
 
 _BINARY: Final = b"-bin"
+#: So many names are looked for among the headers before an index of names is made: rules may ask for hundreds.
+_FEW: Final = 4
 
 
 class Metadata(Mapping[str, str]):
     """The headers of one call by their lower-case names, without pseudo headers and ``-bin`` metadata.
 
-    Values of a name that comes again are joined by ", ". ``raw`` has every header undecoded, the last one of a name;
-    ``size`` is the bytes of all names and values.
+    Values of a name that comes again are joined by ", ". Few names are ever asked for, and to look through the
+    headers for them costs less than to hash every one.
+
+    What every call is asked for is found on the way: ``path`` and ``content_type`` (the last one; b"" without), whether
+    it is ``timed`` and ``encoded`` (there is a ``grpc-timeout``, a ``grpc-encoding``), and ``size``, the bytes of all
+    names and values.
     """
 
-    __slots__ = ("_headers", "raw", "size")
+    __slots__ = ("_asked", "_headers", "_names", "content_type", "encoded", "path", "size", "timed")
 
     def __init__(self, headers: tuple[Header, ...]) -> None:
         self._headers = headers
-        raw: dict[bytes, bytes] = {}
+        self._names: set[bytes] | None = None
+        self._asked = 0
+        self.path = self.content_type = b""
+        self.timed = self.encoded = False
         size = 0
         for name, value in headers:
-            raw[name] = value
             size += len(name) + len(value)
-        self.raw = raw
+            if name == b":path":
+                self.path = value
+            elif name == b"content-type":
+                self.content_type = value
+            elif name == b"grpc-timeout":
+                self.timed = True
+            elif name == b"grpc-encoding":
+                self.encoded = True
         self.size = size
 
-    def __getitem__(self, key: str) -> str:
+    def _values(self, key: str) -> list[bytes]:
         wanted = key.encode()
-        if wanted not in self.raw or not _is_text(wanted):
+        if not _is_text(wanted):
+            return []
+        self._asked += 1
+        if self._asked > _FEW:
+            if self._names is None:
+                self._names = {name for name, _ in self._headers}
+            if wanted not in self._names:
+                return []
+        return [value for name, value in self._headers if name == wanted]
+
+    def __getitem__(self, key: str) -> str:
+        values = self._values(key)
+        if not values:
             raise KeyError(key)
-        return b", ".join([value for name, value in self._headers if name == wanted]).decode("latin-1")
+        return b", ".join(values).decode("latin-1")
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of any mapping; absent names, the usual case, are told without an exception."""
-        if key not in self:
-            return default
-        return self[key]
+        values = self._values(key)
+        return b", ".join(values).decode("latin-1") if values else default
 
     def __contains__(self, key: object) -> bool:
-        wanted = key.encode() if isinstance(key, str) else b""
-        return wanted in self.raw and _is_text(wanted)
+        return isinstance(key, str) and bool(self._values(key))
 
     def __iter__(self) -> Iterator[str]:
-        return (name.decode("latin-1") for name in self.raw if _is_text(name))
+        return (name.decode("latin-1") for name in dict(self._headers) if _is_text(name))
 
     def __len__(self) -> int:
-        return sum(map(_is_text, self.raw))
+        return sum(map(_is_text, dict(self._headers)))
 
 
 def _is_text(name: bytes) -> bool:

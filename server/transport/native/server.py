@@ -69,6 +69,10 @@ class Served:
 class NativeServer(HttpServer):
     """One address: ``start``, then ``drain``."""
 
+    # Set by the base, which is not compiled; asked of every request, so they have a place here.
+    limits: RequestLimits
+    unsent: Unsent
+
     def __init__(
         self,
         served: Served,
@@ -164,7 +168,7 @@ class NativeServer(HttpServer):
         """What a new stream is; None when it was answered already."""
         metadata = Metadata(headers)
         fits = metadata.size + _HEADER_OVERHEAD * len(headers) <= self.limits.max_header_bytes
-        if not _is_grpc(metadata.raw.get(b"content-type", b"")):
+        if not _is_grpc(metadata.content_type):
             if not fits:
                 asgi.refuse(connection, stream_id, error_answer(self._too_large(), self.statuses), ended=ended)
             elif len(connection.tasks) >= self.http2.max_streams:
@@ -176,9 +180,9 @@ class NativeServer(HttpServer):
             self._refuse(connection, stream_id, self._too_large(), ended)
             return None
         try:
-            return self._call(connection, stream_id, metadata.raw.get(b":path", b""), GrpcHead(metadata))
+            return self._call(connection, stream_id, metadata.path, GrpcHead(metadata))
         except TidegateError as error:
-            if metadata.raw.get(b":path") == _INFER:
+            if metadata.path == _INFER:
                 self.port.refuse(error)
             self._refuse(connection, stream_id, error, ended)
             return None

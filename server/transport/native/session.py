@@ -15,17 +15,17 @@ from ngh2 import Setting
 
 Header: TypeAlias = tuple[bytes, bytes]
 
-# What ``feed`` gives. Each has ``stream_id``; see the library for the rest.
+# What ``feed`` gives. Each has ``stream_id``; see the library for the rest. Final: every event is compared with them.
 Event: TypeAlias = ngh2.Event
-RequestReceived = ngh2.RequestReceived
-DataReceived = ngh2.DataReceived
-TrailersReceived = ngh2.TrailersReceived
-StreamReset = ngh2.StreamReset
-StreamClosed = ngh2.StreamClosed
-PingReceived = ngh2.PingReceived
-SettingsReceived = ngh2.SettingsReceived
-WindowUpdated = ngh2.WindowUpdated
-ConnectionClosed = ngh2.ConnectionClosed
+RequestReceived: Final = ngh2.RequestReceived
+DataReceived: Final = ngh2.DataReceived
+TrailersReceived: Final = ngh2.TrailersReceived
+StreamReset: Final = ngh2.StreamReset
+StreamClosed: Final = ngh2.StreamClosed
+PingReceived: Final = ngh2.PingReceived
+SettingsReceived: Final = ngh2.SettingsReceived
+WindowUpdated: Final = ngh2.WindowUpdated
+ConnectionClosed: Final = ngh2.ConnectionClosed
 
 NO_ERROR: Final = 0
 INTERNAL_ERROR: Final = 2
@@ -44,6 +44,9 @@ _MORE_FRAMES: Final = 8
 #: part of the second too: it has room for many of them before their neighbours wait.
 _STREAM_WINDOW: Final = 1024 * 1024
 _CONNECTION_WINDOW: Final = 64 * 1024 * 1024
+#: The table of headers that answers refer to. What repeats from answer to answer takes a quarter of it. What never
+#: repeats, like their ids, passes through it as well, and each is compared with all of its name that are still there.
+_SENT_TABLE_BYTES: Final = 1024
 #: (burst, per second). An honest caller whose thousands of deadlines expire together stays under the first.
 _RESETS: Final = (10_000, 1_000)
 _GLITCHES: Final = (10_000, 330)
@@ -69,6 +72,7 @@ class Session:
     def __init__(self, limits: SessionLimits) -> None:
         config = ngh2.Configuration(
             auto_window_update=False,
+            max_deflate_dynamic_table_size=_SENT_TABLE_BYTES,
             stream_reset_rate_limit=_RESETS,
             glitch_rate_limit=_GLITCHES,
             max_outbound_ack=256,

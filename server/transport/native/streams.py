@@ -243,7 +243,7 @@ async def infer(call: StreamCall) -> None:
         RequestHead("grpc", "", "", head.metadata, head.received_ns, head.deadline_ns, None, connection.peer)
     )
     call.admitted(permit)
-    call.send_head(tuple(decision_headers(permit.tidegate_id, None, getattr(permit, "traceresponse", None))))
+    call.send_head(tuple(decision_headers(permit.tidegate_id, None, permit.traceresponse)))
     session = StreamSession(
         server.port,
         permit,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -20,13 +20,14 @@ from server.transport.native.metadata import Metadata
 from server.transport.native.session import Header
 from server.transport.rpc.unary import Method, check_message_size
 from server.transport.status import safe_text
-from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, RequestHead, Ticket
+from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, Reply, RequestHead, Ticket
 
 if TYPE_CHECKING:
     from server.transport.native.h2 import Http2Connection
 
-_OK: Final = ((b"grpc-status", b"0"),)
-_HEAD: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_OK: Final[tuple[Header, ...]] = ((b"grpc-status", b"0"),)
+_HEAD: Final[tuple[Header, ...]] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_SMALL_BODY_BYTES: Final[int] = pieces.SMALL_BODY_BYTES
 _INCOMPLETE: Final = "the call ended before its message was complete"
 
 _log: Any = structlog.get_logger("tidegate.grpc")
@@ -38,13 +39,13 @@ class GrpcHead:
     __slots__ = ("coding", "deadline_ns", "metadata", "received_ns")
 
     def __init__(self, metadata: Metadata) -> None:
-        self.received_ns = time.monotonic_ns()
+        self.received_ns = monotonic_ns()
         self.metadata = metadata
         self.deadline_ns = 0
         self.coding = ""
-        if b"grpc-timeout" in metadata.raw:
+        if metadata.timed:
             self.deadline_ns = self.received_ns + wire.timeout_ns(metadata["grpc-timeout"])
-        if b"grpc-encoding" in metadata.raw:
+        if metadata.encoded:
             self.coding = metadata["grpc-encoding"]
             wire.check_coding(self.coding)
 
@@ -222,7 +223,7 @@ class UnaryCall:
         return now - self._seen > settings.body_idle_s or now - self._began > settings.body_total_s or self._late()
 
     def _late(self) -> bool:
-        return 0 < self._head.deadline_ns <= time.monotonic_ns()
+        return 0 < self._head.deadline_ns <= monotonic_ns()
 
     def give_up(self) -> None:
         self._fail(
@@ -235,7 +236,7 @@ class UnaryCall:
         """A unary call ends by itself."""
 
 
-class InferCall(UnaryCall):
+class InferCall(UnaryCall, Reply):
     """``ModelInfer``: from the last byte of its message to its answer there is no task. It is its own ``Reply``."""
 
     __slots__ = ("_answers", "_decision", "_handed", "_permit", "_response", "_ticket")
@@ -267,7 +268,7 @@ class InferCall(UnaryCall):
         server, permit = self._connection.server, self._permit
         if permit is None:  # an empty message is admitted like any other
             raise Internal(new_id())
-        large = len(message) > pieces.SMALL_BODY_BYTES
+        large = len(message) > _SMALL_BODY_BYTES
         request = protobuf.decode_infer(message, server.limits, whole=not large)
         if request.version:
             check_version(request.version)
@@ -355,11 +356,11 @@ class InferCall(UnaryCall):
         permit, decision = self._permit, self._decision
         if permit is None:
             return (*_HEAD, (b"x-tidegate-id", new_id().encode()))
-        trace = getattr(permit, "traceresponse", None)
+        trace = permit.traceresponse
         head = _decided(decision)
         if trace:
-            head = (*head, (b"traceresponse", header_value(trace)))
-        return (*head, (b"x-tidegate-id", permit.tidegate_id.encode()))
+            head += ((b"traceresponse", header_value(trace)),)
+        return head + ((b"x-tidegate-id", permit.tidegate_id.encode()),)  # noqa: RUF005 - one copy, not two
 
     def _over(self) -> None:
         ticket, permit = self._ticket, self._permit

@@ -28,6 +28,7 @@ from uvicorn.server import ServerState
 
 from server.errors import InvalidArgument, TidegateError, TooManyRequests
 from server.transport.answers import HttpSettings, error_answer
+from server.transport.bridge import OWED
 from server.transport.faults import HeadersTooLarge, RequestTimeout
 from server.transport.paced import PacedTransport
 from server.transport.status import StatusTable
@@ -108,7 +109,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._stall: asyncio.TimerHandle | None = None
         self._stalled_at = 0
         self._paced: PacedTransport | None = None  # over TLS: the transport
-        self._unsent = 0  # bytes of answers counted as waiting for the client
+        self._owed = 0  # bytes of an answer that is being written down
+        self._unsent = 0  # bytes of answers counted as waiting for the client, or as being written down for it
 
     # --- connection -------------------------------------------------------------------------------------------
 
@@ -126,6 +128,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._stall is not None:
             self._stall.cancel()
+        self._owed = 0
         self._count_unsent(0)
         if self._paced is not None:
             self._paced.drop()
@@ -217,6 +220,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_request(self) -> None:
         """The head is complete and within its bounds."""
         super().on_headers_complete()
+        cast("Any", self.scope)["extensions"] = {OWED: self.owe}
         cycle = cast("Any", self.cycle)
         cycle.transport = self._answers
         if self._server.draining:
@@ -243,6 +247,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._answers.flush()
+        if self._owed:
+            self.owe(0)
         super().on_response_complete()
         cycle = self.cycle
         if self.transport.is_closing() or not cycle.response_complete:
@@ -404,8 +410,18 @@ class HttpProtocol(HttpToolsProtocol):
             self._stall.cancel()
             self._stall = None
 
+    def owe(self, size: int) -> None:
+        """An answer of so many bytes (elements of BYTES) is being written down; 0: none is any more.
+
+        It counts like one that waits for its reader, as it soon may: else any number would be made before the first of
+        them has reached its socket.
+        """
+        if self in self.connections:  # one that is lost counts no more
+            self._owed = size
+            self._count_unsent(self.transport.get_write_buffer_size())
+
     def _count_unsent(self, waiting: int) -> None:
-        self._unsent = self._server.unsent.moved(self._unsent, waiting)
+        self._unsent = self._server.unsent.moved(self._unsent, self._owed + waiting)
 
     def _stall_expired(self) -> None:
         waiting = self.transport.get_write_buffer_size()

@@ -89,7 +89,7 @@ class _Call:
         if self._sent:
             return
         self._sent = True
-        headers = decision_headers(self.id, self.decision, getattr(self.permit, "traceresponse", None))
+        headers = decision_headers(self.id, self.decision, None if self.permit is None else self.permit.traceresponse)
         await self.context.send_initial_metadata(tuple((name.decode(), value.decode()) for name, value in headers))
 
     def release(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from server.batching.assemble import Layout
 from server.errors import ConfigError, InvalidArgument, RuntimeFailure
-from server.runtime.base import BatchingOptions
+from server.runtime.base import Batch, BatchingOptions
 from server.types import ModelSpec, Tensor, TensorSpec
 
 
@@ -23,6 +23,14 @@ class Part:
 def tensor(array: Any, name: str = "x", datatype: str = "FP32", dtype: str = "<f4") -> Tensor:
     values = np.asarray(array, dtype)
     return Tensor(name, datatype, values.shape, values.tobytes())
+
+
+def join(layout: Layout, parts: list[Part]) -> Batch:
+    return layout.join([part.inputs for part in parts], sum(part.rows for part in parts))
+
+
+def split(layout: Layout, parts: list[Part], outputs: list[Tensor]) -> list[list[Tensor]]:
+    return layout.split([part.inputs for part in parts], [part.rows for part in parts], outputs)
 
 
 def spec(*inputs: TensorSpec, outputs: tuple[TensorSpec, ...] = (), batch: int = 8) -> ModelSpec:
@@ -78,7 +86,7 @@ def test_over_the_largest_bucket_names_input_wanted_and_got() -> None:
 def test_join_refers_to_the_members_buffers() -> None:
     layout = Layout(spec(TensorSpec("x", "FP32", (-1, 3))), BatchingOptions())
     members = [Part([tensor(np.full((rows, 3), rows))], rows) for rows in (1, 2)]
-    batch = layout.join(members)
+    batch = join(layout, members)
     assert (batch.rows, batch.shapes) == (3, [(3, 3)])
     assert batch.parts[0] is not None
     assert all(part is member.inputs[0].data for part, member in zip(batch.parts[0], members, strict=True))  # type: ignore[union-attr]
@@ -86,19 +94,19 @@ def test_join_refers_to_the_members_buffers() -> None:
 
 def test_join_leaves_absent_inputs_out() -> None:
     declared = (TensorSpec("x", "FP32", (-1, 1)), TensorSpec("y", "FP32", (-1, 1), optional=True))
-    batch = Layout(spec(*declared), BatchingOptions()).join([Part([tensor([[1]]), None], 1)] * 2)
+    batch = join(Layout(spec(*declared), BatchingOptions()), [Part([tensor([[1]]), None], 1)] * 2)
     assert batch.shapes == [(2, 1), ()]
     assert batch.parts[1] is None
 
 
 def test_a_model_without_batch_axis_keeps_its_shape() -> None:
     layout = Layout(spec(TensorSpec("x", "FP32", (-1, 2)), batch=0), BatchingOptions())
-    batch = layout.join([Part([tensor(np.zeros((5, 2)))], 0)])
+    batch = join(layout, [Part([tensor(np.zeros((5, 2)))], 0)])
     assert (batch.rows, batch.shapes) == (0, [(5, 2)])
 
 
 def test_join_pads_at_the_end_of_the_axis_with_the_declared_value() -> None:
-    batch = Layout(spec(IDS), BUCKETS).join([ids([1, 2], [3, 4]), ids([5, 6, 7, 8])])
+    batch = join(Layout(spec(IDS), BUCKETS), [ids([1, 2], [3, 4]), ids([5, 6, 7, 8])])
     assert batch.shapes == [(3, 4)]
     got = np.frombuffer(b"".join(batch.parts[0]), "<i8").reshape(3, 4)  # type: ignore[arg-type]
     assert got.tolist() == [[1, 2, 7, 7], [3, 4, 7, 7], [5, 6, 7, 8]]
@@ -107,14 +115,14 @@ def test_join_pads_at_the_end_of_the_axis_with_the_declared_value() -> None:
 def test_an_inner_axis_is_padded_too() -> None:
     declared = TensorSpec("x", "FP32", (-1, -1, 2))
     layout = Layout(spec(declared), BatchingOptions(buckets={"x": (2,)}))
-    batch = layout.join([Part([tensor([[[1, 2]], [[3, 4]]])], 2)])
+    batch = join(layout, [Part([tensor([[[1, 2]], [[3, 4]]])], 2)])
     got = np.frombuffer(b"".join(batch.parts[0]), "<f4").reshape(2, 2, 2)  # type: ignore[arg-type]
     assert got.tolist() == [[[1, 2], [0, 0]], [[3, 4], [0, 0]]]
 
 
 def test_strings_are_padded_with_empty_ones() -> None:
     layout = Layout(spec(TensorSpec("s", "BYTES", (-1, -1))), BatchingOptions(buckets={"s": (3,)}))
-    batch = layout.join([Part([Tensor("s", "BYTES", (2, 1), [b"a", b"b"])], 2)])
+    batch = join(layout, [Part([Tensor("s", "BYTES", (2, 1), [b"a", b"b"])], 2)])
     assert batch.parts[0] == [[b"a", b"", b"", b"b", b"", b""]]
 
 
@@ -132,7 +140,7 @@ def test_strings_are_padded_with_empty_ones() -> None:
 def test_pad_values_by_datatype(datatype: str, value: float, expected: bytes) -> None:
     options = BatchingOptions(buckets={"x": (1,)}, pad_values={"x": value})
     layout = Layout(spec(TensorSpec("x", datatype, (-1, -1))), options)
-    batch = layout.join([Part([Tensor("x", datatype, (1, 0), b"")], 1)])
+    batch = join(layout, [Part([Tensor("x", datatype, (1, 0), b"")], 1)])
     assert batch.parts[0] == [expected]
 
 
@@ -176,14 +184,14 @@ def test_impossible_buckets_are_configuration_errors(
 
 def test_a_member_alone_gets_the_tensors_unchanged() -> None:
     outputs = [tensor([[1, 2]], "y")]
-    (share,) = Layout(spec(IDS), BatchingOptions()).split([ids([1, 2])], outputs)
+    (share,) = split(Layout(spec(IDS), BatchingOptions()), [ids([1, 2])], outputs)
     assert share is outputs
 
 
 def test_split_slices_without_copying() -> None:
     layout = Layout(spec(IDS), BatchingOptions())
     buffer = bytearray(np.arange(6, dtype="<f4").tobytes())
-    shares = layout.split([ids([1]), ids([2], [3])], [Tensor("y", "FP32", (3, 2), buffer)])
+    shares = split(layout, [ids([1]), ids([2], [3])], [Tensor("y", "FP32", (3, 2), buffer)])
     assert [share[0].array().tolist() for share in shares] == [[[0, 1]], [[2, 3], [4, 5]]]
     buffer[0:4] = np.float32(9).tobytes()
     assert shares[0][0].array().tolist() == [[9, 1]]
@@ -191,13 +199,13 @@ def test_split_slices_without_copying() -> None:
 
 def test_split_understands_typed_and_shaped_views() -> None:
     view = memoryview(np.arange(6, dtype="<f4").reshape(3, 2))
-    shares = Layout(spec(IDS), BatchingOptions()).split([ids([1]), ids([2], [3])], [Tensor("y", "FP32", (3, 2), view)])
+    shares = split(Layout(spec(IDS), BatchingOptions()), [ids([1]), ids([2], [3])], [Tensor("y", "FP32", (3, 2), view)])
     assert [share[0].array().tolist() for share in shares] == [[[0, 1]], [[2, 3], [4, 5]]]
 
 
 def test_split_of_empty_rows() -> None:
     view = memoryview(np.zeros((2, 0), "<f4"))
-    shares = Layout(spec(IDS), BatchingOptions()).split([ids([1]), ids([2])], [Tensor("y", "FP32", (2, 0), view)])
+    shares = split(Layout(spec(IDS), BatchingOptions()), [ids([1]), ids([2])], [Tensor("y", "FP32", (2, 0), view)])
     assert [(share[0].shape, bytes(share[0].data)) for share in shares] == [((1, 0), b"")] * 2  # type: ignore[arg-type]
 
 
@@ -205,7 +213,7 @@ def test_split_of_empty_rows() -> None:
 def test_split_refuses_outputs_that_are_not_the_batch(shape: tuple[int, ...]) -> None:
     output = Tensor("y", "FP32", shape, bytes(4 * int(np.prod(shape))))
     with pytest.raises(RuntimeFailure, match=r"output 'y' of a batch of 2 rows has shape"):
-        Layout(spec(IDS), BatchingOptions()).split([ids([1]), ids([2])], [output])
+        split(Layout(spec(IDS), BatchingOptions()), [ids([1]), ids([2])], [output])
 
 
 # --- cut -------------------------------------------------------------------------------------------------------------
@@ -216,7 +224,7 @@ HIDDEN = TensorSpec("hidden", "FP32", (-1, -1, 2))
 def test_the_axis_that_grew_is_cut_back_for_each_member() -> None:
     layout = Layout(spec(IDS, outputs=(HIDDEN,)), BUCKETS)
     members = [ids([1]), ids([1, 2, 3]), ids([1, 2, 3, 4])]
-    shares = layout.split(members, [tensor(np.arange(24).reshape(3, 4, 2), "hidden")])
+    shares = split(layout, members, [tensor(np.arange(24).reshape(3, 4, 2), "hidden")])
     assert [share[0].shape for share in shares] == [(1, 1, 2), (1, 3, 2), (1, 4, 2)]
     assert shares[0][0].array().tolist() == [[[0, 1]]]
     assert shares[1][0].array().tolist() == [[[8, 9], [10, 11], [12, 13]]]
@@ -224,8 +232,8 @@ def test_the_axis_that_grew_is_cut_back_for_each_member() -> None:
 
 def test_a_member_alone_is_cut_too_and_strings_as_well() -> None:
     layout = Layout(spec(IDS, outputs=(TensorSpec("tags", "BYTES", (-1, -1)),)), BUCKETS)
-    ((tags,),) = layout.split(
-        [ids([1, 2], [3, 4])], [Tensor("tags", "BYTES", (2, 4), list(map(str.encode, "abcdefgh")))]
+    ((tags,),) = split(
+        layout, [ids([1, 2], [3, 4])], [Tensor("tags", "BYTES", (2, 4), list(map(str.encode, "abcdefgh")))]
     )
     assert (tags.shape, tags.data) == ((2, 2), [b"a", b"b", b"e", b"f"])
 
@@ -241,7 +249,7 @@ def test_a_member_alone_is_cut_too_and_strings_as_well() -> None:
 )
 def test_other_outputs_are_left_alone(declared: TensorSpec, shape: tuple[int, ...]) -> None:
     output = tensor(np.zeros(shape))
-    ((got,),) = Layout(spec(IDS, outputs=(declared,)), BUCKETS).split([ids([1, 2])], [output])
+    ((got,),) = split(Layout(spec(IDS, outputs=(declared,)), BUCKETS), [ids([1, 2])], [output])
     assert got is output
 
 
@@ -252,5 +260,5 @@ def test_when_two_inputs_disagree_nothing_is_cut() -> None:
     layout = Layout(spec(*declared, outputs=(HIDDEN,)), options)
     output = tensor(np.zeros((1, 4, 2)), "hidden")
     short, longer = ids([1, 2]).inputs[0], ids([1, 2, 3]).inputs[0]
-    assert layout.split([Part([short, longer], 1)], [output])[0][0] is output
-    assert layout.split([Part([short, short], 1)], [output])[0][0].shape == (1, 2, 2)
+    assert split(layout, [Part([short, longer], 1)], [output])[0][0] is output
+    assert split(layout, [Part([short, short], 1)], [output])[0][0].shape == (1, 2, 2)

@@ -39,7 +39,7 @@ def test_floors_answer_what_the_model_answers(name: str, tmp_path: Path) -> None
         try:
             open_loop = await crew.measure(0.1, Pace(100))
             assert set(open_loop.outcomes) == {"ok"}
-            return await crew.measure(0.1)
+            return await crew.measure(0.5)
         finally:
             await crew.close()
 

@@ -99,7 +99,7 @@ class HttpServer(asyncio.Protocol):
 REQUEST = http_request("host", "/v2/models/m/infer", b"body", [("x-test", "1")])
 
 
-def drive(protocol: Callable[[], asyncio.Protocol], make: Callable[[str], list[Lane]], seconds: float = 0.1) -> Taken:
+def drive(protocol: Callable[[], asyncio.Protocol], make: Callable[[str], list[Lane]], seconds: float = 0.5) -> Taken:
     """A closed loop of lanes against a server on a free port."""
 
     async def run() -> Taken:
@@ -137,7 +137,7 @@ def test_grpc_errors_come_by_status() -> None:
 
 def test_grpc_connections_come_back_after_a_cut() -> None:
     log: list[dict[bytes, bytes]] = []
-    taken = drive(lambda: GrpcServer(log, drop=9), lambda at: [GrpcLane(at, MESSAGE, 2)], seconds=0.4)
+    taken = drive(lambda: GrpcServer(log, drop=9), lambda at: [GrpcLane(at, MESSAGE, 2)], seconds=1.0)
     assert taken.outcomes[LOST]
     assert taken.outcomes[OK] > 9  # the second connection
     assert set(taken.outcomes) == {OK, LOST}
@@ -145,7 +145,7 @@ def test_grpc_connections_come_back_after_a_cut() -> None:
 
 def test_grpc_calls_move_to_another_connection_after_goaway() -> None:
     log: list[dict[bytes, bytes]] = []
-    taken = drive(lambda: GrpcServer(log, goaway=8), lambda at: [GrpcLane(at, MESSAGE, 1)], seconds=0.4)
+    taken = drive(lambda: GrpcServer(log, goaway=8), lambda at: [GrpcLane(at, MESSAGE, 1)], seconds=1.0)
     assert taken.outcomes == {OK: len(log)}
     assert len(log) > 8
 
@@ -161,7 +161,7 @@ def test_http_requests_are_answered_once_each() -> None:
 
 def test_http_connections_that_end_are_opened_again_without_a_loss() -> None:
     log: list[bytes] = []
-    taken = drive(lambda: HttpServer(log, len(REQUEST), close=5), lambda at: [HttpLane(at, REQUEST)], seconds=0.4)
+    taken = drive(lambda: HttpServer(log, len(REQUEST), close=5), lambda at: [HttpLane(at, REQUEST)], seconds=1.0)
     assert taken.outcomes == {OK: len(log)}
     assert len(log) > 5
 
@@ -169,7 +169,7 @@ def test_http_connections_that_end_are_opened_again_without_a_loss() -> None:
 def test_http_losses_and_errors_are_told_apart() -> None:
     log: list[bytes] = []
     taken = drive(
-        lambda: HttpServer(log, len(REQUEST), drop=10, fail=3), lambda at: [HttpLane(at, REQUEST)], seconds=0.4
+        lambda: HttpServer(log, len(REQUEST), drop=10, fail=3), lambda at: [HttpLane(at, REQUEST)], seconds=1.0
     )
     assert set(taken.outcomes) == {OK, "http 503", LOST}
     assert sum(taken.outcomes.values()) == len(log)

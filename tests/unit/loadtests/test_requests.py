@@ -77,7 +77,7 @@ def test_a_target_is_asked_in_its_own_form(own_form: Target) -> None:
     async def ask() -> dict[str, int]:
         crew = Crew(own_form, "m", Way("http-json", 1), ROW, lambda body: body == b"right")
         try:
-            return (await crew.measure(0.05)).outcomes
+            return (await crew.measure(0.5)).outcomes
         finally:
             await crew.close()
 

@@ -56,7 +56,7 @@ def place(mlflow: Mlflow, tmp_path: Path) -> Iterator[Place]:
     found.close()
 
 
-def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until

@@ -91,7 +91,7 @@ class Rig:
         until(lambda: self.service.report("m", version)["counted"] == arms)
 
 
-def until(check: Callable[[], bool], seconds: float = 30) -> None:
+def until(check: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, "it did not come to that"

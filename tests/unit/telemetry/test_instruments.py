@@ -53,6 +53,23 @@ def test_one_call_per_request_feeds_statistics_and_histograms() -> None:
     assert points(telemetry, "nv_inference_request_success")["m", "1"] == 2
 
 
+def test_requests_are_counted_by_what_their_labels_say_whichever_objects_say_it() -> None:
+    telemetry = Telemetry.create("0.1.0")
+    model = telemetry.model("m", "1")
+    for arm, protocol, code in (("stable", "http", "ok"), ("canary", "http", "ok"), ("canary", "grpc", "cancelled")):
+        for _ in range(2):  # strings that are equal, and not the same
+            own_arm, own_protocol, own_code = ("".join(list(one)) for one in (arm, protocol, code))
+            model.request_done(arm, protocol, code, 90_000, 20_000, 1_000, 50_000, 2_000, 1)
+            model.request_done(own_arm, own_protocol, own_code, 90_000, 20_000, 1_000, 50_000, 2_000, 1)
+    model.request_done("", "", "", 1, 0, 0, 0, 0, 1)
+    assert {key: count(value) for key, value in points(telemetry, "tidegate_request_duration_seconds").items()} == {
+        ("m", "1", "stable", "http", "ok"): 4,
+        ("m", "1", "canary", "http", "ok"): 4,
+        ("m", "1", "canary", "grpc", "cancelled"): 4,
+        ("m", "1", "", "", ""): 1,
+    }
+
+
 def test_a_sampled_request_leaves_an_exemplar() -> None:
     value = points(served(), "tidegate_request_duration_seconds")["m", "1", "canary", "grpc", "ok"]
     assert isinstance(value, HistogramValue)

@@ -38,7 +38,11 @@ def test_a_child_is_bound_once() -> None:
     assert family.labels("a", "b") is not family.labels("b", "a")
 
 
-@given(st.lists(st.integers(0, 40 * 10**9), max_size=50))
+#: On bounds, and beside them.
+AT_BOUNDS = [bound + step for bound in DURATION_BOUNDS_NS for step in (-1, 0, 1)]
+
+
+@given(st.lists(st.integers(-5, 40 * 10**9) | st.sampled_from(AT_BOUNDS) | st.sampled_from([0, 1, 2**70]), max_size=50))
 def test_a_histogram_counts_each_value_in_its_inclusive_bucket(values: list[int]) -> None:
     histogram = MetricsRegistry().histogram("h", "H.", (), DURATION_BOUNDS_NS, 10**9).labels()
     for value in values:

@@ -275,7 +275,7 @@ def test_a_killed_process_has_no_jobs() -> None:
 
 def test_a_process_that_does_not_answer_is_given_up() -> None:
     async def main() -> None:
-        async with linked(stall_s=0.2) as rig:
+        async with linked(stall_s=1.5) as rig:
             assert await rig.do() == b"\1\2"
             rig.signal(signal.SIGSTOP)
             jobs = [rig.job() for _ in range(3)]
@@ -287,10 +287,10 @@ def test_a_process_that_does_not_answer_is_given_up() -> None:
 
 def test_idleness_is_no_stall() -> None:
     async def main() -> None:
-        async with linked(stall_s=0.05) as rig:
+        async with linked(stall_s=1.0) as rig:
             assert await rig.do() == b"\1\2"
             over = asyncio.get_running_loop().create_future()
-            asyncio.get_running_loop().call_later(0.15, over.set_result, None)
+            asyncio.get_running_loop().call_later(2.0, over.set_result, None)
             await over
             assert await rig.do() == b"\1\2"
             assert not rig.lost

@@ -32,6 +32,15 @@ def test_names_values_and_what_is_left_out() -> None:
         with pytest.raises(KeyError, match=absent):
             metadata[absent]
     assert 1 not in metadata
+    assert [metadata.get(name) for name in ("x-user", "x-many", ":path", "none")] == ["ann", "1, é", None, None]
+
+
+def test_what_every_call_is_asked_for() -> None:
+    found = Metadata(((b":path", b"/p"), (b"content-type", b"a"), (b"grpc-timeout", b""), (b"content-type", b"b")))
+    assert (found.path, found.content_type, found.timed, found.encoded) == (b"/p", b"b", True, False)
+    assert found.size == len(":path/pcontent-typeagrpc-timeoutcontent-typeb")
+    coded = Metadata(((b"grpc-encoding", b"gzip"), (b"content-type2", b"x"), (b"grpc-timeou", b"1S")))
+    assert (coded.path, coded.content_type, coded.timed, coded.encoded) == (b"", b"", False, True)
 
 
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=4)), max_size=8))
@@ -43,6 +52,7 @@ def test_as_decoded_at_once(headers: list[Header]) -> None:
             wanted[key] = f"{wanted[key]}, {text}" if key in wanted else text
     metadata = Metadata(tuple(headers))
     assert dict(metadata) == wanted
+    assert len(metadata) == len(wanted)
     assert {name: metadata.get(name) for name in ("te", "x-a", "x-b")} == {
         name: wanted.get(name) for name in ("te", "x-a", "x-b")
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hpack import Encoder
+from hpack import Decoder, Encoder
 
 from server.transport.native import session as native
 from server.transport.native.session import Session, SessionLimits, SessionOver
@@ -40,6 +40,20 @@ def test_a_call(session: Session) -> None:
     assert frame(DATA, 0, 1, b"xyz") in said
     assert session.out(SIZE) == b""
     assert not session.over()
+
+
+def test_ids_pass_through_a_small_table_of_what_was_sent(session: Session) -> None:
+    decoder, sizes = Decoder(), []
+    for stream_id in range(1, 200, 2):
+        session.feed(opened(stream_id, end=True))
+        fields = [(b":status", b"200"), (b"x-arm", b"stable"), (b"x-id", b"%016x" % stream_id)]
+        assert session.head(stream_id, fields, end=True)
+        said = session.out(SIZE)
+        block = said[9 : 9 + int.from_bytes(said[:3])]
+        assert list(decoder.decode(block, raw=True)) == fields
+        sizes.append(len(block))
+    assert decoder.header_table.maxsize == 1024
+    assert sum(sizes[1:]) / len(sizes[1:]) < sizes[0] * 0.75  # what repeats is mostly in it
 
 
 def test_out_is_cut_to_size(session: Session) -> None:
