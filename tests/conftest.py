@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 # Hundreds of processes import the product. What the first one compiles is kept for the others, here too, even where the
 # environment (a container's) says otherwise: it is a third of their start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# The same examples in every run, however slow the machine is; pytest's --hypothesis-profile=default tries others.
+settings.register_profile(
+    "the same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("the same")
+
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """Commands that are run in the tests' own process set up logging for all of it."""
-    before = structlog.get_config()
+    """Commands that are run in the tests' own process set up logging for all of it.
+
+    What stayed of that would write to descriptors that are somebody else's by then.
+    """
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     yield
     structlog.configure(**before)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)

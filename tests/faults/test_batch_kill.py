@@ -54,9 +54,12 @@ def kill_after(process: subprocess.Popen[str], seconds: float) -> str:
     return out
 
 
-@pytest.mark.parametrize("suffix", [pytest.param("parquet", marks=pytest.mark.slow), "csv"])
-def test_a_killed_batch_job_goes_on_to_the_same_file(tmp_path: Path, suffix: str) -> None:
-    rng = random.Random(suffix)
+@pytest.mark.parametrize(
+    ("suffix", "kills"),
+    [("csv", 6), pytest.param("csv", 12, marks=pytest.mark.slow), pytest.param("parquet", 12, marks=pytest.mark.slow)],
+)
+def test_a_killed_batch_job_goes_on_to_the_same_file(tmp_path: Path, suffix: str, kills: int) -> None:
+    rng = random.Random(f"{suffix} {kills}")
     model = models.affine(tmp_path / "affine.onnx", scale=0.1)
     source = tmp_path / "in.npz"
     np.savez(source, x=np.random.default_rng(1).normal(size=(2500, 4)).astype(np.float32))
@@ -66,7 +69,7 @@ def test_a_killed_batch_job_goes_on_to_the_same_file(tmp_path: Path, suffix: str
     sha256, rows = kill_after(finished, 60).split()
     length = time.monotonic() - began
     target = tmp_path / f"out.{suffix}"
-    for _ in range(6):
+    for _ in range(kills):
         said = kill_after(start(BATCH, source, target, model), rng.uniform(0, length / 3))
         assert target.exists() or not said, "the output is there when the job says so"
         if target.exists():
@@ -105,10 +108,11 @@ while True:
 """
 
 
+@pytest.mark.parametrize("kills", [5, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_killed_writer_never_shows_half_a_segment(tmp_path: Path, form: str) -> None:
-    rng = random.Random(form)
-    for _ in range(5):
+def test_a_killed_writer_never_shows_half_a_segment(tmp_path: Path, form: str, kills: int) -> None:
+    rng = random.Random(f"{form} {kills}")
+    for _ in range(kills):
         process = start(CAPTURE, tmp_path, form)
         kill_after(process, rng.uniform(0.01, 0.4))
         for kind in ("requests", "labels"):

@@ -67,9 +67,7 @@ class Rig:
         )
         primary = FakeRuntime().load(LoadRequest("m", "1", Path("none"), ModelOptions()))
         self.batcher = Batcher(primary, BatchingOptions(), **self.calls())
-        self.shadow_batcher = OffLoopBatcher(
-            shadow, BatchingOptions(), close_seconds=0.2, on_batch=lambda _: self.changed.set(), **self.calls()
-        )
+        self.shadow_batcher = OffLoopBatcher(shadow, BatchingOptions(), close_seconds=0.2, **self.telling_calls())
         self.worker = CompareWorker()
         shadowed = self.served(shadow, self.shadow_batcher)
         self.lane = ShadowLane(
@@ -77,13 +75,10 @@ class Rig:
             budget=ShadowBudget(**({"rps": 1e6, "timeout_ns": 100 * MS} | budget)),
             compare=CompareSpec(),
             telemetry=self.telemetry.shadow("m", "2"),
-            clock=time.monotonic_ns,
-            call_soon=self.loop.call_soon,
-            call_soon_threadsafe=lambda act, *a: self.loop.call_soon_threadsafe(self.and_tell, act, *a),
-            call_later=lambda delay, act: self.loop.call_later(delay, self.and_tell, act),
             load=lambda: 0.0,
             offload=self.worker.submit,
             breaker=breaker,
+            **self.telling_calls(),
         )
         every = ShadowRoute("s", Destination("m", "2", shadowed), FULL_SHARE)
         routes = ModelRoutes({"1": self.served(primary, self.batcher)}, "1", shadows=(every,))
@@ -105,6 +100,15 @@ class Rig:
             "call_soon": self.loop.call_soon,
             "call_soon_threadsafe": self.loop.call_soon_threadsafe,
             "call_later": self.loop.call_later,
+        }
+
+    def telling_calls(self) -> dict[str, Any]:
+        """The same, for those who change the lane's report in them."""
+        return {
+            "clock": time.monotonic_ns,
+            "call_soon": lambda act, *a: self.loop.call_soon(self.and_tell, act, *a),
+            "call_soon_threadsafe": lambda act, *a: self.loop.call_soon_threadsafe(self.and_tell, act, *a),
+            "call_later": lambda delay, act, *a: self.loop.call_later(delay, self.and_tell, act, *a),
         }
 
     def served(self, engine: Engine, batcher: Batcher) -> Served:
@@ -252,6 +256,7 @@ def test_a_shadow_that_hangs_costs_its_slots_for_its_time_and_nothing_else() -> 
             await asyncio.sleep(0.02)
         assert rig.lane.report()["breaker"] == "closed"
         rig.check_callers_saw_nothing(asked)
+        await rig.until(lambda found: found["in_flight"] == found["queued"] == 0)
         await rig.close()
         assert not rig.shadow_batcher.hung()
 

@@ -77,14 +77,21 @@ class Listener:
 
     def assert_served(self) -> None:
         if self.http:
-            with self.secured("http/1.1") as connection:
-                assert exchange(connection).startswith(b"HTTP/1.1 200 ")
+            self.assert_answered(exchange)
         if self.grpc:
             ca, key, own = ((self.root / name).read_bytes() for name in ("ca.pem", "client.key", "client.pem"))
             with grpc.secure_channel("{}:{}".format(*self.address), grpc.ssl_channel_credentials(ca, key, own)) as to:
                 answer = to.unary_unary(http2.INFER)(message(), timeout=30, wait_for_ready=True)
             raw = pb.ModelInferResponse.FromString(answer).raw_output_contents[0]
             assert np.frombuffer(raw, "<f4").tolist() == [3.0, 5.0]
+
+    def assert_answered(self, ask: Callable[[ssl.SSLSocket], bytes]) -> None:
+        """Over HTTP/1.1; who was too slow for these bounds, as the machine had it, comes again."""
+        until, answer = time.monotonic() + CLOSED_WITHIN_S, b""
+        while not answer.startswith(b"HTTP/1.1 200 "):
+            assert time.monotonic() < until, answer
+            with suppress(OSError), self.secured("http/1.1") as connection:
+                answer = ask(connection)
 
 
 def message() -> bytes:
@@ -443,10 +450,13 @@ def test_keys_are_not_changed_without_end(listener: Listener) -> None:
 
 def test_records_of_one_byte(http_listener: Listener) -> None:
     """The dearest way to send a request: it is answered all the same."""
-    with http_listener.secured("http/1.1") as connection:
+
+    def by_bytes(connection: ssl.SSLSocket) -> bytes:
         for i in range(len(REQUEST)):
             connection.sendall(REQUEST[i : i + 1])
-        assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        return connection.recv(65_536)
+
+    http_listener.assert_answered(by_bytes)
 
 
 def test_connections_dropped_at_any_byte(listener: Listener) -> None:

@@ -123,8 +123,9 @@ models:
   m:
     versions: {{"1": {{source: {root}/m.onnx}}, "2": {{source: {root}/n.onnx}}}}
     stable: "1"
-    shadow: [{{to: "2", sample: 100%, budget: {{rps: 1000}}}}]
+    shadow: [{{to: "2", sample: 100%, budget: {{rps: 100000, timeout: 20s}}}}]
 """
+ASKED = 300
 
 
 @pytest.mark.parametrize("shadows", ["true", "false"])
@@ -135,9 +136,9 @@ def test_what_a_shadow_answered_is_captured_beside_its_request(tmp_path: Path, s
     folder = tmp_path / "state" / "capture"
     with serving(str(tmp_path / "config.yaml"), "--state-dir", str(tmp_path / "state")) as server:
         server.wait_for("shadow_ready")
-        for number in range(60):
+        for number in range(ASKED):
             assert ask(server, number) == 200
-        eventually(lambda: total(server, "tidegate_shadow_pairs_total") == 60)
+        eventually(lambda: total(server, "tidegate_shadow_pairs_total") == ASKED)
         server.terminate()
         assert server.wait() == 0
     if shadows == "false":
@@ -147,7 +148,7 @@ def test_what_a_shadow_answered_is_captured_beside_its_request(tmp_path: Path, s
     quickly("data", "export", "--capture-dir", str(folder), "--model", "m", "--shadow", "2", "-o", out)
     with np.load(out) as found:
         x = found["x[0]"]
-        assert 5 < len(x) < 40
+        assert 0.1 * ASKED < len(x) < 0.5 * ASKED, "about 30 %: half of the ids are the server's, and new in each run"
         assert np.array_equal(found["y[0]"], 2 * x + 1)
         assert np.array_equal(found["shadow:y[0]"], 3 * x)
         assert set(found["__shadow_status"]) == {"ok"}

@@ -203,7 +203,7 @@ def test_a_deadline_ends_the_wait(transport: str) -> None:
             assert server.codec.pid is not None
             os.kill(server.codec.pid, signal.SIGSTOP)
             body = tensor_body(np.zeros((1, 4), "<f4"))
-            waiting = [ask.post(AFFINE, content=body, headers={"x-tidegate-timeout-ms": "100"}) for _ in range(3)]
+            waiting = [ask.post(AFFINE, content=body, headers={"x-tidegate-timeout-ms": "1000"}) for _ in range(3)]
             for answer in await asyncio.gather(*waiting):
                 assert answer.status_code == 504
                 assert answer.json() == {"error": "the deadline passed before the request body was decoded"}
@@ -231,7 +231,7 @@ def test_a_deadline_ends_the_wait_for_an_answer(transport: str) -> None:
             pid = server.codec.pid
             assert pid is not None
             os.kill(pid, signal.SIGSTOP)
-            hurried = {**headers, "x-tidegate-timeout-ms": "300"}
+            hurried = {**headers, "x-tidegate-timeout-ms": "2000"}  # time to see all of them wait
             waiting = [
                 asyncio.ensure_future(ask.post(AFFINE, content=text + values.tobytes(), headers=hurried))
                 for _ in range(3)

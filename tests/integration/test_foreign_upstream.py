@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import urllib.error
@@ -18,6 +17,7 @@ import pytest
 
 from tests.support.environments import CLIENTS, environment
 from tests.support.fast import ask_grpc_all, ask_http, by_user
+from tests.support.ports import reserved_port
 from tests.support.routed import Place, X, eventually
 from tests.support.server import Server
 from tests.support.v2 import infer
@@ -33,15 +33,6 @@ SETTINGS = {
 }
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now: it takes numbers only, and all three."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
-
-
 def ready(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"http://{address}/v2/models/tripled/ready", timeout=5) as answer:
@@ -52,8 +43,7 @@ def ready(address: str) -> bool:
 
 def mlserver(folder: Path, http: int) -> list[str]:
     shutil.copy(CLIENTS / "mlserver_model.py", folder)
-    rpc, metrics = free_ports(2)
-    ports = {"http_port": http, "grpc_port": rpc, "metrics_port": metrics}
+    ports = {"http_port": http, "grpc_port": reserved_port(), "metrics_port": reserved_port()}
     (folder / "settings.json").write_text(json.dumps({"host": "127.0.0.1", "parallel_workers": 0, **ports}))
     (folder / "model-settings.json").write_text(json.dumps(SETTINGS))
     return [str(environment("mlserver").with_name("mlserver")), "start", "."]
@@ -61,13 +51,13 @@ def mlserver(folder: Path, http: int) -> list[str]:
 
 def kserve(folder: Path, http: int) -> list[str]:
     shutil.copy(CLIENTS / "kserve_model.py", folder)
-    return [str(environment("kserve")), "kserve_model.py", str(http), str(free_ports(1)[0])]
+    return [str(environment("kserve")), "kserve_model.py", str(http), str(reserved_port())]
 
 
 @pytest.fixture(scope="module", params=[mlserver, kserve], ids=["mlserver", "kserve"])
 def upstream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its HTTP address."""
-    folder, http = tmp_path_factory.mktemp("foreign"), free_ports(1)[0]
+    folder, http = tmp_path_factory.mktemp("foreign"), reserved_port()
     command = request.param(folder, http)
     surroundings = {**os.environ, "PYTHONPATH": str(folder)}
     with (folder / "log").open("wb") as log:

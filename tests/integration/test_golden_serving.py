@@ -36,7 +36,7 @@ def answer(server: Server) -> tuple[str, list[float]]:
     return body["model_version"], body["outputs"][0]["data"]
 
 
-def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until, "the server did not follow"

@@ -32,6 +32,7 @@ LANGUAGES = {"go": programs.grpc_go, "java": programs.grpc_java, "js": programs.
 TRANSPORTS = ("native", "reference")
 LIMITS = RequestLimits(max_body_bytes=4 << 20)
 RUN_S = 100
+HELD_NS = 50_000_000  # until the deadline of the calls of "deadline", as they are sent
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
@@ -119,11 +120,13 @@ def assert_all_right(command: list[str], language: str, port: EchoPort) -> None:
     (keyed,) = [head for head in heads if "x-key" in head.metadata]
     assert keyed.metadata["x-key"].startswith("grpc-")
     assert "x-key-bin" not in keyed.metadata
-    assert 0 < len(port.held) <= 10  # a call whose 50 ms are over on its way is not taken
+    # Ten were told that their 50 ms are over, some of them perhaps before they arrived: all others had begun.
+    in_time = [head for head in heads if 0 < head.deadline_ns - head.received_ns <= HELD_NS]
+    assert 0 < len(port.held) == len(in_time) <= 10
     assert port.wait(lambda: all(ticket.ended for ticket in port.held)), "deadlines did not reach the work"
     assert port.wait(lambda: len(port.admitted) == len(port.released))
     assert len(set(port.released)) == len(port.released)
-    peers = {head.peer for head in heads}
+    peers = {head.peer for head in heads if head.peer}  # gRPC's core may have forgotten it of a call that is over
     # grpc-js keeps one connection for its second client, which compresses, and one for the first.
     assert len(peers) == (2 if language == "js" else 1), "a connection was cut in between"
 

@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -717,7 +718,9 @@ def test_hundreds_of_malformed_requests(server: Running) -> None:
     assert seen[400] > 100, seen
     assert infer(server).status == 200
     assert settled(server)
-    assert server.port.wait(lambda: server.http_server.connections == 0, 1) or server.http_server.connections < 5
+    until = time.monotonic() + 30
+    while server.call(lambda: server.http_server.connections) >= 5:
+        assert time.monotonic() < until, "connections are left"
 
 
 @pytest.mark.parametrize("cut", range(0, 200, 13))
@@ -739,12 +742,11 @@ def impatient(request: pytest.FixtureRequest) -> Iterator[Running]:
     times = HttpSettings(
         body_idle_s=0.2,
         body_total_s=0.6,
-        head_s=0.3,
+        head_s=2.0,  # no caller that does its part is that slow, on whatever machine
         keep_alive_s=0.5,
         write_stall_s=0.3,
         discard_s=0.3,
         discard_bytes=100_000,
-        max_connections=3,
         drain_idle_s=0.1,
     )
     with running(http=times, transport=request.param) as started:
@@ -850,18 +852,20 @@ def test_unwanted_body_is_discarded_within_bounds(impatient: Running) -> None:
         assert status_of(read_all(sock)) == 404
 
 
-def test_connections_over_the_limit_are_told_so(impatient: Running) -> None:
-    socks = [connect(impatient) for _ in range(3)]
-    for sock in socks:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert status_of(read_answer(sock)) == 200
-    with connect(impatient) as sock:
-        sock.sendall(post())
-        answer = read_all(sock)
-    assert status_of(answer) == 503
-    assert b"retry-after: 1" in answer
-    for sock in socks:
-        sock.close()
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_connections_over_the_limit_are_told_so(transport: str) -> None:
+    with running(http=HttpSettings(max_connections=3), transport=transport) as server:
+        socks = [connect(server) for _ in range(3)]
+        for sock in socks:
+            sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert status_of(read_answer(sock)) == 200
+        with connect(server) as sock:
+            sock.sendall(post())
+            answer = read_all(sock)
+        assert status_of(answer) == 503
+        assert b"retry-after: 1" in answer
+        for sock in socks:
+            sock.close()
 
 
 # --- drain ---
@@ -871,7 +875,7 @@ def test_connections_over_the_limit_are_told_so(impatient: Running) -> None:
 @pytest.mark.parametrize("factory", [None, asyncio.new_event_loop])
 def test_drain_answers_what_is_in_flight_and_closes(factory: Any, transport: str) -> None:
     options = {"transport": transport, **({"loop": factory} if factory else {})}
-    with running(http=HttpSettings(drain_idle_s=0.3), **options) as server:
+    with running(http=HttpSettings(drain_idle_s=5.0), **options) as server:
         answers: list[Answer] = []
         caller = threading.Thread(target=lambda: answers.append(infer(server, "held")))
         caller.start()

@@ -25,7 +25,7 @@ from tests.support.server import Server, serving
 from tests.support.v2 import call, infer, tensor
 
 
-def eventually(check: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], what: str, seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until, what

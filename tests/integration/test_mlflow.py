@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -28,6 +27,7 @@ from server.runtime.ends import graph_ends
 from tests.support import models
 from tests.support.environments import CLIENTS, environment
 from tests.support.pinned_store import pinned_store
+from tests.support.ports import reserved_port
 from tests.support.receiver import Received, receiving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -43,7 +43,7 @@ class MlflowServer:
     """``mlflow server`` on sqlite, which may be stopped and started again on its port, and a client of its own."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.port = root, _free_port()
+        self.root, self.port = root, reserved_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
         command = [str(environment("mlflow")), str(CLIENTS / "mlflow_client.py"), self.url]
@@ -161,7 +161,7 @@ class Gateway:
         """The version that answers requests which name none."""
         return self.source.scan()[model].stable or ""
 
-    def eventually(self, model: str, version: str, seconds: float = 30) -> None:
+    def eventually(self, model: str, version: str, seconds: float = 60) -> None:
         until = time.monotonic() + seconds
         while self.answers(model) != version:
             assert time.monotonic() < until, self.registry.standing()
@@ -364,8 +364,3 @@ def test_promotions_are_written_back_and_people_are_right(mlflow: MlflowServer, 
     assert refused == "champion of promoted was expected to be 2 and is 3: somebody moved it in MLflow"
     assert mlflow.do("aliases", model="promoted") == {"champion": 3, "previous": 1}
     assert gateway.acts("registry.override") == ["promoted:1"]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.support import models
-from tests.support.metrics import samples, wait_total
-from tests.support.routed import Place, eventually
+from tests.support.metrics import wait_total
+from tests.support.routed import Place
+from tests.support.upstream import Rows, scaled, upstream
 from tests.support.v2 import infer, tensor
 
-SLOW = """
-  slow:
-    source: slow
+FAR = """
+  far:
+    versions: {{"1": {{upstream: {{url: "http://{address}", model: m, timeout: 60s}}}}}}
     batching: {{max_batch_size: 1, max_queue_size: {room}}}
 """
 
 
 def test_a_configuration_that_is_refused_leaves_the_gauge_alone(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    models.slow_scalar(tmp_path / "slow" / "1" / "model.onnx", size=512, layers=32)
+    """Another server has the model, and answers one request at a time: none before all are there."""
+    go, place = threading.Event(), Place(tmp_path)
+
+    def held(x: Rows) -> bytes:
+        go.wait(60)
+        return scaled(1)(x)
+
     broken = tmp_path / "broken" / "1" / "model.onnx"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no model")
     text = place.text("")
-    place.path.write_text(text + SLOW.format(room=100))
-    with place.serve() as server, ThreadPoolExecutor(8) as pool:
-        refused = text + SLOW.format(room=200) + "  zbroken: {source: broken}\n"
-        status, answer, _ = place.admin(server, "POST", "config", refused.encode())
-        assert status == 400, answer
-        assert "zbroken" in answer["error"]
-        x = tensor("x", "FP32", [1, 1], [1.0])
-        asked = [pool.submit(infer, server.http, "slow", [x]) for _ in range(8)]
-        label = '{model="slow",version="1"}'
-        eventually(lambda: samples(server, "tidegate_pending_requests").get(label, 0) >= 2)
-        assert [one.result()[0] for one in asked] == [200] * 8
-        wait_total(server, "tidegate_pending_requests", 0)
+    with upstream(held) as far:
+        place.path.write_text(text + FAR.format(address=far.address, room=100))
+        with place.serve() as server, ThreadPoolExecutor(8) as pool:
+            refused = text + FAR.format(address=far.address, room=200) + "  zbroken: {source: broken}\n"
+            status, answer, _ = place.admin(server, "POST", "config", refused.encode())
+            assert status == 400, answer
+            assert "zbroken" in answer["error"]
+            x = tensor("x", "FP32", [1, 4], [1.0] * 4)
+            asked = [pool.submit(infer, server.http, "far", [x]) for _ in range(8)]
+            try:
+                wait_total(server, "tidegate_pending_requests", 7)
+            finally:
+                go.set()
+            assert [one.result()[0] for one in asked] == [200] * 8
+            wait_total(server, "tidegate_pending_requests", 0)

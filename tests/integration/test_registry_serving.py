@@ -62,7 +62,7 @@ def last_came_from(seen: list[tuple[int, str, list[float]]], version: str) -> bo
     return seen[-1][1] == version
 
 
-def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     """Ask again until the live server has seen the change; its poll is a second."""
     until = time.monotonic() + seconds
     while not check():

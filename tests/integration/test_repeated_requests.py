@@ -221,7 +221,7 @@ def test_a_drain_ends_connections_after_their_answer(tmp_path_factory: pytest.Te
         settle(idle)
         settle(busy)
         busy.send(post(PATH, body(9))[:-5])
-        wait_total(running, "tidegate_pending_requests", 0)
+        wait_total(running, "tidegate_requests_in_flight", 1)
         running.process.terminate()
         running.wait_for("draining")
         busy.send(post(PATH, body(9))[-5:])

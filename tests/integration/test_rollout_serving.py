@@ -16,6 +16,7 @@ from tests.support.cli import cli, quickly
 from tests.support.climbing import (
     GATES,
     STANDING,
+    Callers,
     audited,
     defaults,
     order,
@@ -57,6 +58,10 @@ def test_a_good_candidate_climbs_and_stays_promoted_over_a_restart(place: Place)
         assert status_of(place, again)["state"] == "promoted"
 
 
+def answered(callers: Callers) -> int:
+    return callers.versions["1"] + callers.versions["2"]
+
+
 def test_orders_of_people(place: Place) -> None:
     write(place, section(STANDING))
     with place.serve() as server, traffic(server) as callers:
@@ -70,11 +75,10 @@ def test_orders_of_people(place: Place) -> None:
         assert order(place, server, "resume", If_Match=str(revision))[0] == 200
         assert order(place, server, "fly")[0] == 404
         assert order(place, server, "pause", rollout="nobody")[0] == 404
-        began = time.monotonic()
+        before = answered(callers)
         status, found = order(place, server, "abort", x_tidegate_actor="ada", x_tidegate_reason="enough")
-        took_s = time.monotonic() - began
         assert (status, found["state"], found["weight"]) == (200, "aborted", 0)
-        assert took_s < 10
+        assert answered(callers) - before < 200  # a fraction of a second, on a machine that has nothing else to do
         assert {ask(server, f"v{n}")[0] for n in range(50)} == {"1"}
         assert order(place, server, "abort")[0] == 409
         eventually(lambda: audited(place, server)[-1]["action"] == "rollout.aborted")
@@ -95,7 +99,11 @@ def test_without_traffic_nothing_moves(place: Place) -> None:
 
 @pytest.mark.parametrize("first", ["step", "paused", "awaiting"])
 def test_a_candidate_that_breaks_is_taken_back_at_once(place: Place, first: str) -> None:
-    """From one request to the next everything that reaches it fails; callers see nothing, for stable answers."""
+    """From one request to the next everything that reaches it fails; callers see nothing, for stable answers.
+
+    What it may fail is counted: about a dozen are evidence, and more come until the gates look again, ten times a
+    second. With half of the traffic that is ten times as many as with its twentieth.
+    """
     standing = STANDING.replace("50%", "5%")
     steps = "[{weight: 50%, certify: {ceiling: 5%}, approve: true}]" if first == "awaiting" else standing
     with upstream(scaled(3.0), 64) as other:
@@ -106,12 +114,11 @@ def test_a_candidate_that_breaks_is_taken_back_at_once(place: Place, first: str)
                 assert order(place, server, "pause")[0] == 200
             eventually(lambda: callers.versions["2"] > 20)
             other.behave = refusing(500)
-            began = time.monotonic()
+            before = len(other.asked)
             found = reaches(place, server, "rolled_back")
-            took_s = time.monotonic() - began
             assert {ask(server, f"w{n}")[0] for n in range(50)} == {"1"}
+            assert 0 < len(other.asked) - before < (300 if first == "awaiting" else 60)
         assert not callers.failures
-        assert took_s < 10
         assert found["reason"].startswith("worse by")
 
 

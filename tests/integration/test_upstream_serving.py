@@ -89,7 +89,7 @@ def index(server: Server) -> dict[str, tuple[str, str]]:
     return {row["version"]: (row["state"], row["reason"]) for row in rows}
 
 
-def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until, "it did not come about"

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.environments import environment
+from tests.support.ports import reserved_port
 from tests.support.v2 import call
 
 #: Who may run DAGs, who may only look, and who may do everything; each with the same password.
@@ -66,7 +66,7 @@ class AirflowServer:
     """Airflow in ``root``, which may be stopped and started again on its port; ``out`` is where its tasks write."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.out, self.port = root, root / "out", _free_port()
+        self.root, self.out, self.port = root, root / "out", reserved_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._python = str(interpreter())
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -165,8 +165,3 @@ class AirflowServer:
         path = f"{Path(self._python).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"AIRFLOW_HOME": str(self.root), "PATH": path, "TEST_OUT": str(self.out)}
         return {**inherited, **own, **{f"AIRFLOW__{name}": value for name, value in settings.items()}}
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -102,7 +102,7 @@ def status_of(place: Place, server: Server, rollout: str = "r1") -> dict[str, An
     return dict(body) if status == 200 else {"state": "", "error": body}
 
 
-def reaches(place: Place, server: Server, *states: str, rollout: str = "r1", seconds: float = 30) -> dict[str, Any]:
+def reaches(place: Place, server: Server, *states: str, rollout: str = "r1", seconds: float = 60) -> dict[str, Any]:
     """The status once a rollout is in one of some states, and its table in force.
 
     A step is recorded before its table is published, and after a restart it stands there until the candidate is loaded.
@@ -116,7 +116,7 @@ def reaches(place: Place, server: Server, *states: str, rollout: str = "r1", sec
         time.sleep(0.02)
 
 
-def recorded(place: Place, server: Server, action: str, seconds: float = 30) -> None:
+def recorded(place: Place, server: Server, action: str, seconds: float = 60) -> None:
     """Wait until a rollout's ``action`` is in the audit, and so the state with it on disk: what is shown goes ahead."""
     until = time.monotonic() + seconds
     while not any(event["action"] == f"rollout.{action}" for event in audited(place, server)):

@@ -23,7 +23,7 @@ from tests.support.server import Server
 #: Requests on their way at once: on one HTTP connection, and among all gRPC calls.
 _PIPELINE: Final = 32
 _CALLS: Final = 64
-_PATIENCE_S: Final = 30.0
+_PATIENCE_S: Final = 60.0
 
 _INPUT: Final = np.float32([1, 2, 3, 4])
 _OUTPUTS: Final = {version: (_INPUT * np.float32(scale)).tobytes() for version, scale in SCALES.items()}

@@ -17,7 +17,7 @@ INITIAL_WINDOW_SIZE: Final = 4
 INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 STREAM_INFER: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
 #: Longest wait for anything the server owes; past it the server hangs.
-PATIENCE_S: Final = 10.0
+PATIENCE_S: Final = 30.0
 
 Fields = Iterable[tuple[str, str]]
 

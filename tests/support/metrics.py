@@ -26,7 +26,7 @@ def total(server: Server, name: str) -> float:
     return sum(samples(server, name).values())
 
 
-def wait_total(server: Server, name: str, wanted: float, seconds: float = 30.0) -> None:
+def wait_total(server: Server, name: str, wanted: float, seconds: float = 60.0) -> None:
     """Ask until the sum is ``wanted``: settles of other connections may be a turn of the loop behind."""
     until = time.monotonic() + seconds
     while (got := total(server, name)) != wanted:

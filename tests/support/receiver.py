@@ -149,6 +149,6 @@ def scripted(talk: Callable[[socket.socket], None]) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
     finally:
         listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
         for running in (thread, *talks):
             running.join(10)
+        listener.close()

@@ -85,7 +85,7 @@ def ask_grpc(channel: grpc.Channel, user: str) -> str:
     return str(answer.model_version)
 
 
-def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until, "the server did not follow"

@@ -18,7 +18,7 @@ import router
 ROOT = Path(__file__).resolve().parents[2]
 #: Where this process has the product from, compiled or not, and then the rest of the repository.
 PRODUCT_PATH = os.pathsep.join((str(Path(router.__file__).resolve().parents[1]), str(ROOT)))
-START_SECONDS = 60
+START_SECONDS = 120
 STOP_SECONDS = 40
 
 

@@ -54,11 +54,13 @@ class Upstream:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self._open: set[socket.socket] = set()
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def close(self) -> None:
         """Refuse and end everything, as a machine that is gone. Idempotent."""
         _end(self._listener)
+        self._accepting.join(20)  # an accept that went on would be one on whatever socket has the number next
         self._listener.close()
         for connection in tuple(self._open):
             _end(connection)

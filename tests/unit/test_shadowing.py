@@ -98,12 +98,12 @@ class Waiting:
         assert work.inputs[0] is not None
         work.outputs = [tensor("y", work.inputs[0].array() + np.float32(shift))]
         work.assembled_ns, work.computed_ns, work.batch_rows = 1, 2_001, 1
-        work.done(work)
+        work.settle(work)
 
     def fail(self) -> None:
         work = self.works.pop(0)
         work.error = RuntimeFailure("scripted")
-        work.done(work)
+        work.settle(work)
 
 
 def tensor(name: str, values: Any) -> Tensor:
@@ -305,7 +305,7 @@ def test_time_over_gives_back_slot_and_memory() -> None:
     assert len(rig.target.works) == 1  # the next one has the slot
     assert rig.lane.held_bytes() == 32
     hung.outputs = [tensor("y", np.ones((1, 4)))]
-    hung.done(hung)  # too late: nobody listens
+    hung.settle(hung)  # too late: nobody listens
     assert rig.lane.report()["comparison"]["pairs"] == 0
     assert rig.lane.report()["in_flight"] == 1
 
