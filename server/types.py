@@ -193,7 +193,7 @@ class RequestLimits:
 
 # --- The port between transports and gateway -------------------------------------------------------------------
 
-# Whoever names one of these protocols as a base class is called by the compiled program without a look-up.
+# Compiled classes name these protocols as their bases: then they are called without a look-up. Others cannot.
 
 
 @dataclass(slots=True, init=False)

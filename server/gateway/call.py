@@ -240,6 +240,8 @@ class Call(Ticket):
 
     def _after_failure(self, attempt: Attempt, error: TidegateError) -> None:
         """Retry, fall back, or tell the caller."""
+        if self._done:
+            return  # by an answer to another call, given while this one was being queued
         try:
             again = self._next(attempt, error)
             if again is None:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import select
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, MutableMapping
@@ -88,7 +89,7 @@ def _shared_processors() -> list[Processor]:
 
 
 class LineSink:
-    """Whole lines onto one file descriptor, in order; safe from any thread; never raises and never waits.
+    """Whole lines onto one file descriptor, in order; safe from any thread and finalizer; never raises, never waits.
 
     What the descriptor has no room for waits for a thread that writes when there is some again. Over ``limit`` bytes
     the lines that have waited longest are dropped; what ``lost_line(n)`` gives is written where n of them were.
@@ -100,7 +101,9 @@ class LineSink:
         self._fd = fd
         self._lost_line = lost_line
         self._limit = limit
+        #: Whoever has it writes for all.
         self._lock = threading.Lock()
+        self._coming: deque[bytes] = deque()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         #: What is left of a line that has been written in part.
@@ -110,19 +113,41 @@ class LineSink:
 
     def write(self, line: str) -> None:
         """Write ``line``, or have it wait."""
-        data = _encoded(line)
-        with self._lock:
-            self._waiting.append(data)
-            self._waiting_bytes += len(data)
-            if self._writer is None and not self._write_all():
-                self._start_writer()
-            self._shorten()
+        self._coming.append(_encoded(line))
+        self._write_coming()
 
     def flush(self, timeout_s: float = _FLUSH_S) -> None:
         """Wait until nothing waits any more, but not for long: nobody may be reading."""
+        if self._lock.acquire(timeout=timeout_s):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+        self._write_coming()
         writer = self._writer
         if writer is not None:
             writer.join(timeout_s)
+
+    def _write_coming(self) -> None:
+        """Write what comes, or have it wait, unless somebody is at it: who lets go of the lock looks again.
+
+        To wait for the lock could be for ever: a finalizer that logs may have been run where this very thread has it,
+        and a thread that ends with the process may have had it.
+        """
+        while self._coming and self._lock.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+
+    def _take_in(self) -> None:
+        while self._coming:
+            data = self._coming.popleft()
+            self._waiting.append(data)
+            self._waiting_bytes += len(data)
+        if self._waiting and self._writer is None and not self._write_all():
+            self._start_writer()
+        self._shorten()
 
     def _write_all(self) -> bool:
         """Write while there is room; False when something is left."""
@@ -167,8 +192,10 @@ class LineSink:
 
     def _start_writer(self) -> None:
         """What waits is written even if no line follows."""
+        if sys.is_finalizing():
+            return  # a thread would not begin any more, and be waited for
         writer = threading.Thread(target=self._write_later, name="log-writer", daemon=True)
-        with suppress(RuntimeError):  # no thread to spare, or the interpreter ends: the next line tries again
+        with suppress(RuntimeError):  # no thread to spare: the next line tries again
             writer.start()
             self._writer = writer
 
@@ -179,7 +206,8 @@ class LineSink:
             with self._lock:
                 if self._write_some():
                     self._writer = None
-                    return
+                    break
+        self._write_coming()
 
 
 def _room_in(fd: int) -> select.poll:

@@ -248,6 +248,36 @@ def test_lines_of_several_threads_stay_whole(pipe: tuple[int, int]) -> None:
         assert [line for line in found if line[0] == name] == [f"{name}{number:0900}" for number in range(300)]
 
 
+def test_what_is_logged_while_a_line_is_being_written_follows_it(pipe: tuple[int, int]) -> None:
+    """As by a finalizer, which the garbage collector runs wherever it begins."""
+    reader, writer = pipe
+
+    def lost_line(count: int) -> str:
+        sink.write("meanwhile")
+        return lost(count)
+
+    sink = LineSink(writer, lost_line, limit=10)
+    for line in ("y" * 1_000_000, "over the limit", "next"):
+        sink.write(line)
+    assert read_until(reader, "meanwhile") == ["y" * 1_000_000, "lost 1", "next", "meanwhile"]
+
+
+def test_what_is_logged_as_the_interpreter_ends_does_not_keep_it(pipe: tuple[int, int]) -> None:
+    program = (
+        "import os, sys; from server.telemetry.log import LineSink\n"
+        "class Last:\n"
+        "    def __del__(self, sink=LineSink(int(sys.argv[1]), str), ended=sys.is_finalizing, write=os.write):\n"
+        "        sink.write('y' * 1_000_000); write(1, b'%d' % ended())\n"
+        "last = Last()"
+    )
+    _, writer = pipe
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(writer)],
+        capture_output=True, check=True, cwd=ROOT, pass_fds=[writer], timeout=20,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (b"1", b"")
+
+
 def test_what_waits_for_a_reader_that_goes_is_counted_and_a_torn_line_is_ended(
     pipe: tuple[int, int], tmp_path: Path
 ) -> None:
