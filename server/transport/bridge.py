@@ -22,6 +22,33 @@ OWED: Final = "tidegate.owed"
 _LARGE_BYTES: Final = 64 * 1024
 
 
+class Owed:
+    """Bytes of one answer that is being written down: ``count`` is told of so many more, or fewer if negative.
+
+    Whoever writes it says how many are left, and settles it at its end, whichever that is.
+    """
+
+    __slots__ = ("_count", "_size")
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        self._count = count
+        self._size = 0
+
+    def owe(self, size: int) -> None:
+        """So many are to be handed on."""
+        if size != self._size:
+            before, self._size = self._size, size
+            self._count(size - before)
+
+    def handed(self, size: int) -> None:
+        """So many were, of which some may not have been known of: an answer as JSON is longer than its tensors."""
+        self.owe(max(0, self._size - size))
+
+    def settle(self, _task: object = None) -> None:
+        """None are any more. As a callback of the task that writes it, too."""
+        self.owe(0)
+
+
 class SingleReply:
     """Reply of a call that has exactly one answer. ``done`` resolves at ``finish`` or ``abandon``.
 

@@ -27,7 +27,7 @@ from server._pb import inference_pb2 as pb
 from server.errors import QueueFull
 from server.transport.answers import HttpSettings
 from server.transport.native.server import NativeServer
-from server.types import InferenceRequest, Permit, Reply
+from server.types import Decision, InferenceRequest, InferenceResponse, Permit, Reply, Tensor
 from tests.support import http2, models, pki
 from tests.support.echo import EchoPort, EchoTicket, Running, running
 from tests.support.http2 import Http2Wire, opened
@@ -37,6 +37,7 @@ from tests.support.v2 import tensor
 from tests.support.wire import Wire, post
 
 MIB = 1 << 20
+ELEMENTS = 10_000
 ANSWER = 16 * MIB  # more than the buffers of sockets take
 BOUND = 24 * MIB
 HEAD = 4096  # more than an answer has beside its values
@@ -335,6 +336,96 @@ def test_answers_of_one_turn_see_each_other_over_http2(native: Running) -> None:
     assert until(lambda: held(native) == 0)
 
 
+class ListTicket(EchoTicket):
+    """Its answer has many elements of BYTES."""
+
+    def answer(self) -> None:
+        model, elements = self.request.model, Tensor("s", "BYTES", (ELEMENTS,), [b"element"] * ELEMENTS)
+        if not self.ended:
+            self.ended = True
+            self.reply.message(InferenceResponse(model, "1", "", [elements]), Decision(model, "1", "stable", 7))
+            self.reply.finish(None)
+
+
+class Listing(EchoPort):
+    """Holds every request."""
+
+    def handle(self, permit: Permit, request: InferenceRequest, reply: Reply, received_ns: int = 0) -> EchoTicket:
+        ticket = ListTicket(self, request, reply)
+        self.held.append(ticket)
+        self.notify()
+        return ticket
+
+
+#: What becomes of answers that no one has begun to write.
+ENDS = pytest.mark.parametrize("end", ["read", "reset", "reset at once", "lost"])
+
+
+def ended_over_http2(server: Running, wire: Http2Wire, owed: int, end: str) -> None:
+    """Three calls wait to be answered: their answers count from that turn on, and no more when they have ended."""
+    assert server.port.wait(lambda: len(server.port.held) == 3)
+    resets = b"".join(http2.reset(i) for i in (1, 3, 5))
+    (connection,) = cast("NativeServer", server.grpc_server).live
+
+    def answered() -> int:
+        server.port.answer_held()
+        counted = held(server)
+        if end == "reset at once":  # the tasks that were to write them have not begun
+            connection.data_received(resets)
+        return counted
+
+    assert server.call(answered) == 3 * owed
+    if end == "read":
+        assert [wire.answer(i).status for i in (1, 3, 5)] in (["0"] * 3, ["200"] * 3)
+    elif end == "reset":
+        wire.send(resets)
+    elif end == "lost":
+        wire.socket.close()
+    assert until(lambda: held(server) == 0)
+    assert end == "lost" or connection in cast("NativeServer", server.grpc_server).live
+    assert server.port.wait(lambda: len(server.port.released) == 3)
+
+
+@ENDS
+def test_answers_that_are_written_by_turns_count_before_theirs_has_come(end: str) -> None:
+    with running(transport="native", port=Listing) as server, Http2Wire(server.grpc) as wire:
+        for stream_id in (1, 3, 5):
+            wire.send(opened(stream_id))
+            wire.upload(stream_id, http2.grpc_message(message("held")))
+        ended_over_http2(server, wire, ELEMENTS, end)
+
+
+@ENDS
+def test_answers_to_http_requests_over_http2_count_before_they_are_written(native: Running, end: str) -> None:
+    head, _, body = large_request("held", MIB).partition(b"\r\n\r\n")
+    size = head.rpartition(b" ")[2].decode()
+    path = "/v2/models/held/infer"
+    with Http2Wire(native.grpc) as wire:
+        for stream_id in (1, 3, 5):
+            wire.send(opened(stream_id, ("inference-header-content-length", size), path=path, grpc=False))
+            wire.upload(stream_id, body)
+        ended_over_http2(native, wire, MIB, end)
+
+
+def test_pieces_of_an_answer_that_wait_for_those_before_them_count(native: Running) -> None:
+    """Over HTTP/2 an app is made to wait while much of its answer is untaken: what it has yet to hand over counts."""
+    values, sizes = bytes(2 * MIB), {"shape": [1, MIB // 2], "parameters": {"binary_data_size": 2 * MIB}}
+    inputs = [{"name": name, "datatype": "FP32", **sizes} for name in ("x", "y")]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    size = ("inference-header-content-length", str(len(head)))
+    with Http2Wire(native.grpc, {http2.INITIAL_WINDOW_SIZE: 0}, generous=False) as wire:
+        wire.send(opened(1, size, path="/v2/models/echo/infer", grpc=False))
+        wire.upload(1, head + values + values)
+        (connection,) = cast("NativeServer", native.grpc_server).live
+        assert until(lambda: 2 * MIB < native.call(connection.session.queued) < 2 * MIB + HEAD)
+        assert 4 * MIB <= native.call(lambda: held(native)) < 4 * MIB + HEAD
+        wire.send(http2.window(0, 8 * MIB) + http2.window(1, MIB + HEAD))
+        assert until(lambda: 2 * MIB < held(native) <= 3 * MIB)
+        wire.send(http2.window(1, 8 * MIB))
+        assert wire.answer(1).body.endswith(values + values)
+        assert until(lambda: held(native) == 0)
+
+
 @pytest.mark.parametrize("native", [1.0], indirect=True)
 def test_who_is_cut_off_over_http2_holds_nothing(native: Running) -> None:
     own = {http2.INITIAL_WINDOW_SIZE: 2**31 - 1}
@@ -349,9 +440,9 @@ def test_who_is_cut_off_over_http2_holds_nothing(native: Running) -> None:
 # --- HTTP/1.1 -----------------------------------------------------------------------------------------------------
 
 
-def large_request(model: str = "echo", **more: str) -> bytes:
-    """Answered with as much as it says: 16 MiB."""
-    values = bytes(ANSWER)
+def large_request(model: str = "echo", size: int = ANSWER, **more: str) -> bytes:
+    """Answered with as much as it says."""
+    values = bytes(size)
     sizes = {"shape": [1, len(values) // 4], "parameters": {"binary_data_size": len(values)}}
     inputs = {"name": "x", "datatype": "FP32", **sizes}
     head = json.dumps({"inputs": [inputs], "parameters": {"binary_data_output": True}}).encode()
@@ -394,6 +485,25 @@ def test_an_answer_behind_one_that_is_not_read_counts_too(transport: str) -> Non
             wire.send(large_request())
             assert until(lambda: held(server) > 4 * MIB + ANSWER)
         assert until(lambda: held(server) == 0)
+
+
+@pytest.mark.parametrize("transport", ["native", "reference"])
+def test_a_rest_that_the_socket_is_about_to_take_is_not_held(transport: str) -> None:
+    """So little that writing is not paused for it: nobody would tell when it is gone."""
+    with running(transport=transport) as server:
+        address, asked = f"{server.http[0]}:{server.http[1]}", 8 * MIB
+        with Wire(address, receive_buffer=4096) as wire:
+            wire.send(large_request(size=asked))
+            assert until(lambda: 0 < held(server) < asked)
+            room = asked - held(server)  # what sockets take of it
+        assert until(lambda: held(server) == 0)
+        with Wire(address, receive_buffer=4096) as wire:
+            wire.send(large_request(size=room // 4 * 4 + 32 * 1024))
+            assert server.port.wait(lambda: len(server.port.released) == 2)
+            answer = wire.answer()
+            assert answer is not None
+            assert answer.status == 200
+            assert server.call(lambda: held(server)) == 0
 
 
 @pytest.mark.parametrize("native", [1.0], indirect=True)

@@ -12,6 +12,7 @@ import structlog
 from starlette.types import ASGIApp, Message
 
 from server.transport.answers import Answer
+from server.transport.bridge import OWED, Owed
 from server.transport.native.session import INTERNAL_ERROR, Header
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class AsgiStream:
         self._told = False  # the app knows that the body has ended
         self._started = self._complete = False  # the answer
         self._bodiless = False  # whatever the app says, the answer has no body
+        self._owed = Owed(connection.owe)
         self._came = asyncio.Event()
         self._log: Any = structlog.get_logger("tidegate.http2")
         scope = self._scope(headers)
@@ -72,6 +74,7 @@ class AsgiStream:
             "client": (host, int(port)) if host else None,
             "server": None,
             "state": {},
+            "extensions": {OWED: self._owed.owe},
         }
 
     # --- for the connection ----------------------------------------------------------------------------------
@@ -114,6 +117,8 @@ class AsgiStream:
             await app(scope, self._receive, self._send)
         except Exception as error:  # noqa: BLE001 - the boundary of one request
             self._log.error("request_failed", path=scope["path"], exc_info=error)
+        finally:
+            self._owed.settle()
         if self._gone:
             return
         if not self._started:
@@ -156,6 +161,7 @@ class AsgiStream:
                 self._complete = True
                 self._came.set()
             if not self._bodiless and session.body(self._id, body, end=not more):
+                self._owed.handed(len(body))
                 connection.sent(len(body))
             if more:
                 await connection.until_taken(self._id)

@@ -142,7 +142,8 @@ class Http2Connection(asyncio.Protocol):
         self._answered_bytes = 0  # handed to the session
         self._taken_bytes = 0  # so many of them at least: see ``overfull``
         self._large = False  # answers wait, or did when they were last counted
-        self._unsent = 0  # so many bytes of them
+        self._owed = 0  # bytes of answers that are being written down
+        self._unsent = 0  # so many bytes of either
         self._stalled_at = 0
         self._opened = self._seen = self._stalled_since = server.now
         self._pinged = 0.0
@@ -174,6 +175,7 @@ class Http2Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.live.discard(self)
         self._drop_streams()
+        self._owed = 0
         self._count_unsent(0)
         if self.session.queued():
             self.session.drop()  # what is held of this connection by others lives until the next round of the collector
@@ -363,12 +365,18 @@ class Http2Connection(asyncio.Protocol):
 
     def _count_unsent(self, untaken: int) -> None:
         self._large = untaken > 0
-        self._unsent = self.server.unsent.moved(self._unsent, untaken)
+        self._unsent = self.server.unsent.moved(self._unsent, self._owed + untaken)
 
     def _count_large(self, size: int) -> None:
         """An answer that no one has tried to write yet: whoever is answered before that sees it, too."""
         if not self.transport.is_closing():  # nobody would count again
-            self._count_unsent(self._unsent + size)
+            self._count_unsent(self._unsent - self._owed + size)
+
+    def owe(self, size: int) -> None:
+        """So many more bytes (elements of BYTES) of answers are being written down, or fewer: see ``bridge.Owed``."""
+        if self in self.server.live:  # one that is lost counts no more
+            self._owed += size
+            self._unsent = self.server.unsent.moved(self._unsent, self._unsent + size)
 
     def flush_soon(self) -> None:
         """Write once per turn of the loop, and not while a read is being handled: its end writes."""

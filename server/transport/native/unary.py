@@ -12,7 +12,7 @@ import structlog
 from server.codec import pieces, protobuf
 from server.errors import DeadlineExceeded, InvalidArgument, TidegateError, TooManyRequests, Unimplemented
 from server.transport.answers import decision_headers, header_value
-from server.transport.bridge import telling
+from server.transport.bridge import Owed, telling
 from server.transport.faults import Internal, RequestTimeout, check_version, new_id
 from server.transport.http_infer import ANSWERED_LATE, DECODED_LATE, by_deadline
 from server.transport.native import wire
@@ -326,17 +326,21 @@ class InferCall(UnaryCall, Reply):
         if response is None:
             raise Internal(self._tidegate_id())
         if pieces.has_many(response):
-            self._working = self._connection.loop.create_task(self._answer_later(response))
+            owed = Owed(self._connection.owe)
+            owed.owe(sum([len(tensor.data) for tensor in response.outputs]))
+            self._working = self._connection.loop.create_task(self._answer_later(response, owed))
+            self._working.add_done_callback(owed.settle)  # cancelled before it begins, it says nothing itself
             return WRITING
         self._send(protobuf.framed_infer(response))
         return None
 
-    async def _answer_later(self, response: InferenceResponse) -> None:
+    async def _answer_later(self, response: InferenceResponse, owed: Owed) -> None:
         """Contents that take long to write are written by turns with other requests."""
         work = self._connection.server.infer.turns.take(pieces.wired(response))
         try:
             with telling(self._ticket):
                 body = protobuf.framed_infer(await by_deadline(work, self._head.deadline_ns, ANSWERED_LATE))
+            owed.settle()  # from here on it is counted as what it is
             self._send(body)
         except TidegateError as error:
             self._fail(error)

@@ -418,7 +418,8 @@ class HttpProtocol(HttpToolsProtocol):
         """
         if self in self.connections:  # one that is lost counts no more
             self._owed = size
-            self._count_unsent(self.transport.get_write_buffer_size())
+            # As ever, a rest that the socket is about to take is not counted: nobody would tell when it is gone.
+            self._count_unsent(self.transport.get_write_buffer_size() if self.flow.write_paused else 0)
 
     def _count_unsent(self, waiting: int) -> None:
         self._unsent = self._server.unsent.moved(self._unsent, self._owed + waiting)

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from server.errors import Cancelled, QueueFull, TidegateError, Unimplemented
-from server.transport.bridge import SingleReply, infer
+from server.transport.bridge import Owed, SingleReply, infer
 from server.transport.faults import Internal
-from server.types import InferenceRequest, RequestHead, RequestLimits, Tensor
+from server.types import Decision, InferenceRequest, InferenceResponse, RequestHead, RequestLimits, Tensor
 from tests.support.echo import EchoPermit, EchoPort, floats
 
 
@@ -70,5 +70,34 @@ def test_first_end_counts() -> None:
         reply.finish(None)
         with pytest.raises(Cancelled):
             reply.result(permit_of(EchoPort(RequestLimits())))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("answers", [(), (50,), (100,), (50, 50), (101,), (300, 300)])
+def test_what_is_owed_is_told_once_and_ends_at_nothing(answers: tuple[int, ...]) -> None:
+    told: list[int] = []
+    owed = Owed(told.append)
+    owed.settle()
+    assert told == []
+    owed.owe(100)
+    for size in answers:
+        owed.handed(size)
+    assert sum(told) == max(0, 100 - sum(answers))
+    owed.settle()
+    owed.settle()
+    assert sum(told) == 0
+    assert told[0] == 100
+    assert 0 not in told
+
+
+def test_only_large_answers_are_told_of() -> None:
+    async def run() -> None:
+        told: list[int] = []
+        reply = SingleReply(asyncio.get_running_loop(), told.append)
+        for size in (1, 64 * 1024, 64 * 1024 + 4):
+            output = Tensor("y", "FP32", (1, size // 4), bytes(size))
+            reply.message(InferenceResponse("m", "1", "", [output]), Decision("m", "1", "stable", 1))
+        assert told == [64 * 1024 + 4]
 
     asyncio.run(run())
