@@ -352,6 +352,18 @@ class ShadowLane:
         flying = [flight.item.size() for flight in self._flights if flight.item is not None]
         return self._waiting.waiting_bytes + sum(flying)
 
+    def detach(self) -> ShadowTarget | None:
+        """Have no target any more; gives it back. Nothing is on its way to it then: its batcher may be closed."""
+        target, self.target = self.target, None
+        for flight in tuple(self._flights):
+            self._withdraw(flight)
+            self._waiting.drop("no_model")
+            self._settle(flight.term, Outcome.UNKNOWN)
+            self._waiting.done()
+        self._pump()
+        self._publish("no_model")
+        return target
+
     def close(self) -> None:
         """Forget what is queued and on its way, and take nothing more; the target's batcher may be closed then."""
         self._closed = True

@@ -111,7 +111,7 @@ class ShadowLoader:
 
     async def _switch(self, key: LaneKey, lane: ShadowLane, served: Served | None) -> None:
         """Give a lane its new target, and close the old one."""
-        old, lane.target = lane.target, None
+        old = lane.detach()
         if isinstance(old, Target):
             await self._close_target(old)
         if served is None:

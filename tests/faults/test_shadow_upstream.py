@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 
 from tests.support import metrics, models
 from tests.support.fast import Ask, ask_grpc_all, ask_http
-from tests.support.routed import Place, eventually, shadow_report
+from tests.support.routed import Place, ask, eventually, shadow_report
 from tests.support.server import Server
 from tests.support.upstream import Behave, refusing, scaled, tensor_answer, upstream
 from tests.support.upstream import http as raw_http
@@ -142,6 +143,26 @@ def test_a_shadow_that_goes_down_stays_a_shadow_through_a_reload(place: Place) -
             assert report["comparison"]["disagreeing"] == 0
             place.apply(server, text + "    reshuffle: false\n")
             all_answered(server, 100)
+
+
+def test_copies_that_wait_for_a_batch_do_not_keep_a_version_that_goes(place: Place) -> None:
+    """Callers make up whole batches; the shadow gets half of one at a time, and waits for the other half."""
+    text = place.text(
+        "    batching: {max_queue_delay: 60s, preferred_batch_sizes: [8]}\n"
+        '    shadow:\n      - {to: "2", sample: 100%, budget: {rps: 100000, in_flight: 4, timeout: 60s}}\n'
+    )
+    with served(place, text) as server, ThreadPoolExecutor(8) as callers:
+        server.wait_for("shadow_ready")
+        list(callers.map(lambda i: ask(server, str(i)), range(8)))
+        eventually(lambda: shadow_report(place, server)["in_flight"] == 4)
+        place.apply(server, text.replace("v2.onnx", "v3.onnx"))
+        eventually(lambda: sum(line.get("event") == "shadow_ready" for line in server.lines) == 2)
+        assert shadow_report(place, server)["dropped"] == {"no_model": 8}
+        list(callers.map(lambda i: ask(server, str(i)), range(8)))
+        eventually(lambda: shadow_report(place, server)["in_flight"] == 4)
+        server.terminate()
+        assert server.wait() == 0
+    assert [line for line in server.lines if line.get("level") == "error"] == []
 
 
 class Large:

@@ -314,6 +314,18 @@ def test_compression_both_ways(server: Running, coding: str) -> None:
     assert json.loads(plain)["outputs"][0]["data"] == [2 * value + 1 for value in values]
 
 
+@pytest.mark.parametrize("count", [60, 150])
+def test_what_counts_for_compression_is_what_is_written(server: Running, count: int) -> None:
+    """As JSON these are several times as long as their tensors, which are under the threshold of 1 KiB."""
+    values = [float(i) + 0.123 for i in range(count)]
+    body = json.dumps({"inputs": [{**INPUT, "shape": [1, count], "data": values}]}).encode()
+    plain = infer(server, body=body)
+    assert (len(plain.body) > 1024) == (count == 150)
+    packed = infer(server, body=body, Accept_Encoding="gzip")
+    assert packed.headers.get("content-encoding") == ("gzip" if count == 150 else None)
+    assert (gzip.decompress(packed.body) if count == 150 else packed.body) == plain.body
+
+
 def test_small_answers_are_not_compressed(server: Running) -> None:
     assert "content-encoding" not in infer(server, Accept_Encoding="gzip").headers
 

@@ -310,6 +310,27 @@ def test_time_over_gives_back_slot_and_memory() -> None:
     assert rig.lane.report()["in_flight"] == 1
 
 
+def test_a_target_that_goes_takes_what_is_on_its_way_along() -> None:
+    rig = Rig(in_flight=2, breaker=BreakerPolicy(min_requests=1))
+    rig.offer(5)
+    rig.loop.turn()
+    flying = list(rig.target.works)
+    assert rig.lane.detach() is rig.target
+    assert sorted(map(id, rig.target.cancelled)) == sorted(map(id, flying))
+    assert rig.dropped() == {"no_model": 5}
+    assert rig.lane.held_bytes() == 0
+    assert rig.lane.detach() is None
+    for work in flying:
+        work.error = RuntimeFailure("nobody listens")
+        work.settle(work)
+    rig.lane.target = following = Waiting()
+    rig.offer(3)
+    rig.loop.turn()
+    report = rig.lane.report()
+    assert (report["in_flight"], report["queued"], report["breaker"]) == (2, 1, "closed")
+    assert (report["errors"], len(following.works)) == ({}, 2)
+
+
 def test_failures_open_the_breaker_and_a_probe_closes_it() -> None:
     rig = Rig(in_flight=1, timeout_ns=100 * SECOND)
     rig.offer(7)

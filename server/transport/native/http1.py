@@ -261,17 +261,26 @@ class InferCycle(Reply):
             or "accept-encoding" in head.metadata
             or pieces.has_many(response)
         ):
-            protocol.owe(size)
-            self._working = protocol.later(self._answer_later(head, request, response))
-            return WRITING
+            return self._write_later(head, request, response, size)
         chunks, json_size = json_codec.encode_infer(
             response,
             outputs=request.outputs,
             binary_default=request.binary_output,
             strict_json=protocol.strict_json,
         )
-        self._write(-1 if json_size is None else json_size, chunks)
+        length = 0
+        for chunk in chunks:
+            length += len(chunk)
+        if length > protocol.settled_bytes and "accept-encoding" in head.metadata:
+            return self._write_later(head, request, response, length)  # as JSON it is longer than its tensors
+        self._write(-1 if json_size is None else json_size, chunks, length)
         return None
+
+    def _write_later(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse, size: int) -> str:
+        """In a task, which may leave the loop."""
+        self._protocol.owe(size)
+        self._working = self._protocol.later(self._answer_later(head, request, response))
+        return WRITING
 
     async def _answer_later(self, head: RequestHead, request: InferenceRequest, response: InferenceResponse) -> None:
         """Large answers are encoded, and compressed, off the loop."""
@@ -303,7 +312,7 @@ class InferCycle(Reply):
 
     # --- the answer ------------------------------------------------------------------------------------------
 
-    def _write(self, json_size: int, chunks: list[Buffer]) -> None:
+    def _write(self, json_size: int, chunks: list[Buffer], length: int) -> None:
         """The usual answer: one join of what is known already. ``json_size`` -1: all is JSON."""
         if self.disconnected:
             self._over()
@@ -311,9 +320,6 @@ class InferCycle(Reply):
         decision, permit = self._decision, self._permit
         if decision is None or permit is None:
             raise Internal(self._tidegate_id())
-        length = 0
-        for chunk in chunks:
-            length += len(chunk)
         sizes = sizes_after_id(json_size, length, self.keep_alive)
         trace = permit.traceresponse
         if trace:
