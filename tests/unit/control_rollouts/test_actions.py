@@ -57,9 +57,12 @@ class Nothing:
 
 
 class Rig:
-    """A rollout of version 2 beside version 1, with a store whose writers give up soon."""
+    """A rollout of version 2 beside version 1, with a store whose writers give up soon.
 
-    def __init__(self, folder: Path, busy_timeout_s: float = 0.1) -> None:
+    ``working`` False: the rollout is not written down, so that another of its name can begin in the same store.
+    """
+
+    def __init__(self, folder: Path, busy_timeout_s: float = 0.1, *, working: bool = True) -> None:
         self.loop = asyncio.get_running_loop()
         self.telemetry = Telemetry.create("test")
         self.store = SqliteStore(folder / "tidegate.db", busy_timeout_s=busy_timeout_s)
@@ -84,6 +87,8 @@ class Rig:
         self.run = Run(template, machine, books_for(template), 1)
         self.publisher.steer("m", self.run.steering(), self.run.books)
         self.worker = self.loop.create_task(self.hands.work(self.run))
+        if not working:
+            self.worker.cancel()
 
     def load(self, version: str) -> Served:
         engine = FakeRuntime(Script()).load(LoadRequest("m", version, Path("none"), ModelOptions()))

@@ -27,7 +27,7 @@ def test_a_reload_while_a_rollout_is_written_down(tmp_path: Path, stays: bool) -
     """The same section again goes on with it. Without its section it has ended, on disk too, and is let go of."""
 
     async def body() -> None:
-        rig = Rig(tmp_path, busy_timeout_s=10)
+        rig = Rig(tmp_path, busy_timeout_s=10, working=False)
         control = RolloutControl(rig.hands, Tenure(tmp_path))
         await control.start(templates(tmp_path), "ada")
         with rig.disk_taken():
@@ -51,7 +51,7 @@ def test_a_section_that_is_back_before_its_rollout_has_ended_has_one_end(tmp_pat
     """Stable is not loaded, so the way back takes its time. Nobody else begins to work on it meanwhile."""
 
     async def body() -> None:
-        rig = Rig(tmp_path)
+        rig = Rig(tmp_path, working=False)
         control = RolloutControl(rig.hands, Tenure(tmp_path))
         await control.start(templates(tmp_path), "ada")
         looking = asyncio.ensure_future(control.run())
@@ -91,7 +91,7 @@ def test_who_moves_an_alias_to_a_version_that_is_not_ready_has_decided(tmp_path:
     """The alias leads to the version before until then. Its rollout ends all the same, and none begins with it."""
 
     async def body() -> None:
-        rig = Rig(tmp_path)
+        rig = Rig(tmp_path, working=False)
         aliases = {"champion": "1", "challenger": "2"}
         config = parse_config(FOLLOWING, path="f", folder=tmp_path)
         loaded = Loaded(rig.versions, "1", aliases, {alias: "3"})
@@ -132,7 +132,7 @@ def test_a_section_that_is_back_brings_no_traffic_back(tmp_path: Path) -> None:
     """Without its section a way back has no table to publish; with the section again it has."""
 
     async def body() -> None:
-        rig = Rig(tmp_path)
+        rig = Rig(tmp_path, working=False)
         rig.hands.mover = mover = Stuck()
         aliases = {"champion": "1", "challenger": "2"}
         config = parse_config(FOLLOWING, path="f", folder=tmp_path)
