@@ -12,7 +12,7 @@ from server.batching.batcher import Batcher, BatchRecord
 from server.gateway.ends import NO_ERROR, NOTHING
 from server.runtime.base import ModelOptions
 from server.telemetry.instruments import Instruments, ModelTelemetry
-from server.telemetry.metrics import Counter
+from server.telemetry.metrics import Counter, Family
 from server.types import Decision, ModelSpec, Tensor
 
 
@@ -156,23 +156,21 @@ class Served:
         """Count one routing decision for this version."""
         count = self._route
         if count is None or count.arm is not arm or count.what is not reason:
-            counter = self._routes.get((arm, reason))
-            if counter is None:
-                labels = (self.spec.name, self.spec.version, arm, reason)
-                counter = self._routes[arm, reason] = self.instruments.route.labels(*labels)
-            count = self._route = _Count(arm, reason, counter)
+            count = self._route = self._found(self._routes, self.instruments.route, arm, reason)
         count.counter.inc()
 
     def attempted(self, arm: str, code: str) -> None:
         """Count one attempt by how it ended, before any retry or fallback."""
         count = self._attempt
         if count is None or count.arm is not arm or count.what is not code:
-            counter = self._attempts.get((arm, code))
-            if counter is None:
-                labels = (self.spec.name, self.spec.version, arm, code)
-                counter = self._attempts[arm, code] = self.instruments.attempts.labels(*labels)
-            count = self._attempt = _Count(arm, code, counter)
+            count = self._attempt = self._found(self._attempts, self.instruments.attempts, arm, code)
         count.counter.inc()
+
+    def _found(self, counters: dict[tuple[str, str], Counter], family: Family[Counter], arm: str, what: str) -> _Count:
+        counter = counters.get((arm, what))
+        if counter is None:
+            counter = counters[arm, what] = family.labels(self.spec.name, self.spec.version, arm, what)
+        return _Count(arm, what, counter)
 
     def attempts(self) -> tuple[int, int]:
         """How many attempts have ended, and how many of them in an error of the version, as gates of rollouts count."""

@@ -78,6 +78,7 @@ def plain(values: object) -> dict[str, object]:
 
 def test_spans_arrive_with_the_callers_trace_the_right_parents_and_links(receiver: Receiver) -> None:
     gate, sink = TraceGate(1.0), SpanSink()
+    before_wall_ns = time.time_ns()
     one, two, root = begin(gate, CALLER_ONE, "vendor=x"), begin(gate, CALLER_TWO), begin(gate, None)
     started_wall_ns = time.time_ns()
     export = OtlpExport(options(receiver.url), sink=sink, status_of=lambda protocol, code: 0)
@@ -95,7 +96,8 @@ def test_spans_arrive_with_the_callers_trace_the_right_parents_and_links(receive
         assert request.span_id.hex() == member.context.header()[36:52], "traceresponse names this span"
         assert request.kind == Span.SPAN_KIND_SERVER
         assert request.status.code == Status.STATUS_CODE_UNSET
-        assert abs(request.start_time_unix_nano - started_wall_ns) < 60 * 10**9
+        # Of two clocks that the system may have slewed against each other since.
+        assert before_wall_ns - 10**8 < request.start_time_unix_nano < started_wall_ns + 10**8
         assert plain(request.attributes)["rpc.grpc.status_code"] == 0
     assert requests[f"{root.context.trace_id:032x}"].parent_span_id == b""
     assert requests[CALLER_ONE[3:35]].trace_state == "vendor=x"
@@ -272,13 +274,14 @@ def test_a_receiver_that_is_down_costs_records_and_one_log_line(
     sink = SpanSink(capacity=500)
     export = OtlpExport(options(f"http://127.0.0.1:{refusing}", timeout_s=0.05), sink=sink)
     export.start()
-    until = time.monotonic() + 60
+    until, took = time.monotonic() + 60, [offered_quickly(sink, 2_000)]
     while sink.dropped < 1_000:  # offers do not wait for exports: however fast those fail, they are overtaken
         assert time.monotonic() < until
-        assert offered_quickly(sink, 2_000) < 5
+        took.append(offered_quickly(sink, 2_000))
+    assert min(took) < 0.5, "the longest offer of a round: the machine may stop one, waiting would be in each"
     before = time.monotonic()
-    assert not export.close(timeout_s=60)
-    assert time.monotonic() - before < 30
+    assert not export.close(timeout_s=5)
+    assert time.monotonic() - before < 4
     assert sink.undelivered > 0
     (line,) = logged()
     assert (line["event"], line["level"], line["signal"]) == ("otlp_export_failed", "warning", "traces")

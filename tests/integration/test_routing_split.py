@@ -24,8 +24,8 @@ KEYS = [f"user-{n}" for n in range(100_000)]
 WEIGHTS = [100, 1_000, 2_500, 5_000]
 #: Chi-square of one degree of freedom that chance exceeds once in a thousand.
 UNLIKELY = 10.83
-#: ... and for what is drawn anew in each run, once in 10^9.
-HARDLY_EVER = 40.0
+#: ... and for what is drawn anew in each run, once in ten million.
+HARDLY_EVER = 28.0
 THREE_SIGMA = 9.0
 
 
