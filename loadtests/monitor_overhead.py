@@ -1,15 +1,16 @@
 """What the drift monitor adds to a served request: two servers, one with a profile and one without.
 
-    python -m loadtests.monitor_overhead [--seconds 200] [--starts 6] [--callers 8] [--rows 1] [--output FILE.json]
+    python -m loadtests.monitor_overhead [--seconds 200] [--starts 24] [--callers 8] [--rows 1] [--output FILE.json]
 
-Both serve the same model (30 floats in, 2 out) and are asked in turn over gRPC, in short rounds whose order changes,
-so that a slow spell of the machine hits both alike. What is compared is the processor time of the whole server
-process per request, as the operating system counts it: drain thread, looks, gauges and saves are in it.
+Both serve the same model (30 floats in, 2 out) and are asked over gRPC by callers on other cores. What is compared is
+the processor time of the whole server process per request, as the operating system counts it: drain thread, looks,
+gauges and saves are in it.
 
-**What is counted.** A round ends only when the rows that wait in the tap were counted too: the server is left alone for
-longer than the drain thread's interval before its time is read. Before the first round each server has answered more
-rows than the longest window holds, so that every look is made. The time of a start is the sum of all its rounds, not
-their median: a save comes once in many rounds, and belongs to all of them.
+**Rounds.** The servers are asked in turn, in rounds of a quarter of a second whose order changes: a machine whose speed
+wanders does so over seconds, and then both alike. Before the first round each server has answered more rows than the
+longest window holds, so that every look is made. Time is read before the first and after the last round, when no row
+waits in the tap any more: rows that are counted, and saves that are made, while the other server is asked are charged
+to the one whose they are.
 
 **Starts.** Two processes of the same program differ by some percent as long as they live (where things lie in memory).
 More rounds do not help against that; so both servers are started anew several times, each start gives one ratio, and
@@ -37,9 +38,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from loadtests import stats
+from loadtests import machine, stats
 from loadtests.lanes import INFER_PATH as INFER
-from loadtests.machine import cpu_seconds
 from loadtests.models import FEATURES, MODEL, write_model
 from loadtests.servers import serving
 from monitor.profile import ReferenceProfile
@@ -48,7 +48,8 @@ from server._pb import inference_pb2 as pb
 from server.monitoring.service import Timing
 
 REFERENCE_ROWS = 50_000
-ROUND_SECONDS = 2.0
+WARM_SECONDS = 1.0
+ROUND_SECONDS = 0.25
 #: Longer than rows wait to be counted.
 SETTLE_SECONDS = Timing().drain_s + 0.1
 #: Over the longest window by some panes.
@@ -60,17 +61,20 @@ NAMES = ("plain", "monitored")
 
 @dataclass
 class Server:
-    """One of the two: its process, a channel to it, and the processor time and requests of its rounds."""
+    """One of the two: its process, a channel to it, its processor time when it began to count, the requests since."""
 
     pid: int
     infer: Any
-    cpu_s: float = 0.0
+    began_s: float = 0.0
     requests: int = 0
     #: Which request is the next.
     places: Iterator[int] = field(default_factory=itertools.count)
 
+    def begin(self) -> None:
+        self.began_s, self.requests = machine.cpu_seconds(self.pid), 0
+
     def per_request_us(self) -> float:
-        return self.cpu_s / self.requests * 1e6
+        return (machine.cpu_seconds(self.pid) - self.began_s) / self.requests * 1e6
 
 
 @dataclass
@@ -125,14 +129,6 @@ async def ask(server: Server, requests: Sequence[bytes], callers: int, seconds: 
     return done
 
 
-async def one_round(server: Server, requests: Sequence[bytes], callers: int) -> None:
-    """Add a round to what is known of the server."""
-    before = cpu_seconds(server.pid)
-    server.requests += await ask(server, requests, callers, ROUND_SECONDS)
-    await asyncio.sleep(SETTLE_SECONDS)
-    server.cpu_s += cpu_seconds(server.pid) - before
-
-
 async def compare(
     pids: Sequence[int], addresses: Sequence[str], requests: Sequence[bytes], options: argparse.Namespace
 ) -> tuple[float, float, int]:
@@ -145,14 +141,17 @@ async def compare(
             Server(pid, channel.unary_unary(INFER)) for pid, channel in zip(pids, (first, second), strict=True)
         )
         for server in (plain, monitored):
-            await ask(server, requests, options.callers, ROUND_SECONDS, WARM_ROWS // options.rows)
-            await asyncio.sleep(SETTLE_SECONDS)
+            await ask(server, requests, options.callers, WARM_SECONDS, WARM_ROWS // options.rows)
+        await asyncio.sleep(SETTLE_SECONDS)
+        for server in (plain, monitored):
+            server.begin()
         end = time.perf_counter() + options.seconds / options.starts
         rounds = 0
         while rounds % 2 or not rounds or time.perf_counter() < end:  # each is the first as often as the other
             for server in (plain, monitored) if rounds % 2 else (monitored, plain):
-                await one_round(server, requests, options.callers)
+                server.requests += await ask(server, requests, options.callers, ROUND_SECONDS)
             rounds += 1
+        await asyncio.sleep(SETTLE_SECONDS)
     return plain.per_request_us(), monitored.per_request_us(), rounds
 
 
@@ -160,10 +159,12 @@ def one_start(
     repositories: Sequence[Path], requests: Sequence[bytes], options: argparse.Namespace, *, turned: bool
 ) -> tuple[float, float, int]:
     """``compare`` of two new processes; ``turned``: the monitored one is started first."""
+    cores, generator_cores = machine.split_cores()
     with ExitStack() as stack:
         order = reversed(repositories) if turned else repositories
-        started = [stack.enter_context(serving(repository)) for repository in order]
+        started = [stack.enter_context(serving(repository, cores=cores)) for repository in order]
         servers = started[::-1] if turned else started
+        stack.enter_context(machine.pinned(generator_cores))
         addresses = [ready["grpc"] for _, ready in servers]
         return asyncio.run(compare([pid for pid, _ in servers], addresses, requests, options))
 
@@ -187,7 +188,7 @@ def measure(folder: Path, options: argparse.Namespace) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=200.0, help="of asking, over all starts")
-    parser.add_argument("--starts", type=int, default=6)
+    parser.add_argument("--starts", type=int, default=24)
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--output", type=Path)

@@ -30,7 +30,8 @@ class History:
     def add(self, end_ns: int, rows: int, log_level: float, values: Array, alarms: Array) -> None:
         """One look. ``values``: psi, its critical value, ks, its critical value, log10 p, by column."""
         slot = self._looks % self._capacity
-        self._facts[slot] = (end_ns, rows)
+        facts = self._facts
+        facts[slot, 0], facts[slot, 1] = end_ns, rows  # a fraction of what a tuple takes
         self._level[slot] = log_level
         self._values[slot] = values
         self._alarms[slot] = alarms

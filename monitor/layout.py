@@ -6,7 +6,7 @@ on the profile only, so counts made under equal profiles mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -18,10 +18,12 @@ from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
 from monitor.kernels.folding import fold, tally
-from monitor.kernels.windows import run_columns
+from monitor.kernels.windows import enter, run_columns
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
 from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source, counts_of
 
+#: Rows searched at once: enough for a column's tables to be worth fetching.
+_SEARCHED_ROWS: Final = 2048
 #: Buckets of the search table, and the shares of knots that may lie in each of its two end buckets.
 _BUCKETS: Final = 2048
 _TAILS: Final = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
@@ -29,7 +31,7 @@ _TAILS: Final = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
 
 @dataclass(slots=True, frozen=True, eq=False)
 class _Tables:
-    """Arguments of ``codes.count_cells`` for the columns of one tensor."""
+    """Arguments of ``codes.find_cells`` for the columns of one tensor."""
 
     columns: Array
     knots: Array
@@ -114,11 +116,11 @@ class TensorPlan:
             out[:, place] = np.fromiter(map(lookup.get, values[index :: self.width], repeat(-1.0)), "f4", rows)
         return out
 
-    def count(self, rows: Array, cell_start: Array, counts: Array) -> None:
-        """Add the rows of a matrix made by ``rows_of`` to ``counts`` (int32, the layout's cells)."""
+    def search(self, rows: Array, cells: Array) -> None:
+        """``cells[f, i]`` (uint32) is the cell, in its column, of column f in row i of a matrix made by ``rows_of``."""
         t = self._tables
         places = (t.columns, t.knots, t.knot_start, t.table, t.knot_count, t.origin, t.scale)
-        codes.count_cells(rows, *places, _BUCKETS, t.steps, cell_start, counts)
+        codes.find_cells(rows, *places, _BUCKETS, t.steps, cells)
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -199,14 +201,14 @@ class Layout:
         self.tensors: list[TensorPlan] = []
         #: Per column: (place of its tensor, its position among that tensor's columns).
         self.seat: list[tuple[int, int]] = []
-        self._starts: list[Array] = []
         place = 0
         for group in groups.values():
             _check_group([found.column for found in group])
             self.seat.extend([(len(self.tensors), position) for position in range(len(group))])
             self.tensors.append(TensorPlan(group, range(place, place + len(group))))
-            self._starts.append(np.ascontiguousarray(self.start[place : place + len(group) + 1]))
             place += len(group)
+        #: Where ``search`` puts cells; pages that are never used are never real.
+        self._found = np.empty(len(ordered) * _SEARCHED_ROWS, "u4")
 
     def place_of(self, column: str) -> int:
         """Where a column is in this order. Raises SettingsError for one that the profile does not have."""
@@ -230,8 +232,21 @@ class Layout:
 
     def count(self, matrices: Sequence[Array], counts: Array) -> None:
         """Add rows to ``counts`` (int32, ``cells``): one matrix per tensor, as ``TensorPlan.rows_of`` makes them."""
-        for plan, start, rows in zip(self.tensors, self._starts, matrices, strict=True):
-            plan.count(rows, start, counts)
+        for cells in self.search(matrices, len(matrices[0])):
+            enter(cells, 0, cells.shape[1], self.start, counts)
+
+    def search(self, matrices: Sequence[Array], rows: int) -> Iterator[Array]:
+        """Which cells the values of such matrices are in, some rows at a time: uint32 (column, row), counted from the
+        column's first cell.
+
+        What is given is valid until the next is asked for, and of one layout only one search may go on at a time.
+        """
+        for first in range(0, rows, _SEARCHED_ROWS):
+            last = min(first + _SEARCHED_ROWS, rows)
+            cells = self._found[: len(self.columns) * (last - first)].reshape(-1, last - first)
+            for plan, matrix in zip(self.tensors, matrices, strict=True):
+                plan.search(matrix[first:last], cells[plan.places[0] : plan.places[-1] + 1])
+            yield cells
 
     def count_table(self, table: dict[str, Array]) -> Array:
         """int64 counts of one 1-D array per column: for calibration and reports, not for traffic.

@@ -19,14 +19,14 @@ Nothing here reads a clock: ``now_ns`` is ns since the epoch. Not thread safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from monitor.errors import StateError
-from monitor.kernels.windows import close_pane, span
+from monitor.kernels.windows import close_pane, enter, span
 from monitor.layout import Layout, running_of
 from monitor.types import HOUR_NS, Array, Window, WindowCounts, counts_of
 
@@ -36,8 +36,10 @@ OnLook: TypeAlias = Callable[[WindowCounts], None]
 OnPane: TypeAlias = Callable[[int, Array], None]
 
 HOURS_OF_WEEK: Final = 168
-#: More rows than any pane will hold.
-_UNBOUNDED: Final = 2**63 - 1
+#: Of no row.
+_NO_CELLS: Final = np.empty((0, 0), "u4")
+#: Of one pane of time: its counts are int32.
+_MOST_ROWS: Final = 2**31 - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -202,8 +204,8 @@ class _Series:
         self._lengths = np.array([window.panes for window in self.windows])
 
     def room(self) -> int:
-        """Rows that fit into the open pane; unbounded for time."""
-        return self.pane - self.rows if self.unit == "rows" else _UNBOUNDED
+        """Rows that fit into the open pane."""
+        return (self.pane if self.unit == "rows" else _MOST_ROWS) - self.rows
 
     def begin(self, rows: int, first_ns: int, now_ns: int) -> None:
         self.start_ns = min(self.start_ns, first_ns) if self.rows else first_ns
@@ -213,10 +215,15 @@ class _Series:
     def drop(self, rows: int) -> None:
         self._dropped += rows
 
-    def close(self) -> Array:
-        """Close the open pane and move the windows. The pane's running sums, valid until the next close."""
+    def close(self, cells: Array = _NO_CELLS, first: int = 0, last: int = 0) -> Array:
+        """Close the open pane and move the windows. The pane's running sums, valid until the next close.
+
+        The rows ``first`` <= i < ``last`` of ``cells`` (``Layout.search``) are its last, and not in ``opened``.
+        """
         slot = self.closed % self.capacity
-        close_pane(self.opened, self._start, self._panes, self.closed, self._lengths, self._sums)
+        empty = self.rows == last - first
+        places = (self._start, self._panes, self.closed, self._lengths, self._sums)
+        close_pane(cells, first, last, self.opened, empty, *places)
         self._facts[slot] = (self.rows, self._dropped, self.start_ns, self.end_ns, self.index)
         self.closed += 1
         self.index += 1
@@ -272,6 +279,8 @@ class _Series:
             raise StateError("the state has fewer panes than its windows need")
         if self.unit == "rows" and state.rows.max(initial=0) > self.pane:  # merged: of several processes
             self._panes, self._sums = self._panes.astype("i4"), self._sums.astype("i8")
+        if state.rows.max(initial=0) > _MOST_ROWS:
+            raise StateError(f"a pane of the state has {state.rows.max()} rows, over the limit of {_MOST_ROWS}")
         self.closed = state.closed
         slots = self._slots(held)
         recent = slice(len(state.rows) - held, None)
@@ -336,17 +345,32 @@ class PaneStore:
         """
         self.tick(now_ns)
         done = 0
+        for cells in self.layout.search(matrices, rows):
+            own = None if marks is None else marks[done : done + cells.shape[1]]
+            self._count(cells, now_ns, first_ns if first_ns >= 0 else now_ns, own)
+            done += cells.shape[1]
+
+    def _count(self, cells: Array, now_ns: int, first_ns: int, marks: Array | None) -> None:
+        """``cells``: of each row, as ``Layout.search`` gives them."""
+        done, rows = 0, cells.shape[1]
         while done < rows:
-            take = min(rows - done, *[series.room() for series in self._series])
-            self.layout.count([matrix[done : done + take] for matrix in matrices], self._fresh[: self.layout.cells])
+            end = min(rows, *[done + series.room() for series in self._series])
+            if end == done:  # a pane of time is full, and does not end before its time
+                self.drop(rows - done)
+                return
             if marks is not None:
-                self._fresh[self.layout.cells :] += marks[done : done + take].sum(axis=0, dtype="i4")
-            done += take
-            self.rows += take
-            self._fresh_rows += take
+                self._fresh[self.layout.cells :] += marks[done:end].sum(axis=0, dtype="i4")
+            self.rows += end - done
+            self._fresh_rows += end - done
             for series in self._series:
-                series.begin(take, first_ns if first_ns >= 0 else now_ns, now_ns)
-            self._close([series for series in self._series if series.room() == 0])
+                series.begin(end - done, first_ns, now_ns)
+            due = [series for series in self._series if series.unit == "rows" and series.room() == 0]
+            if self._alone and due:  # what closes a pane goes into it at once
+                self._close(due, cells, done, end)
+            else:
+                enter(cells, done, end, self._start, self._fresh)
+                self._close(due)
+            done = end
 
     def drop(self, rows: int) -> None:
         """Rows that were offered but are not counted: the open panes are marked as sampled."""
@@ -379,8 +403,8 @@ class PaneStore:
         while series.index < index:
             self._close([series])
 
-    def _close(self, series: Iterable[_Series]) -> None:
-        due = list(series)
+    def _close(self, due: Sequence[_Series], cells: Array = _NO_CELLS, first: int = 0, last: int = 0) -> None:
+        """``cells``: as for ``_Series.close``, where there is but one series."""
         if not due:
             return
         self.flush()
@@ -388,7 +412,7 @@ class PaneStore:
             pane_rows = one.rows
             if one is self._series[0] and one.closed - self._settled == one.capacity:
                 self._settle()
-            pane = one.close()
+            pane = one.close(cells, first, last)
             if self._on_pane is not None and one is self._series[0]:
                 self._on_pane(pane_rows, pane)
             self._look(one)

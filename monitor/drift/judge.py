@@ -67,7 +67,7 @@ class Known:
         self._found[key] = found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Judgement:
     """Per column. ``real``: some test's p is under its level; ``over``: and that test's effect is over its floor;
     ``quiet``: each test's p is well over its level or its effect well under its floor. ``told``: what the history keeps

@@ -11,7 +11,7 @@ from monitor.kernels.distances import psi
 from monitor.types import Array
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PsiScores:
     """``value`` and ``occupied`` bins per column; ``part``: each bin's own summand, by ``layout.bin_start``."""
 

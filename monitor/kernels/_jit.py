@@ -29,6 +29,8 @@ def read_only(element: Any) -> Any:
 def kernel(*signatures: Arguments, brief: bool = False) -> Callable[[Function], Function]:
     """A function of arrays and scalars, run without the GIL. Not callable before ``compile_all`` is done.
 
+    What is divided by must not be 0: nobody looks whether it is, since a loop with that question is no vector loop.
+
     ``brief``: one of a look that goes through bins or columns, not through rows or cells, and keeps the GIL for its few
     microseconds (some tenths per column). A GIL that is given up is taken by the thread that serves, and to get it back
     may cost both threads more than that.
@@ -45,7 +47,7 @@ def kernel(*signatures: Arguments, brief: bool = False) -> Callable[[Function], 
 def helper(function: Function) -> Function:
     """A part of the kernels of its own module, compiled with each of them. Not to be called from anywhere else: a
     kernel in the cache on disk is made anew when its own file has changed, and no other."""
-    return cast("Function", njit(nogil=True)(function))
+    return cast("Function", njit(nogil=True, error_model="numpy")(function))
 
 
 def compile_all() -> None:
@@ -62,6 +64,6 @@ def compile_all() -> None:
 
 def _decorated(function: Callable[..., Any], *, nogil: bool) -> Any:
     try:
-        return njit(nogil=nogil, cache=True)(function)
+        return njit(nogil=nogil, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no folder on this machine can hold the cache
-        return njit(nogil=nogil)(function)
+        return njit(nogil=nogil, error_model="numpy")(function)

@@ -21,16 +21,15 @@ _OCCUPIED = types.Array(types.int64, 1, "C")
 
 
 @helper
-def _totals(reference: Array, window: Array, first: int, last: int) -> tuple[int, int, int, bool]:
-    """(reference rows, window rows, bins where either has any, do both have rows) of the bins ``first:last``."""
+def _totals(reference: Array, window: Array) -> tuple[int, int, int, bool]:
+    """(reference rows, window rows, bins where either has any, do both have rows) of the bins of one column."""
     m = 0
     n = 0
     bins = 0
-    for b in range(first, last):
+    for b in range(reference.size):
         m += reference[b]
         n += window[b]
-        if reference[b] + window[b] > 0:
-            bins += 1
+        bins += reference[b] + window[b] > 0
     return m, n, bins, m > 0 and n > 0
 
 
@@ -44,26 +43,36 @@ def psi(
     has any. The last ``leave_out`` bins of each column do not take part.
     """
     part[:] = 0.0
+    ratios = np.empty(part.size)
     for f in range(out.size):
         first = start[f]
         last = start[f + 1] - leave_out
-        m, n, bins, defined = _totals(reference, window, first, last)
+        expected = reference[first:last]
+        found = window[first:last]
+        summand = part[first:last]
+        ratio = ratios[first:last]
+        m, n, bins, defined = _totals(expected, found)
         occupied[f] = bins
+        if not defined:
+            out[f] = np.nan
+            continue
+        for b in range(expected.size):
+            p = (expected[b] + 0.5) / (m + 0.5 * bins)
+            q = (found[b] + 0.5) / (n + 0.5 * bins)
+            summand[b] = q - p if expected[b] + found[b] > 0 else 0.0
+            ratio[b] = q / p if expected[b] + found[b] > 0 else 1.0
         total = 0.0
-        for b in range(first, last if defined else first):
-            if reference[b] + window[b] > 0:
-                p = (reference[b] + 0.5) / (m + 0.5 * bins)
-                q = (window[b] + 0.5) / (n + 0.5 * bins)
-                part[b] = (q - p) * math.log(q / p)
-                total += part[b]
-        out[f] = total if defined else np.nan
+        for b in range(expected.size):  # apart from the above, which are vector instructions
+            summand[b] *= math.log(ratio[b])
+            total += summand[b]
+        out[f] = total
 
 
 @kernel((_I64, _I64, _I64, _OUT))
 def jensen_shannon(reference: Array, window: Array, start: Array, out: Array) -> None:
     """``out[f]`` = the Jensen-Shannon distance: root of the divergence in bits, 0..1."""
     for f in range(out.size):
-        m, n, _, defined = _totals(reference, window, start[f], start[f + 1])
+        m, n, _, defined = _totals(reference[start[f] : start[f + 1]], window[start[f] : start[f + 1]])
         total = 0.0
         for b in range(start[f], start[f + 1] if defined else start[f]):
             p = reference[b] / m
@@ -80,7 +89,7 @@ def jensen_shannon(reference: Array, window: Array, start: Array, out: Array) ->
 def l_infinity(reference: Array, window: Array, start: Array, out: Array) -> None:
     """``out[f]`` = the largest difference of a bin's share, 0..1."""
     for f in range(out.size):
-        m, n, _, defined = _totals(reference, window, start[f], start[f + 1])
+        m, n, _, defined = _totals(reference[start[f] : start[f + 1]], window[start[f] : start[f + 1]])
         largest = 0.0
         for b in range(start[f], start[f + 1] if defined else start[f]):
             largest = max(largest, abs(reference[b] / m - window[b] / n))
@@ -88,11 +97,11 @@ def l_infinity(reference: Array, window: Array, start: Array, out: Array) -> Non
 
 
 @helper
-def _pearson(reference: Array, window: Array, first: int, last: int) -> tuple[float, int]:
-    """(Pearson's statistic of the bins ``first:last``, NaN where a side has no row; how many of them hold any)."""
-    m, n, bins, defined = _totals(reference, window, first, last)
+def _pearson(reference: Array, window: Array) -> tuple[float, int]:
+    """(Pearson's statistic of one column's bins, NaN where a side has no row; how many of them hold any)."""
+    m, n, bins, defined = _totals(reference, window)
     total = 0.0
-    for b in range(first, last if defined else first):
+    for b in range(reference.size if defined else 0):
         both = reference[b] + window[b]
         if both > 0:
             difference = reference[b] / m - window[b] / n
@@ -106,14 +115,14 @@ def chi_square(reference: Array, window: Array, start: Array, out: Array, occupi
     row, without continuity correction.
     """
     for f in range(out.size):
-        out[f], occupied[f] = _pearson(reference, window, start[f], start[f + 1])
+        out[f], occupied[f] = _pearson(reference[start[f] : start[f + 1]], window[start[f] : start[f + 1]])
 
 
 @kernel((_I64, _I64, _I64, _OUT, _OUT), brief=True)
 def add_chi_square(before: Array, now: Array, start: Array, total: Array, degrees: Array) -> None:
     """Add that statistic to ``total[f]`` and its degrees of freedom to ``degrees[f]``, where both have rows."""
     for f in range(total.size):
-        found, bins = _pearson(before, now, start[f], start[f + 1])
+        found, bins = _pearson(before[start[f] : start[f + 1]], now[start[f] : start[f + 1]])
         if found == found:  # noqa: PLR0124 - not NaN
             total[f] += found
             degrees[f] += bins - 1.0

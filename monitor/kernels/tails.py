@@ -32,22 +32,29 @@ def _kolmogorov(v: float) -> float:
     if v < 1.0:
         total = 0.0
         for k in range(1, 8):
-            total += math.exp(-((2 * k - 1) ** 2) * math.pi**2 / (8 * v * v))
+            term = math.exp(-((2 * k - 1) ** 2) * math.pi**2 / (8 * v * v))
+            if total + term == total:  # so it is with all that follow
+                break
+            total += term
         return math.log1p(-math.sqrt(2 * math.pi) / v * total)
     total = 1.0
     for k in range(2, 8):
         sign = 1.0 if k % 2 == 1 else -1.0
-        total += sign * math.exp(-2.0 * (k * k - 1) * v * v)
+        term = math.exp(-2.0 * (k * k - 1) * v * v)
+        if total + sign * term == total:
+            break
+        total += sign * term
     return math.log(2.0) - 2.0 * v * v + math.log(total)
 
 
 @helper
-def _chi_square(x: float, degrees: float) -> float:
+def _chi_square(x: float, degrees: float, log_gamma: float) -> float:
+    """``log_gamma`` is ``lgamma(degrees / 2)``."""
     a = degrees / 2
     v = x / 2
     if not (v > 0 and a > 0):
         return 0.0
-    front = a * math.log(v) - v - math.lgamma(a)
+    front = a * math.log(v) - v - log_gamma
     if v < a + 1:
         term = 1.0 / a
         total = term
@@ -94,7 +101,8 @@ def chi_square_log_tail(x: Array, degrees: Array, out: Array) -> None:
     or no degree of freedom, gives 0.
     """
     for i in range(x.size):
-        out[i] = _chi_square(x[i], degrees[i])
+        log_gamma = math.lgamma(degrees[i] / 2) if degrees[i] > 0 else 0.0
+        out[i] = _chi_square(x[i], degrees[i], log_gamma)
 
 
 @kernel((_F64, _F64, _TABLE, _TABLE, _LOG_P, _FLAGS, _TOLD), brief=True)
@@ -108,9 +116,14 @@ def judge_columns(
     is quiet, the least effect to be over, the effect below which it is quiet, and the critical value; that of PSI then
     inflation and degrees of freedom. ``drift.judge`` says what these are.
     """
+    known = 0.0
+    log_gamma = 0.0
     for f in range(distance.size):
+        if psi[7, f] != known:  # most columns have as many bins as the one before
+            known = psi[7, f]
+            log_gamma = math.lgamma(known / 2) if known > 0 else 0.0
         ks_log_p = _kolmogorov(distance[f] * ks[0, f])
-        psi_log_p = _chi_square(index[f] * psi[0, f] / psi[6, f], psi[7, f])
+        psi_log_p = _chi_square(index[f] * psi[0, f] / psi[6, f], known, log_gamma)
         ks_real = ks_log_p < ks[1, f]
         psi_real = psi_log_p < psi[1, f]
         log_p[0, f] = ks_log_p

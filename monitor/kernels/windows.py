@@ -1,4 +1,4 @@
-"""Panes enter windows and leave them, and what is known of the panes of a window together.
+"""Cells are counted, panes enter windows and leave them, and what is known of the panes of a window together.
 
 Panes and windows hold *running sums*: how many values of its column are in a cell or below it. They add and subtract
 like counts, so a window of running sums is the sum of its panes; a distribution function and the count of any range of
@@ -11,50 +11,64 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numba import types
-from numpy import int32, int64
+from numpy import int32, int64, uint64
 
 from monitor.kernels._jit import helper, kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _I64 = read_only(types.int64)
+_CELLS = types.Array(types.uint32, 2, "C", readonly=True)
 _OPENED = types.Array(types.int32, 1, "C")
 _SUMS = types.Array(types.int64, 1, "C")
 _FACTS = types.Array(types.int64, 2, "C", readonly=True)
 
 
 @helper
-def _run(counts: Array, out: Array) -> None:
-    """``out[c]`` = ``counts[0] + ... + counts[c]``, of at most int32.
+def _enter(cells: Array, first: int, last: int, counts: Array) -> None:
+    for i in range(first, last):
+        counts[cells[i]] += 1
 
-    A sum waits for the one before it; those of four quarters wait side by side.
+
+@kernel((_CELLS, types.int64, types.int64, _I64, _OPENED))
+def enter(cells: Array, first: int, last: int, start: Array, counts: Array) -> None:
+    """``counts[start[f] + cells[f, i]] += 1`` for the rows ``first`` <= i < ``last`` of each column f."""
+    for f in range(cells.shape[0]):
+        _enter(cells[f], first, last, counts[start[f] : start[f + 1]])
+
+
+@helper
+def _run(counts: Array, out: Array) -> None:
+    """``out[c]`` = ``counts[0] + ... + counts[c]``, which begin anew with zeros. Sums fit their type, which is that of
+    the counts; both are whole words of 64 bits.
+
+    A sum waits for the one before it. The counts of one word are summed by shifts (to the left is later, the lowest
+    byte being the first), in vector instructions, so that only words wait for each other, and not counts.
     """
-    q = counts.size >> 2
-    a, b, c, d = int32(0), int32(0), int32(0), int32(0)
-    counts_a, counts_b, counts_c, counts_d = counts[:q], counts[q : 2 * q], counts[2 * q : 3 * q], counts[3 * q : 4 * q]
-    out_a, out_b, out_c, out_d = out[:q], out[q : 2 * q], out[2 * q : 3 * q], out[3 * q : 4 * q]
-    for i in range(q):
-        a = int32(a + counts_a[i])
-        b = int32(b + counts_b[i])
-        c = int32(c + counts_c[i])
-        d = int32(d + counts_d[i])
-        out_a[i], out_b[i], out_c[i], out_d[i] = a, b, c, d
-    b = int32(a + b)
-    c = int32(b + c)
-    d = int32(c + d)
-    for i in range(q):
-        out_b[i] += a
-    for i in range(q):
-        out_c[i] += b
-    for i in range(q):
-        out_d[i] += c
-    for i in range(4 * q, counts.size):
-        d = int32(d + counts[i])
-        out[i] = d
+    words = counts.view(np.uint64)
+    sums = out.view(np.uint64)
+    bits = uint64(8 * counts.itemsize)
+    last = uint64(64) - bits
+    ones = ~uint64(0) // ((uint64(1) << bits) - uint64(1))  # in every count of a word
+    for i in range(words.size):
+        word = words[i]
+        word += word << bits
+        if bits < 32:
+            word += word << (bits + bits)
+        sums[i] = word
+    carry = uint64(0)
+    for i in range(words.size):
+        word = sums[i] >> last
+        words[i] = carry
+        carry += word
+    for i in range(words.size):
+        sums[i] += words[i] * ones
+        words[i] = uint64(0)
 
 
 def _arguments(pane: Any, window: Any) -> tuple[Any, ...]:
-    return (_OPENED, _I64, types.Array(pane, 2, "C"), types.int64, _I64, types.Array(window, 2, "C"))
+    opened = (_CELLS, types.int64, types.int64, _OPENED, types.boolean, _I64)
+    return (*opened, types.Array(pane, 2, "C"), types.int64, _I64, types.Array(window, 2, "C"))
 
 
 @kernel(
@@ -62,35 +76,58 @@ def _arguments(pane: Any, window: Any) -> tuple[Any, ...]:
     _arguments(types.uint16, types.int32),
     _arguments(types.uint16, types.uint16),
 )
-def close_pane(opened: Array, start: Array, panes: Array, closed: int, lengths: Array, sums: Array) -> None:
-    """The running sums of ``opened`` enter every window and the ring ``panes``; it begins anew, with zeros.
+def close_pane(
+    cells: Array,
+    first: int,
+    last: int,
+    opened: Array,
+    empty: bool,
+    start: Array,
+    panes: Array,
+    closed: int,
+    lengths: Array,
+    sums: Array,
+) -> None:
+    """The running sums of ``opened`` and of its last rows enter every window and the ring ``panes``; ``opened`` begins
+    anew, with zeros.
 
-    ``start``: where each column begins, and the end of the last. ``closed`` panes were closed before; pane k is in
-    place k modulo the ring's capacity. ``sums[w]`` are those of window w, which the oldest of its ``lengths[w]`` panes
-    leaves. The caller sees to it that sums fit their types. Column by column, so that one stays in the first cache.
+    The last rows are those of ``cells`` with ``first`` <= i < ``last`` (see ``enter``); ``empty`` says that ``opened``
+    has no other, and counts nothing but columns that ``cells`` does not have. ``start``: where each column begins, and
+    the end of the last. ``closed`` panes were closed before; pane k is in place k modulo the ring's capacity.
+    ``sums[w]`` are those of window w, which the oldest of its ``lengths[w]`` panes leaves. The caller sees to it that
+    sums fit their types. Column by column, so that one stays in the first cache.
     """
     capacity = panes.shape[0]
     longest = 0
     for f in range(start.size - 1):
         longest = max(longest, start[f + 1] - start[f])
-    scratch = np.empty(longest, np.int32)
+    several = 8 // panes.itemsize
+    fresh = np.zeros((longest // several + 1) * several, panes.dtype)
+    scratch = np.empty(fresh.size, panes.dtype)
     for f in range(start.size - 1):
-        own = opened[start[f] : start[f + 1]]
-        running = scratch[: own.size]
-        _run(own, running)
+        size = start[f + 1] - start[f]
+        if not empty or f >= cells.shape[0]:  # else it need not be fetched
+            own = opened[start[f] : start[f + 1]]
+            for c in range(size):
+                fresh[c] = own[c]
+                own[c] = 0
+        if f < cells.shape[0]:
+            _enter(cells[f], first, last, fresh)
+        whole = (size + several - 1) // several * several
+        _run(fresh[:whole], scratch[:whole])
+        running = scratch[:size]
         for w in range(lengths.size):
             total = sums[w, start[f] : start[f + 1]]
             if closed < lengths[w]:
-                for c in range(own.size):
+                for c in range(size):
                     total[c] += running[c]
             else:
                 oldest = panes[(closed - lengths[w]) % capacity, start[f] : start[f + 1]]
-                for c in range(own.size):
-                    total[c] += running[c] - int32(oldest[c])
+                for c in range(size):
+                    total[c] += int32(running[c]) - int32(oldest[c])
         kept = panes[closed % capacity, start[f] : start[f + 1]]
-        for c in range(own.size):
+        for c in range(size):
             kept[c] = running[c]
-            own[c] = 0
 
 
 @kernel((_I64, _I64, _SUMS))

@@ -380,7 +380,7 @@ class _Turn:
         return [Reason("schedule", "time", since_ns, {"every_s": schedule.every_ns // SECOND_NS})]
 
     def _held_back(self) -> Cause | None:
-        """Why nothing may be asked for now."""
+        """Why no retraining may be asked for; None when one may."""
         state, rules = self.state, self.rules
         if state.rollout:
             return "rollout"

@@ -63,6 +63,15 @@ def psi(reference: Sequence[int], window: Sequence[int]) -> float:
     return total
 
 
+def log_tail_kolmogorov(v: float) -> float:
+    """Seven terms of the series, of which one converges fast on each side of 1."""
+    if v < 1:
+        total = sum(math.exp(-((2 * k - 1) ** 2) * math.pi**2 / (8 * v * v)) for k in range(1, 8))
+        return math.log1p(-math.sqrt(2 * math.pi) / v * total)
+    total = sum((-1.0) ** (k - 1) * math.exp(-2.0 * (k * k - 1) * v * v) for k in range(1, 8))
+    return math.log(2.0) - 2.0 * v * v + math.log(total)
+
+
 def bin_of(value: float, edges: Sequence[float]) -> int:
     """Right-closed bins: the number of edges below the value; missing is the last."""
     return len(edges) + 1 if math.isnan(value) else sum(edge < value for edge in edges)

@@ -196,6 +196,34 @@ def test_dropped_rows_mark_the_pane_they_were_lost_in() -> None:
     assert store.dropped == 9
 
 
+@pytest.mark.parametrize("windows", [[time_window(10, 5)], [time_window(10, 5), rows_window(100_000)]])
+def test_a_pane_of_time_that_can_count_no_more_drops(windows: list[Window]) -> None:
+    """Its counts are int32. It stands for 2**31 rows that were counted before: they would take an hour."""
+    one = layout()
+    store = PaneStore(one, windows)
+    store.add(matrix([1, 2]), 2, 0)
+    (series,) = [series for series in store._series if series.unit == "time"]
+    series.rows = 2**31 - 1 - 3
+    store.add(matrix([3, 4, 5, 6, 7]), 5, 1)
+    store.add(matrix([8]), 1, 2)
+    assert (store.rows, store.dropped) == (5, 3)
+    store.add(matrix([9]), 1, 5 * SECOND_NS)
+    store.tick(10 * SECOND_NS)
+    counts = store.windows()["10s"]
+    assert (counts.rows, counts.dropped, counts.sampled) == (2**31, 3, True)
+    assert (counts.cells == recount(one, [1, 2, 3, 4, 5, 9])).all()
+
+
+def test_a_state_of_more_rows_in_a_pane_than_can_be_counted_is_refused() -> None:
+    store = PaneStore(layout(), [time_window(10, 5)])
+    store.add(matrix([1]), 1, 0)
+    store.tick(5 * SECOND_NS)
+    state = store.state()
+    state.series[0].rows[-1] = 2**31
+    with pytest.raises(StateError, match=r"a pane of the state has 2147483648 rows, over the limit of 2147483647"):
+        PaneStore(layout(), [time_window(10, 5)]).restore(state)
+
+
 def test_state_survives_but_for_the_open_pane() -> None:
     one = layout()
     windows = [rows_window(4, 2), rows_window(6, 2), time_window(10, 5)]
