@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from router.rollout.gates import Evidence, Verdict
+
+#: Who acts when no person does.
+AUTOMATIC: Final = "automatic"
 
 
 class State(enum.Enum):

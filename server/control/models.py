@@ -18,7 +18,8 @@ from server.control.aliases import AliasTargets
 from server.control.loading import Loader
 from server.control.mending import Mending
 from server.control.publishing import Loaded, Publisher
-from server.control.retiring import CLOSE_SECONDS, Retired, Retirement
+from server.control.readying import Readying
+from server.control.retiring import CLOSE_SECONDS, Retirement
 from server.control.sources import Audit, ModelPlan, ModelSource, VersionPlan
 from server.control.versions import (
     LOADING,
@@ -30,8 +31,6 @@ from server.control.versions import (
     index_rows,
     is_lacking,
     is_unchanged,
-    loaded_version,
-    serving,
     stable_version,
     warm_rows,
 )
@@ -45,8 +44,7 @@ from server.errors import (
 )
 from server.gateway import Gateway, Served
 from server.runtime.base import Engine, ModelOptions, Runtime
-from server.runtime.upstream_options import UpstreamOptions
-from server.types import ModelSpec, ParameterValue
+from server.types import ParameterValue
 
 log = structlog.get_logger("control")
 
@@ -83,12 +81,15 @@ class ModelControl:
         self._retirement = Retirement(reload or ReloadSettings(), self._gone, close_seconds=close_seconds)
         self._loader = Loader(runtime, serve, self._retirement.make_room)
         self._mending = Mending(self._unreached_models, self._try_again)
+        self._readying = Readying(self._loader, self._retirement, self._mending, gateway, audit)
         #: Versions that stay loaded although no plan wants them any more, by model, and how many want that.
         self._held: dict[str, Counter[str]] = {}
         #: Models that were to be loaded at start.
         self._wanted: set[str] = set()
         #: Why plans are refused, as it was logged: once, not at each look.
         self._refused: dict[str, str] = {}
+        #: Why the last look of ``poll`` failed, as it was logged; "" when it did not.
+        self.failing = ""
 
     # -- what others ask ----------------------------------------------------------------------------------------
 
@@ -164,15 +165,29 @@ class ModelControl:
                 await self._apply(name)
 
     async def poll(self, interval_s: float) -> None:
-        """Follow the source until cancelled. A scan that fails is logged and tried again."""
+        """Follow the source until cancelled. A look that fails is tried again; what is new of it is logged."""
         while True:
             await asyncio.sleep(interval_s)
-            try:
-                await self.refresh()
-            except (TidegateError, OSError) as error:
+            await self._follow()
+
+    async def _follow(self) -> None:
+        try:
+            await self.refresh()
+        except (TidegateError, OSError) as error:
+            if self._fails(error):
                 log.warning("poll_failed", error=str(error))
-            except Exception:  # the boundary of one look: whatever it met, what comes later is followed
+        except Exception as error:  # the boundary of one look: whatever it met, what comes later is followed
+            if self._fails(error):
                 log.exception("poll_failed")
+        else:
+            if self.failing:
+                log.info("poll_works_again", failed=self.failing)
+            self.failing = ""
+
+    def _fails(self, error: Exception) -> bool:
+        """Whether the look before did not fail of the same."""
+        before, self.failing = self.failing, f"{type(error).__name__}: {error}"
+        return self.failing != before
 
     async def mend(self) -> None:
         """Try upstreams that could not be reached again until they can be. Until cancelled."""
@@ -294,28 +309,8 @@ class ModelControl:
         for wanted in () if self._mode == "explicit" and not self._ready(plan.name) else plan.versions:
             current = known.get(wanted.version)
             if current is None or current.tried != wanted.fingerprint:
-                version = self._warm_version(prepared, plan, wanted) or await self._load_fresh(plan, wanted)
+                version = await self._readying.prepared_version(prepared, plan, wanted)
                 prepared.fresh.setdefault(plan.name, {})[wanted.version] = version
-
-    def _warm_version(self, prepared: Prepared, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion | None:
-        """The version as it was before it was replaced, if it is still loaded."""
-        retired = self._retirement.take_back(plan.name, wanted.version, wanted.fingerprint)
-        if retired is None:
-            return None
-        prepared.taken_back.append(retired)
-        return serving(retired.version)
-
-    async def _load_fresh(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion:
-        log.info("model_loading", model=plan.name, version=wanted.version)
-        try:
-            admitted = await self._loader.load(plan, wanted, None)
-            served = await self._loader.serve(admitted)
-        except TidegateError as error:
-            self._audit("model.refused", f"{plan.name}:{wanted.version}", {"reason": error.message})
-            why = f"model '{plan.name}' version {wanted.version}: {error.message}"
-            raise ModelLoadError(why, model=plan.name, version=wanted.version) from error
-        self._audit("model.ready", f"{plan.name}:{wanted.version}", admitted.facts())
-        return serving(loaded_version(wanted, admitted, served))
 
     async def discard(self, prepared: Prepared) -> None:
         """Close what was loaded for a configuration that will not be; what was warm is so again."""
@@ -345,7 +340,7 @@ class ModelControl:
         for name in {*self._plans, *self._gateway.unready}:
             self._explain_absence(name)
         for retired in prepared.taken_back:
-            self._back(retired)
+            self._readying.serves_again(retired)
         self._retire(gone, warm=True)
 
     def _kept(self, plan: ModelPlan, known: Mapping[str, KnownVersion], fresh: Mapping[str, KnownVersion]) -> set[str]:
@@ -468,7 +463,7 @@ class ModelControl:
         if current is not None and current.tried == wanted.fingerprint and not again:
             return
         before = "" if current is None else current.reason
-        ready = self._ready_again(plan, wanted)
+        ready = self._readying.ready_again(plan, wanted)
         if ready is None:
             if current is None or current.served is None:
                 current = known[wanted.version] = KnownVersion(wanted.version, LOADING)
@@ -477,68 +472,19 @@ class ModelControl:
             if plan.ignored:
                 log.warning("config_fields_ignored", model=plan.name, fields=list(plan.ignored))
             try:
-                ready = await self._loaded_anew(plan, wanted)
+                ready = await self._readying.loaded_anew(plan, wanted)
             except TidegateError as error:
-                self._load_failed(plan, wanted, current, error.message, before)
+                self._readying.load_failed(plan, wanted, current, error.message, before)
                 return
             except Exception:
                 log.exception("model_load_crashed", model=plan.name, version=wanted.version)
                 why = "internal error while loading, see the server's log"
-                self._load_failed(plan, wanted, current, why, before)
+                self._readying.load_failed(plan, wanted, current, why, before)
                 return
         known[wanted.version] = ready
         if current is not None and current.served is not None:
             gone.append(current)
         self._publish(plan.name)
-
-    def _ready_again(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion | None:
-        """The version as it was before it was replaced, if it is still loaded."""
-        retired = self._retirement.take_back(plan.name, wanted.version, wanted.fingerprint)
-        if retired is None:
-            return None
-        self._back(retired)
-        return serving(retired.version)
-
-    async def _loaded_anew(self, plan: ModelPlan, wanted: VersionPlan) -> KnownVersion:
-        """Load one version and tell of it."""
-        admitted = await self._loader.load(plan, wanted, self._champion(plan.name))
-        served = await self._loader.serve(admitted)
-        facts = admitted.facts()
-        log.info("model_ready", model=plan.name, version=wanted.version, **facts)
-        report = {} if admitted.report is None else {"admission": admitted.report.to_json()["checks"]}
-        self._audit("model.ready", f"{plan.name}:{wanted.version}", facts | report)
-        return serving(loaded_version(wanted, admitted, served))
-
-    def _back(self, retired: Retired) -> None:
-        """Tell of a version that serves again without having been loaded."""
-        version = retired.version
-        log.info("model_ready", model=version.model, version=version.number, kept_warm=True)
-        self._audit("model.ready", f"{version.model}:{version.number}", {"kept_warm": True})
-
-    def _champion(self, model: str) -> ModelSpec | None:
-        """What callers of this model are used to now."""
-        routes = self._gateway.table.models.get(model)
-        return None if routes is None else routes.versions[routes.stable].spec
-
-    def _load_failed(
-        self, plan: ModelPlan, wanted: VersionPlan, version: KnownVersion, reason: str, before: str = ""
-    ) -> None:
-        """``before``: why it could not be loaded the last time; the same reason is not audited again."""
-        version.reason = reason
-        if reason != before:
-            self._audit("model.refused", f"{plan.name}:{version.number}", {"reason": reason})
-        if version.served is None:
-            version.state = UNAVAILABLE
-            version.unreached = isinstance(wanted.origin, UpstreamOptions)
-        if version.unreached:
-            self._mending.wake()
-        log.error(
-            "model_load_failed",
-            model=plan.name,
-            version=version.number,
-            error=reason,
-            still_serving=version.served is not None,
-        )
 
     def _forget(self, model: str, reason: str) -> list[KnownVersion]:
         """Replace every loaded version of a model by a row that says why it is gone; gives what was loaded."""

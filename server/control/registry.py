@@ -177,6 +177,8 @@ class RegistrySource:
         self._base = base
         self._generation = -1
         self._plans: dict[str, ModelPlan] = {}
+        #: Why it could not be read at the last look; "" when it could.
+        self._unread = ""
 
     def scan(self) -> dict[str, ModelPlan]:
         """The plans as the registry stands now; the last ones while it cannot be read."""
@@ -187,7 +189,13 @@ class RegistrySource:
                 self._plans = {name: self._make.by_alias(name, name, self._base) for name in registry.models()}
                 self._generation = generation
         except (RegistryError, StoreError) as error:
-            log.error("registry_unreadable", error=str(error), models=len(self._plans))
+            if self._unread != str(error):
+                log.error("registry_unreadable", error=str(error), models=len(self._plans))
+            self._unread = str(error)
+        else:
+            if self._unread:
+                log.info("registry_readable_again", failed=self._unread)
+            self._unread = ""
         return self._plans
 
 

@@ -102,10 +102,10 @@ class DirectorySource:
         self._root = root
         self._state_dir = state_dir
         self._base = NamedModel("", root, base or ModelOptions())
-        self._ignored: set[str] = set()  # entries that were left out at the last look
+        self._ignored: set[tuple[str, str]] = set()  # entries that were left out at the last look, and why
 
     def scan(self) -> dict[str, ModelPlan]:
-        """Plans by name; entries that have no usable name are left out, and logged when they appear."""
+        """Plans by name; entries that have no usable name are left out, and logged when that is news."""
         found = _scan(self._root)
         plans = {
             name: _plan(model, self._base, found.problems, self._state_dir) for name, model in found.models.items()
@@ -117,8 +117,9 @@ class DirectorySource:
             if is_model_name(problem.model):
                 plans[problem.model] = ModelPlan(problem.model, error=problem.message)
                 continue
-            ignored.add(problem.model)
-            if problem.model not in self._ignored:
+            left_out = problem.model, problem.message
+            ignored.add(left_out)
+            if left_out not in self._ignored:
                 log.warning("entry_ignored", entry=problem.model[:128], reason=problem.message)
         self._ignored = ignored
         return plans

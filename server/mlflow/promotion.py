@@ -38,6 +38,8 @@ class MlflowAliases:
     def move(self, entry: str, alias: str, was: str, to: str) -> str:
         """Point an alias at ``to`` if it is at ``was``; why not, or "". Raises StoreError when it cannot be audited.
 
+        Raises Unreachable, too: nobody knows then what has been done, and to ask again does no harm.
+
         The champion is promoted: what was champion is previous, and ``to`` no longer challenges it. An alias that is
         at ``to`` already, perhaps from a try whose answer was lost, is brought to its end.
         """
@@ -48,6 +50,8 @@ class MlflowAliases:
                 if not alone:
                     return "another process of this gateway is writing to MLflow"
                 refused = self._move(entry, alias, int(was), int(to))
+        except Unreachable:
+            raise
         except RegistryError as error:
             return str(error)
         action = "registry.override" if refused else "registry.promote" if alias == CHAMPION else "registry.alias"
@@ -60,7 +64,10 @@ class MlflowAliases:
         before = self._origin.aliases(entry)
         if before.get(alias) not in (was, to):
             return _elsewhere(entry, alias, was, before.get(alias))
-        if alias == CHAMPION and before.get(PREVIOUS) != was and was != to:
+        displaces = alias == CHAMPION and before.get(PREVIOUS) != was and was != to
+        # Whichever is written first, ``to`` has an alias after it, and so is loaded by a process that starts then.
+        back = before.get(PREVIOUS) == to
+        if displaces and not back:
             self._set(entry, PREVIOUS, was)
         if before.get(alias) != to:
             # Looked at again: writing the other alias took time.
@@ -68,6 +75,8 @@ class MlflowAliases:
             if now not in (was, to):
                 return _elsewhere(entry, alias, was, now)
             self._set(entry, alias, to)
+        if displaces and back:
+            self._set(entry, PREVIOUS, was)
         if alias == CHAMPION and before.get(CHALLENGER) == to == self._origin.aliases(entry).get(CHALLENGER):
             self._origin.drop_alias(entry, CHALLENGER)
         return self._settled(entry, alias, to)

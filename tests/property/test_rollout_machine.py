@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from router.errors import RolloutRefused
 from router.rollout.events import (
+    AUTOMATIC,
     Accepted,
     AliasMoved,
     AliasRefused,
@@ -31,7 +32,7 @@ from router.rollout.events import (
 )
 from router.rollout.evidence import OneArm, TwoArms, label_increments
 from router.rollout.gates import Keys, Level
-from router.rollout.machine import AUTOMATIC, Rollout
+from router.rollout.machine import Rollout
 from router.rollout.spec import NS_PER_S
 from tests.support.rollouts import AGREE, BAD, DISAGREE, GOOD, rollout_spec
 

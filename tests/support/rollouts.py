@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from router.rollout.events import (
     Publish,
     Published,
     Record,
+    Recovered,
     State,
     Tick,
 )
@@ -47,6 +49,9 @@ STEPS = (
     StepSpec(500, 10 * NS_PER_S, (("errors", 2.0),), approve=True),
     StepSpec(10_000),
 )
+
+RUNNING = [State.SHADOWING, State.STEP, State.AWAITING, State.HOLD, State.PROMOTING, State.PROMOTED]
+OPEN = [State.PENDING, State.LOADING, *RUNNING]
 
 
 def rollout_spec(**changes: Any) -> RolloutSpec:
@@ -116,6 +121,14 @@ class Driven:
                 go()
         assert self.state is state, (self.state, self.rollout.reason)
         return self
+
+
+def restarted(driven: Driven, crashed: bool = True) -> Driven:
+    """The same rollout as it was stored, after the process has ended."""
+    stored = json.loads(json.dumps(driven.rollout.to_dict(), allow_nan=False))
+    again = Driven(rollout=Rollout.from_dict(stored))
+    again.tell(Recovered(crashed))
+    return again
 
 
 def published(actions: tuple[Action, ...] | list[Action]) -> list[Publish]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -599,6 +599,48 @@ def test_a_look_that_crashes_is_not_the_last(tmp_path: Path) -> None:
     run(tmp_path, body, reload=rules, source=Crashing(tmp_path, tmp_path / ".state"))
 
 
+def test_looks_that_fail_are_told_when_that_begins_changes_and_ends(tmp_path: Path) -> None:
+    class Failing(DirectorySource):
+        """Looks after the start fail as ``errors`` say, one after the other; None is one that works."""
+
+        errors: ClassVar[list[Exception | None]] = [
+            OSError("gone"), OSError("gone"), OSError("stale"), ModelLoadError("stale"), ZeroDivisionError("stale"),
+            ZeroDivisionError("stale"), None, None, ZeroDivisionError("stale"), None,
+        ]  # fmt: skip
+        looks = -1
+
+        def scan(self) -> dict[str, ModelPlan]:
+            self.looks += 1
+            error = self.errors[self.looks - 1] if 0 < self.looks <= len(self.errors) else None
+            if self.looks > len(self.errors):
+                done.set()
+            if error is not None:
+                raise error
+            return super().scan()
+
+    async def body(rig: Rig) -> None:
+        rig.put("m", "1", "1")
+        await rig.control.start()
+        with structlog.testing.capture_logs() as logs:
+            following = asyncio.ensure_future(rig.control.poll(0.001))
+            assert await asyncio.to_thread(done.wait, 30)
+            following.cancel()
+        told = [(line["event"], line["log_level"], line.get("error", line.get("failed"))) for line in logs]
+        assert told == [
+            ("poll_failed", "warning", "gone"),
+            ("poll_failed", "warning", "stale"),
+            ("poll_failed", "warning", "stale"),
+            ("poll_failed", "error", None),
+            ("poll_works_again", "info", "ZeroDivisionError: stale"),
+            ("poll_failed", "error", None),
+            ("poll_works_again", "info", "ZeroDivisionError: stale"),
+        ]
+        assert rig.control.failing == ""
+
+    done = threading.Event()
+    run(tmp_path, body, source=Failing(tmp_path, tmp_path / ".state"))
+
+
 def test_named_models_have_their_own_sources_and_options(tmp_path: Path) -> None:
     (tmp_path / "one.onnx").write_text("1")
     folder = tmp_path / "two" / "3"
@@ -980,5 +1022,8 @@ def test_a_refusal_is_told_once_until_it_changes(tmp_path: Path) -> None:
             for folder in ("empty", "no name"):
                 (rig.root / folder).mkdir()
             assert sorted(await look()) == [("entry_ignored", "no name"), ("model_refused", "empty")]
+            (rig.root / "no name").rmdir()
+            (rig.root / "no name").symlink_to("/")
+            assert await look() == [("entry_ignored", "no name")]  # for another reason
 
     run(tmp_path, body)

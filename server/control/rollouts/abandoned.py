@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from router.registry.origin import Unreachable
 from router.rollout.events import (
     Action,
     AliasMoved,
@@ -79,5 +80,8 @@ def _moved(row: StoredRollout, mover: Mover | None, was: str, to: str) -> Event:
     alias = row.document.get("alias")
     if mover is None or not alias:
         return AliasMoved(to)
-    refused = mover.move(str(alias["of"]), str(alias["name"]), was, to)
+    try:
+        refused = mover.move(str(alias["of"]), str(alias["name"]), was, to)
+    except Unreachable as error:  # a start waits for no registry that is elsewhere
+        refused = str(error)
     return AliasRefused(refused) if refused else AliasMoved(to)

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import structlog
 
 from router.errors import RolloutRefused
+from router.registry.origin import Unreachable
 from router.rollout.events import (
     Accepted,
     Action,
@@ -50,6 +51,8 @@ log: Any = structlog.get_logger("rollout")
 
 #: Between tries of what did not work: the disk, the registry, a version that is not loaded.
 _AGAIN_S: Final = 0.5
+#: At last a registry that cannot be reached is asked so rarely to move its alias back.
+_REACH_AGAIN_S: Final = 60.0
 _SEE_LOG: Final = "see the server's log"
 #: How often what has not changed is written down.
 SAVE_EVERY_NS: Final = 5_000_000_000
@@ -69,7 +72,7 @@ Quality: TypeAlias = Callable[[str, str, str], Awaitable[Admission]]
 
 
 class Mover(Protocol):
-    """Moves an alias of the registry by compare and set. Blocks; raises StoreError."""
+    """Moves an alias of the registry by compare and set. Blocks; raises StoreError, Unreachable if it is elsewhere."""
 
     def move(self, entry: str, alias: str, was: str, to: str) -> str: ...
 
@@ -273,9 +276,27 @@ class Hands:
         except StoreError as error:
             log.error("alias_not_moved", id=run.id, to=to, error=error.message)
             return False
+        except Unreachable as error:
+            if to == run.machine.spec.stable and run.machine.state is State.ROLLING_BACK:
+                await self._wait_for_registry(run, error)
+                return False
+            refused = str(error)
         run.seen_moved = False
         self.tell(run, AliasRefused(refused) if refused else AliasMoved(to))
         return True
+
+    async def _wait_for_registry(self, run: Run, error: Unreachable) -> None:
+        """Before its alias is asked to be moved back again: a quarter of the time that the way back has taken so far.
+
+        However long it lasts, the rollout does not end before, for with its end the alias decides, and that would bring
+        the candidate back. All else of the way back is done; it is written down, so that a restart goes on with it.
+        """
+        if not run.unreached:
+            log.error("alias_waits", id=run.id, to=run.machine.spec.stable, error=str(error))
+        run.unreached = True
+        if run.dirty:
+            await self._saved(run, ())
+        await asyncio.sleep(min(_REACH_AGAIN_S, run.machine.state_ns / 4e9))
 
     # -- the candidate ------------------------------------------------------------------------------------------
 

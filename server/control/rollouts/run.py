@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from router.rollout.events import Action, Record, State
-from router.rollout.machine import AUTOMATIC, Rollout
+from router.rollout.events import AUTOMATIC, Action, Record, State
+from router.rollout.machine import Rollout
 from router.rollout.spec import EVENTS, MeanGate, RateGate, RatioGate, RolloutSpec
 from server.audit import AuditEvent
 from server.config.rollouts import RolloutTemplate, Steering
@@ -67,6 +67,8 @@ class Run:
     serving_ns: int = 0
     kept: str = ""
     levels_until: dict[str, int] = field(default_factory=dict)
+    #: The registry could not be reached to move its alias back.
+    unreached: bool = False
 
     @property
     def id(self) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from router.errors import BadRolloutState
 from router.registry.base import CHALLENGER, CHAMPION, PREVIOUS
+from router.registry.origin import Unreachable
 from router.rollout.events import Order, SpecRemoved, State
 from server import state as states
 from server.control.rollouts.abandoned import ending_of, is_abandoned
@@ -113,6 +114,17 @@ def test_where_no_alias_was_moved_none_is(state: states.State) -> None:
         assert ending_of(row, Aliases(state.registry), 7).row.state == "aborted"
     assert ending_of(row_in("promoting"), None, 7).row.state == "aborted"
     assert champion(state) == 2
+
+
+def test_a_registry_that_cannot_be_reached_is_told_of_and_not_waited_for() -> None:
+    class Away:
+        def move(self, entry: str, alias: str, was: str, to: str) -> str:
+            raise Unreachable("MLflow cannot be reached")
+
+    ending = ending_of(row_in("rolling_back"), Away(), 7)
+    assert ending.row.state == "rolled_back"
+    told = [str(event.detail["reason"]) for event in ending.events]
+    assert "the champion was left alone: MLflow cannot be reached" in told
 
 
 @pytest.mark.parametrize("document", [{}, {"machine": {}}, {"machine": {"version": 1, "spec": 3}}])

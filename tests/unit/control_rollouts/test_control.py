@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from router.registry.origin import Unreachable
 from server.config.load import parse_config
 from server.config.rollouts import RolloutTemplate, compile_rollouts
 from server.config.routing import compile_routing
@@ -159,5 +162,98 @@ def test_a_section_that_is_back_brings_no_traffic_back(tmp_path: Path) -> None:
         assert (rig.share, rig.gateway.routes("m").stable, mover.moves[-1]) == (0, "1", "1")
         await control.close()
         await rig.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+class Elsewhere:
+    """A registry that is followed: what it last said is what counts here until it is heard again."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.reachable = True
+        self.champion = "1"
+        self.asked = 0
+
+    def move(self, entry: str, alias: str, was: str, to: str) -> str:
+        self.asked += 1
+        if not self.reachable:
+            raise Unreachable("MLflow cannot be reached")
+        assert self.champion in {was, to}
+        self.champion = to
+        return ""
+
+    def heard(self) -> None:
+        """As the next look at it makes it known."""
+        aliases = {"champion": self.champion, "challenger": "2"}
+        self.rig.publisher.update("m", Loaded(self.rig.versions, self.champion, aliases))
+
+    def serves(self) -> tuple[float, str]:
+        return self.rig.share, self.rig.gateway.routes("m").stable
+
+
+@asynccontextmanager
+async def at_work(rig: Rig, folder: Path) -> AsyncIterator[RolloutControl]:
+    """A control that follows ``FOLLOWING``, as a process of its own would."""
+    control = RolloutControl(rig.hands, Tenure(folder))
+    await control.start(compile_rollouts(parse_config(FOLLOWING, path="f", folder=folder)), "ada")
+    looking = asyncio.ensure_future(control.run())
+    yield control
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    await control.close()
+
+
+@asynccontextmanager
+async def promoted(folder: Path) -> AsyncIterator[tuple[Rig, Elsewhere, RolloutControl]]:
+    """A rollout whose candidate became champion, in a registry that cannot be reached since."""
+    rig = Rig(folder, working=False)
+    rig.hands.mover = registry = Elsewhere(rig)
+    config = parse_config(FOLLOWING, path="f", folder=folder)
+    aliases = {"champion": "1", "challenger": "2"}
+    rig.publisher.replace(compile_routing(config), {"m": Loaded(rig.versions, "1", aliases)}, 2)
+    async with at_work(rig, folder) as control:
+        await rig.until(lambda: rig.share == 0.5)
+        await control.order("r1-2", "promote", actor="bob", reason="")
+        await rig.until(lambda: control.status("r1-2")["state"] == "promoted")
+        registry.heard()
+        await rig.until(lambda: registry.serves() == (0, "2"))
+        registry.reachable = False
+        yield rig, registry, control
+    await rig.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_alias_that_cannot_be_moved_back_is_waited_for(tmp_path: Path, restarted: bool) -> None:
+    """Its rollout stays on its way back, on disk too, and the registry's last word brings no candidate back."""
+
+    async def go_on(rig: Rig, registry: Elsewhere, control: RolloutControl) -> None:
+        registry.reachable = True
+        await rig.until(lambda: control.status("r1-2")["state"] == "rolled_back")
+        assert registry.champion == "1"
+        registry.heard()
+        await control._look_at("m")
+        assert registry.serves() == (0, "1")
+
+    async def body() -> None:
+        async with promoted(tmp_path) as (rig, registry, control):
+            with capture_logs() as logs:
+                await control.order("r1-2", "rollback", actor="bob", reason="")
+                assert registry.serves() == (0, "1")
+                asked = registry.asked
+                await rig.until(lambda: registry.asked > asked + 2)
+            registry.heard()
+            assert (control.status("r1-2")["state"], registry.serves()) == ("rolling_back", (0, "1"))
+            await rig.until(
+                lambda: [(row.state, row.open) for row in rig.hands.store.all()] == [("rolling_back", True)]
+            )
+            assert [line["event"] for line in logs].count("alias_waits") == 1
+            if not restarted:
+                await go_on(rig, registry, control)
+                return
+            await control.close()
+            async with at_work(rig, tmp_path) as again:
+                await rig.until(lambda: again.status("r1-2")["state"] == "rolling_back")
+                await go_on(rig, registry, again)
 
     asyncio.run(asyncio.wait_for(body(), 30))
