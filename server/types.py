@@ -201,7 +201,8 @@ class RequestHead:
     """What a transport knows before it has read a body.
 
     ``metadata`` has lower-case names (HTTP headers or gRPC metadata). ``deadline_ns`` and ``received_ns`` are on the
-    monotonic clock (``time.monotonic_ns``); 0 means no deadline.
+    monotonic clock (``time.monotonic_ns``); 0 means no deadline. ``traceparent``: that header as bytes, b"" without; a
+    transport that has it at hand gives it, for every request is asked for it.
     """
 
     protocol: str  # "http" | "grpc"
@@ -212,6 +213,7 @@ class RequestHead:
     deadline_ns: int
     content_length: int | None
     peer: str
+    traceparent: bytes
 
     def __init__(
         self,
@@ -223,6 +225,7 @@ class RequestHead:
         deadline_ns: int = 0,
         content_length: int | None = None,
         peer: str = "",
+        traceparent: bytes | None = None,
     ) -> None:
         self.protocol = protocol
         self.model = model
@@ -232,6 +235,9 @@ class RequestHead:
         self.deadline_ns = deadline_ns
         self.content_length = content_length
         self.peer = peer
+        if traceparent is None:
+            traceparent = metadata.get("traceparent", "").encode("latin-1", "replace")
+        self.traceparent = traceparent
 
 
 class Permit(Protocol):

@@ -240,6 +240,7 @@ def build(settings: ServerSettings, file: ConfigFile | None = None, runtime: Run
     background: list[Callable[[], Awaitable[None]]] = [control.mend]
     if polling:
         background.append(lambda: control.poll(interval_s))
+        telemetry.metrics.collect(lambda: [_poll_failing(control)])
     if reconfigure is not None:
         background.append(reconfigure.watch)
     if rollouts is not None:
@@ -551,6 +552,14 @@ def _unsent(gateway: Gateway) -> FamilySnapshot:
     """What the limit on answers counts."""
     held: dict[tuple[str, ...], Value] = {(): gateway.unsent.total}
     return FamilySnapshot("tidegate_unsent_bytes", "Bytes of answers that wait for their readers.", "gauge", (), held)
+
+
+def _poll_failing(control: ModelControl) -> FamilySnapshot:
+    """What is logged once may last."""
+    failing: dict[tuple[str, ...], Value] = {(): int(bool(control.failing))}
+    return FamilySnapshot(
+        "tidegate_poll_failing", "1 while the models cannot be looked at again, or else 0.", "gauge", (), failing
+    )
 
 
 def _server_of_versions(

@@ -463,13 +463,15 @@ class Batcher:
         try:
             inputs, rows = [work.inputs for work in members], [work.rows for work in members]
             batch = self._layout.join(inputs, sum(rows))
+            taps = self.taps
+            batch.keep = taps is not None
             execution.rows = batch.rows
             execution.assembled_ns = clock()
             outputs = self._engine.run(instance, batch)
             execution.computed_ns = clock()
             for index, share in enumerate(self._layout.split(inputs, rows, outputs)):
                 members[index].outputs = share
-            if (taps := self.taps) is not None:
+            if taps is not None:
                 taps[instance].offer(batch.rows, batch.parts, outputs, execution.computed_ns, self.arm)
         except TidegateError as error:
             execution.error = error.with_traceback(None)  # its frames would keep the batch alive

@@ -175,7 +175,7 @@ class Gateway(Port):
             self._alone_from = self._ids
             self._poll.came()
         gate = self.telemetry.gate
-        trace = None if gate is None else gate.start(head.metadata)
+        trace = None if gate is None else gate.start(head.traceparent, head.metadata)
         return GatewayPermit(head, f"{self._id_prefix}{self._ids}", trace, self, size)
 
     def take_more(self, size: int) -> None:

@@ -165,6 +165,7 @@ class LoadRequest:
 @dataclass(slots=True)
 class Batch:
     """One run. ``parts[i]`` holds, for input ``i`` of the spec, each member's contents in order; the engine joins them.
+    With ``keep`` it may leave the whole in their place, one part of the same contents, for whoever reads it afterwards.
 
     ``shapes[i]`` is the joined shape of input i (dim 0 = ``rows`` when the model batches). An optional input that
     is absent has ``parts[i] is None``; all members of a batch agree on which are absent. A part is a raw buffer, or for
@@ -174,6 +175,7 @@ class Batch:
     rows: int
     shapes: list[tuple[int, ...]]
     parts: list[list[Buffer | list[bytes]] | None]
+    keep: bool = False
 
 
 class Engine(Protocol):

@@ -109,9 +109,9 @@ class Lane:
 
     def _run_bound(self, batch: Batch) -> list[Tensor]:
         call = self._call(batch)
-        for bound, parts in zip(call.inputs, batch.parts, strict=True):
+        for index, (bound, parts) in enumerate(zip(call.inputs, batch.parts, strict=True)):
             if bound is not None and parts is not None:
-                _fill(bound, parts)
+                _fill(bound, _whole(batch, index, parts))
                 if self._rebind:
                     _bind_input(call.binding, bound)
         self._execute(call.binding)
@@ -229,14 +229,14 @@ class Lane:
         fits = self._arena.fits(sizes)
         regions = self._arena.regions(sizes)[0] if fits else self._arena.separate(sizes)
         feed: dict[str, Any] = {}
-        for port, shape, parts, region in zip(ports, shapes, batch.parts, regions, strict=True):
+        for index, (port, shape, parts, region) in enumerate(zip(ports, shapes, batch.parts, regions, strict=True)):
             if shape is None or parts is None:
                 continue
             name, datatype = port.spec.name, port.spec.datatype
             if datatype == BYTES:
                 feed[name] = _decoded(name, parts, shape)
             else:
-                _fill(_BoundInput(name, datatype, shape, region, region.data), parts)
+                _fill(_BoundInput(name, datatype, shape, region, region.data), _whole(batch, index, parts))
                 feed[name] = region.view(DATATYPES[datatype][0]).reshape(shape)
         return feed
 
@@ -289,8 +289,17 @@ def _bind_input(binding: Any, bound: _BoundInput) -> None:
         raise run_error(error) from error
 
 
-def _fill(bound: _BoundInput, parts: list[Buffer | list[bytes]]) -> None:
-    data: Any = parts[0] if len(parts) == 1 else b"".join(parts)  # type: ignore[arg-type]
+def _whole(batch: Batch, index: int, parts: list[Buffer | list[bytes]]) -> Any:
+    """The contents of one input. Where they are kept, whoever reads the batch after the run need not join again."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = b"".join(parts)  # type: ignore[arg-type]
+    if batch.keep:
+        batch.parts[index] = [joined]
+    return joined
+
+
+def _fill(bound: _BoundInput, data: Any) -> None:
     if type(data) is memoryview and (data.format != "B" or data.ndim != 1):
         data = data.cast("B") if data.nbytes else b""
     try:

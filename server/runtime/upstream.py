@@ -62,7 +62,7 @@ _TOO_LARGE: Final = 413
 #: The answers that blame the request, if they say why as the protocol has it: without that, it was not understood.
 #: 404 is not among them, as the request's model was there when it was loaded.
 _REJECTED: Final = frozenset({400, _TOO_LARGE, 422})
-#: The answers of a server that is not ready, overloaded, or has lost the model for now.
+#: The answers of a server that is not ready, overloaded, or has lost the model since it was loaded.
 _UNAVAILABLE: Final = frozenset({404, 408, 429, 502, 503, 504})
 
 

@@ -92,7 +92,8 @@ class Histogram:
         self._per_unit = per_unit
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0
-        self._exemplars: dict[int, Exemplar] = {}
+        #: By bucket: the fields of its exemplar.
+        self._exemplars: dict[int, tuple[int, int, int, float]] = {}
         #: The bucket of the newest value, which is most often the next one's too, and its bounds.
         self._last = 0
         self._above = self._up_to = 0
@@ -113,12 +114,11 @@ class Histogram:
     def observe_traced(self, value: int, trace_id: int, span_id: int) -> None:
         """``observe`` and keep the observation as its bucket's exemplar. For sampled requests."""
         self.observe(value)
-        self._exemplars[_bucket(self._bounds, value)] = Exemplar(trace_id, span_id, value, time.time())
+        self._exemplars[_bucket(self._bounds, value)] = (trace_id, span_id, value, time.time())
 
     def read(self) -> Value:
-        return HistogramValue(
-            self._bounds, self._per_unit, tuple(self._counts), self._total, dict(tuple(self._exemplars.items()))
-        )
+        exemplars = {bucket: Exemplar(*fields) for bucket, fields in tuple(self._exemplars.items())}
+        return HistogramValue(self._bounds, self._per_unit, tuple(self._counts), self._total, exemplars)
 
 
 def _bucket(bounds: tuple[int, ...], value: int) -> int:

@@ -11,6 +11,7 @@ An unsampled request makes no context of its own. Whoever calls an upstream for 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -26,12 +27,14 @@ _DIGITS: Final = bytes([48 if byte in b"0123456789abcdef" else byte for byte in 
 _SHAPE: Final = b"00-00000000000000000000000000000000-0000000000000000-00"
 _NO_TRACE: Final = b"0" * 32
 _NO_SPAN: Final = b"0" * 16
+_DASH: Final = 45
 _ZERO: Final = 48
 _F: Final = 102
-#: Last digits of a flags field in which the sampled bit is set.
-_ODD: Final = "13579bdf"
-#: Sampling and ids need spread, not secrecy; the generator is seeded anew in a forked child.
-_draw: Final = random.random
+#: Where the last digit of the flags field is, and the digits with which the sampled bit is set.
+_FLAGS: Final = 54
+_ODD: Final = b"13579bdf"
+#: More requests than any process answers.
+_NEVER: Final = 1 << 60
 
 
 class TraceParent(NamedTuple):
@@ -48,20 +51,17 @@ def parse_traceparent(value: str) -> TraceParent | None:
     Lower-case hex only; version ff and all-zero ids are invalid; version 00 has exactly four fields; a later version
     is read by its first four fields.
     """
-    if not _valid(value):
+    data = value.encode("latin-1", "replace")
+    if not _valid(data):
         return None
-    return TraceParent(int(value[3:35], 16), int(value[36:52], 16), value[54] in _ODD)
+    return TraceParent(int(data[3:35], 16), int(data[36:52], 16), data[_FLAGS] in _ODD)
 
 
-def _valid(value: str) -> bool:
-    if len(value) != _LENGTH:
-        if len(value) < _LENGTH or value[_LENGTH] != "-" or value.startswith("00"):
+def _valid(data: bytes) -> bool:
+    if len(data) != _LENGTH:
+        if len(data) < _LENGTH or data[_LENGTH] != _DASH or data.startswith(b"00"):
             return False
-        value = value[:_LENGTH]
-    try:
-        data = value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
+        data = data[:_LENGTH]
     return (
         data.translate(_DIGITS) == _SHAPE
         and (data[3] != _ZERO or data[3:35] != _NO_TRACE)
@@ -98,30 +98,50 @@ class TraceContext:
 
 
 class TraceGate:
-    """Decides whether a request is traced.
+    """Decides whether a request is traced. For one thread.
 
-    ``ratio`` (0..1) is the share sampled by one random draw. With ``parent_based`` a caller that sent a valid
-    ``traceparent`` has decided already, either way; without it only the caller's trace id is taken over.
+    ``ratio`` (0..1) is the share sampled by chance. With ``parent_based`` a caller that sent a valid ``traceparent``
+    has decided already, either way; without it only the caller's trace id is taken over.
+
+    Instead of a draw for each request there is one for how many are passed over until the next that is sampled: a
+    geometric variable, which gives every request the same chance, whatever became of those before it.
     """
 
-    __slots__ = ("_parent_based", "_ratio")
+    __slots__ = ("_parent_based", "_passed_over", "_ratio")
 
     def __init__(self, ratio: float, parent_based: bool = True) -> None:
         if not 0.0 <= ratio <= 1.0:
             raise ValueError(f"a sampling ratio is between 0 and 1, got {ratio}")
         self._ratio = ratio
         self._parent_based = parent_based
+        #: How many more requests chance passes over.
+        self._passed_over = self._draw()
 
-    def start(self, metadata: Mapping[str, str]) -> TraceContext | None:
-        """A new context when the request is sampled, else None. ``metadata`` has its headers by lower-case names."""
-        traceparent = metadata.get("traceparent")
-        if traceparent is None or not _valid(traceparent):
-            return _root() if _draw() < self._ratio else None
-        sampled = traceparent[54] in _ODD if self._parent_based else _draw() < self._ratio
-        if not sampled:
+    def start(self, traceparent: bytes, metadata: Mapping[str, str]) -> TraceContext | None:
+        """A new context when the request is sampled, else None.
+
+        ``traceparent``: that header, b"" without. ``metadata``: all headers by lower-case names.
+        """
+        drawn = self._passed_over == 0
+        self._passed_over = self._draw() if drawn else self._passed_over - 1
+        asked = self._parent_based and len(traceparent) >= _LENGTH and traceparent[_FLAGS] in _ODD
+        if not (drawn or asked):
+            return None  # whether it is valid or not
+        if not _valid(traceparent):
+            return _root() if drawn else None
+        if self._parent_based and not asked:
             return None
         state = bound_tracestate(metadata.get("tracestate", ""))
         return TraceContext(int(traceparent[3:35], 16), new_span_id(), int(traceparent[36:52], 16), state)
+
+    def _draw(self) -> int:
+        """Requests until the next that is sampled, by inversion: floor(ln u / ln(1 - ratio)), u uniform in (0, 1]."""
+        if self._ratio == 0.0:
+            return _NEVER
+        if self._ratio == 1.0:
+            return 0
+        u = 1.0 - random.random()  # noqa: S311 - spread is needed, not secrecy
+        return int(min(math.log(u) / math.log1p(-self._ratio), float(_NEVER)))
 
 
 def _root() -> TraceContext:
@@ -133,6 +153,7 @@ def new_span_id() -> int:
 
 
 def _random_id(bits: int) -> int:
+    """Ids need spread, not secrecy; the generator is seeded anew in a forked child."""
     return random.getrandbits(bits) or 1  # 0 is not a valid id
 
 
@@ -167,7 +188,7 @@ class BatchTrace:
     exported: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class RequestTrace:
     """One sampled request. Times are monotonic ns; 0: did not happen.
 
@@ -178,20 +199,53 @@ class RequestTrace:
     context: TraceContext
     protocol: str
     received_ns: int
-    tidegate_id: str = ""
-    decoded_ns: int = 0
-    queued_ns: int = 0
-    finished_ns: int = 0
-    encoded_ns: int = 0
-    model: str = ""
-    version: str = ""
-    arm: str = ""
-    rows: int = 0
-    code: str = "ok"
+    tidegate_id: str
+    decoded_ns: int
+    queued_ns: int
+    finished_ns: int
+    encoded_ns: int
+    model: str
+    version: str
+    arm: str
+    rows: int
+    code: str
     #: Usually one; more when a failed batch's members were run again alone.
-    batches: list[BatchTrace] = field(default_factory=list)
+    batches: list[BatchTrace]
     #: What to add to a monotonic time to get Unix time.
-    wall_offset_ns: int = field(default_factory=_wall_offset)
+    wall_offset_ns: int
+
+    def __init__(
+        self,
+        context: TraceContext,
+        protocol: str,
+        received_ns: int,
+        tidegate_id: str = "",
+        decoded_ns: int = 0,
+        queued_ns: int = 0,
+        finished_ns: int = 0,
+        encoded_ns: int = 0,
+        model: str = "",
+        version: str = "",
+        arm: str = "",
+        rows: int = 0,
+        code: str = "ok",
+        wall_offset_ns: int | None = None,
+    ) -> None:
+        self.context = context
+        self.protocol = protocol
+        self.received_ns = received_ns
+        self.tidegate_id = tidegate_id
+        self.decoded_ns = decoded_ns
+        self.queued_ns = queued_ns
+        self.finished_ns = finished_ns
+        self.encoded_ns = encoded_ns
+        self.model = model
+        self.version = version
+        self.arm = arm
+        self.rows = rows
+        self.code = code
+        self.batches = []
+        self.wall_offset_ns = _wall_offset() if wall_offset_ns is None else wall_offset_ns
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from server.codec import pieces
 from server.errors import TidegateError, Unimplemented
 from server.transport.faults import Internal
 from server.types import WRITING, Decision, InferenceRequest, InferenceResponse, Permit, Port, Ticket
@@ -69,7 +70,7 @@ class SingleReply:
         self.response, self.decision = response, decision
         self._answers += 1
         if self._owe is not None:
-            size = sum(len(tensor.data) for tensor in response.outputs)
+            size = pieces.wire_bytes(response.outputs)
             if size > _LARGE_BYTES:
                 self._owe(size)
 

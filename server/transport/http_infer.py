@@ -203,7 +203,7 @@ class InferApp:
         with telling(ticket):
             response = reply.result(permit)
             answer = self.encode(head, request, response)
-            if not pieces.has_many(response) and _size(response) <= self._settings.offload_bytes:
+            if not pieces.has_many(response) and pieces.wire_bytes(response.outputs) <= self._settings.offload_bytes:
                 return await answer  # it is encoded at once
             return await _while_wanted(answer, receive, 0)  # encoding goes by the deadline itself
 
@@ -281,7 +281,7 @@ class InferApp:
             wired = pieces.wired(response, json_codec.binary_outputs(response, request.outputs, request.binary_output))
             response = await by_deadline(self.turns.take(wired), head.deadline_ns, ANSWERED_LATE)
         encode = partial(json_codec.encode_infer, response, **options)
-        if _size(response) <= offload:
+        if pieces.wire_bytes(response.outputs) <= offload:
             return self._packed(encode(), accept)
         if self._codec is not None and _json_bytes(request, response) > offload:
             with suppress(Unavailable):
@@ -303,15 +303,10 @@ class InferApp:
         return answer
 
 
-def _size(response: InferenceResponse) -> int:
-    """Of its outputs, in bytes (elements of BYTES)."""
-    return sum(len(tensor.data) for tensor in response.outputs)
-
-
 def _json_bytes(request: InferenceRequest, response: InferenceResponse) -> int:
-    """How much of the outputs is to be written as JSON, in bytes of the tensors (elements of BYTES)."""
+    """How much of the outputs is to be written as JSON, in bytes of the tensors."""
     binary = json_codec.binary_outputs(response, request.outputs, request.binary_output)
-    return sum(len(t.data) for t in response.outputs if t.name not in binary)
+    return pieces.wire_bytes([tensor for tensor in response.outputs if tensor.name not in binary])
 
 
 async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadline_ns: int) -> _T:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,6 +34,8 @@ BLAMES_THE_CALLER = {
 }  # fmt: skip
 INTERNALS = ("Traceback", ".py", "/work", "/home", "/tmp", ".cc", "Error:", "0x7", "site-packages", "DecodeError")
 PATIENCE_S = 20.0
+#: Rows of a batch of the model ``gathered``, which waits until it has them.
+GATHERED = 128
 
 
 @pytest.fixture(scope="module", params=["native", "reference"])
@@ -50,6 +53,20 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     state = str(tmp_path_factory.mktemp("state"))
     options = ("--model-repository", str(root), "--state-dir", state, "--transport", request.param)
     with serving(*options) as running:
+        yield running
+
+
+@pytest.fixture(params=["native", "reference"])
+def gathering(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    """A server of its own for the model ``gathered``, whose rows of a batch are given and not learned."""
+    models.affine(tmp_path / "model.onnx")
+    batching = f"{{max_batch_size: {GATHERED}, max_rows: {GATHERED}, max_queue_delay: 60s}}"
+    (tmp_path / "tidegate.yaml").write_text(
+        "apiVersion: tidegate/v1\nmodels:\n  affine: {source: model.onnx}\n"
+        f"  gathered: {{source: model.onnx, batching: {batching}}}\n"
+    )
+    options = ("--state-dir", str(tmp_path / "state"), "--transport", request.param)
+    with serving(str(tmp_path / "tidegate.yaml"), *options) as running:
         yield running
 
 
@@ -361,28 +378,43 @@ def executed(server: Server, model: str, count: str = "inference_count") -> int:
     return int(get(server.http, f"/v2/models/{model}/stats")[1]["model_stats"][0][count])
 
 
-def test_a_storm_of_cancels_spares_the_neighbours(server: Server, channel: grpc.Channel) -> None:
-    """Three connections, for on each the calls in flight stay below its bound of streams."""
+def test_a_storm_of_cancels_spares_the_neighbours(gathering: Server) -> None:
+    """Of calls that wait for their batch to fill, so that none of them can end before it is cancelled.
+
+    Three connections, for on each the calls in flight stay below its bound of streams.
+    """
     rng = random.Random(6)
-    before = executed(server, "slow")
+    before = executed(gathering, "gathered"), executed(gathering, "gathered", "execution_count")
     with ExitStack() as stack:
         options = [("grpc.use_local_subchannel_pool", 1)]
-        channels = [stack.enter_context(grpc.insecure_channel(server.grpc, options)) for _ in range(3)]
-        calls = []
-        for i in range(240):
-            request = good(i, "slow", 1) if i % 2 else good(i)
+        channels = [stack.enter_context(grpc.insecure_channel(gathering.grpc, options)) for _ in range(3)]
+
+        def begin(request: pb.ModelInferRequest, i: int) -> Any:
             infer = channels[i % 3].unary_unary(SERVICE + "ModelInfer")
-            calls.append(infer.future(request.SerializeToString(), timeout=60))
-        doomed = [i for i in range(240) if i % 2 and i % 10 != 1]
+            return infer.future(request.SerializeToString(), timeout=120)
+
+        gathered = [begin(good(i, "gathered"), i) for i in range(120)]
+        wait_total(gathering, "tidegate_pending_requests", 120)
+        doomed = [i for i in range(120) if i % 5]
         rng.shuffle(doomed)
+        neighbours, hasty = {}, {}
         for i in doomed:
-            calls[i].cancel()
-        for i, future in enumerate(calls):
-            if not future.cancelled():
-                assert values(future.result()) == ([float(i)] if i % 2 else [2.0 * i + 1] * 4)
-        assert sum(future.cancelled() for future in calls) > 50
-        wait_total(server, "tidegate_pending_requests", 0)
-    assert executed(server, "slow") - before < 100, "cancelled calls were run"
+            gathered[i].cancel()
+            neighbours[i], hasty[i] = begin(good(i), i), begin(good(i), i)
+            hasty[i].cancel()  # wherever it is by then: nobody has heard of it, it runs, it was answered
+        assert all(gathered[i].cancelled() for i in doomed)
+        kept = sorted(set(range(120)) - set(doomed))
+        wait_total(gathering, "tidegate_pending_requests", len(kept))
+        answered = {i: future for i, future in hasty.items() if not future.cancelled()}
+        for i, future in [*neighbours.items(), *answered.items()]:
+            assert values(future.result()) == [2.0 * i + 1] * 4
+        rest = shaped(GATHERED - len(kept), 4, raw=b"\0" * 16 * (GATHERED - len(kept)))
+        rest.model_name = "gathered"
+        assert set(values(begin(rest, 0).result())) == {1.0}
+        assert [values(gathered[i].result()) for i in kept] == [[2.0 * i + 1] * 4 for i in kept]
+        assert_sane(gathering, channels[0])
+    after = executed(gathering, "gathered"), executed(gathering, "gathered", "execution_count")
+    assert (after[0] - before[0], after[1] - before[1]) == (GATHERED, 1), "cancelled calls were run"
 
 
 def test_deadlines_drop_queued_work(server: Server, channel: grpc.Channel) -> None:

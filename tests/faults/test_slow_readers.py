@@ -37,7 +37,9 @@ from tests.support.v2 import tensor
 from tests.support.wire import Wire, post
 
 MIB = 1 << 20
-ELEMENTS = 10_000
+ELEMENTS = [b"element"] * 10_000
+#: In wire form: each with its length in front.
+ELEMENT_BYTES = 10_000 * (4 + len(b"element"))
 ANSWER = 16 * MIB  # more than the buffers of sockets take
 BOUND = 24 * MIB
 HEAD = 4096  # more than an answer has beside its values
@@ -340,7 +342,7 @@ class ListTicket(EchoTicket):
     """Its answer has many elements of BYTES."""
 
     def answer(self) -> None:
-        model, elements = self.request.model, Tensor("s", "BYTES", (ELEMENTS,), [b"element"] * ELEMENTS)
+        model, elements = self.request.model, Tensor("s", "BYTES", (len(ELEMENTS),), ELEMENTS)
         if not self.ended:
             self.ended = True
             self.reply.message(InferenceResponse(model, "1", "", [elements]), Decision(model, "1", "stable", 7))
@@ -392,7 +394,7 @@ def test_answers_that_are_written_by_turns_count_before_theirs_has_come(end: str
         for stream_id in (1, 3, 5):
             wire.send(opened(stream_id))
             wire.upload(stream_id, http2.grpc_message(message("held")))
-        ended_over_http2(server, wire, ELEMENTS, end)
+        ended_over_http2(server, wire, ELEMENT_BYTES, end)
 
 
 @ENDS

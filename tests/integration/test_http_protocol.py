@@ -561,12 +561,66 @@ def test_expect_100_continue(server: Running) -> None:
         assert status_of(read_answer(sock)) == 200
 
 
-@pytest.mark.parametrize("path", ["/v2/models/nothing/infer", "/nothing"])
-def test_refused_expect_closes_as_the_body_may_never_come(server: Running, path: str) -> None:
+EXPECT = "Expect: 100-continue"
+#: Requests that are refused before their body: a header, the path, the length that they give, and the status.
+REFUSED_BY_HEAD = {
+    "bad deadline": ("x-tidegate-timeout-ms: soon", "/v2/models/affine/infer", 10, 400),
+    "unknown model": ("A: b", "/v2/models/nothing/infer", 10, 404),
+    "unknown path": ("A: b", "/nothing", 10, 404),
+    "body over the limit": ("A: b", "/v2/models/affine/infer", LIMITS.max_body_bytes + 1, 413),
+    "over the requests in flight": ("A: b", "/v2/models/affine/infer", 10, 503),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_HEAD)
+def test_refused_expect_closes_as_the_body_may_never_come_and_says_so(server: Running, case: str) -> None:
+    header, path, length, status = REFUSED_BY_HEAD[case]
+    bound = 0 if status == 503 else 10_000
+    server.call(lambda: setattr(server.port, "max_in_flight", bound))
+    try:
+        with connect(server) as sock:
+            sock.sendall(post(b"", EXPECT, header, path=path, length=str(length)))
+            answer = read_answer(sock)
+            assert status_of(answer) == status
+            assert answer.lower().count(b"\r\nconnection: close\r\n") == 1
+            assert sock.recv(10) == b""
+    finally:
+        server.call(lambda: setattr(server.port, "max_in_flight", 10_000))
+    assert settled(server)
+
+
+def test_refused_expect_whose_body_came_along_keeps_the_connection(server: Running) -> None:
     with connect(server) as sock:
-        sock.sendall(post(b"", "Expect: 100-continue", path=path, length="10"))
-        assert status_of(read_answer(sock)) == 404
-        assert sock.recv(10) == b""
+        sock.sendall(post(GOOD, EXPECT, path="/v2/models/nothing/infer"))
+        answer = read_answer(sock)
+        assert status_of(answer) == 404
+        assert b"connection: close" not in answer.lower()
+        sock.sendall(post())
+        assert status_of(read_answer(sock)) == 200
+
+
+def test_expect_refused_after_the_100_is_as_any_refusal(server: Running) -> None:
+    """The client has been asked for its body, so the rest of it comes, is thrown away, and the connection goes on."""
+    server.call(lambda: setattr(server.port, "room", 5))
+    try:
+        with connect(server) as sock:
+            sock.sendall(post(b"", EXPECT, "Transfer-Encoding: chunked", length=None))
+            assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(b"a\r\n" + GOOD[:10] + b"\r\n")
+            answer = read_answer(sock)
+            assert status_of(answer) == 503
+            assert b"connection: close" not in answer.lower()
+            server.call(lambda: setattr(server.port, "room", 1 << 40))
+            sock.sendall(b"a\r\n" + GOOD[10:20] + b"\r\n0\r\n\r\n" + post())
+            assert status_of(read_answer(sock)) == 200
+    finally:
+        server.call(lambda: setattr(server.port, "room", 1 << 40))
+
+
+def test_expect_over_http_1_0_is_ignored(server: Running) -> None:
+    with connect(server) as sock:
+        sock.sendall(post(GOOD, EXPECT).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert statuses_of(read_all(sock)) == [200]
 
 
 def test_connection_is_kept_over_errors_whose_body_is_read(server: Running) -> None:

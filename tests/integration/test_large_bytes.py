@@ -20,6 +20,7 @@ from server.transport.reference.grpcio import GrpcServer
 from server.types import Permit, Reply
 from tests.support.echo import EchoPort, EchoTicket, Running, running
 from tests.support.http2 import DATA, END_STREAM, Http2Wire, frame, grpc_message, opened
+from tests.support.routed import eventually
 from tests.support.wire import Answer, Wire, post
 
 ELEMENTS = [b"%d" % i for i in range(100_000)]
@@ -35,7 +36,10 @@ class Counting(EchoPort):
 
     def handle(self, permit: Permit, request: Any, reply: Reply, received_ns: int = 0) -> EchoTicket:
         self.handled += 1
-        return super().handle(permit, request, reply)
+        try:
+            return super().handle(permit, request, reply)
+        finally:
+            self.notify()
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +287,38 @@ def test_a_deadline_of_an_answer_that_waits_for_its_turn(server: Running) -> Non
             assert answer.body == {"error": ANSWERED_LATE}
         wire.send(post("/v2/models/echo/infer", body))
         assert binary_of(answer_of(wire)) == encode_bytes([b"a"] * 5000)
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_an_answer_that_waits_to_be_written_counts_with_its_bytes(server: Running, way: str) -> None:
+    """JSON comes as elements: nothing is read by turns, so that it is the answer that waits."""
+    elements = ["a" * 100] * 5000
+    values = {"name": "s", "shape": [5000], "datatype": "BYTES", "data": elements}
+    body = json.dumps({"inputs": [values], "parameters": {"binary_data_output": True}}).encode()
+    unsent = server.http_server.unsent
+    with http_wire(server) as wire:
+        with held(server):
+            wire.send(post("/v2/models/echo/infer", body, WAYS[way]))
+            eventually(lambda: server.call(lambda: unsent.total) > 0)
+            assert server.call(lambda: unsent.total) == 5000 * 104
+        assert len(binary_of(answer_of(wire))) == 5000 * 104
+    eventually(lambda: server.call(lambda: unsent.total == 0))
+
+
+def test_an_answer_over_grpc_that_waits_to_be_written_counts_with_its_bytes(server: Running) -> None:
+    request = pb.ModelInferRequest(model_name="echo")
+    entry = request.inputs.add(name="s", datatype="BYTES", shape=[5000])
+    entry.contents.bytes_contents.extend([b"a" * 100] * 5000)
+    unsent = cast("NativeServer", server.grpc_server).unsent
+    with Http2Wire(server.grpc) as wire:
+        with held(server):
+            wire.send(opened(1))
+            wire.upload(1, grpc_message(request.SerializeToString()))
+            eventually(lambda: server.call(lambda: unsent.total) > 0)
+            assert server.call(lambda: unsent.total) == 5000 * 104
+        answer = wire.answer(1)
+        assert answer.status == "0"
+    eventually(lambda: server.call(lambda: unsent.total == 0))
 
 
 def test_a_client_that_leaves_gives_its_turn_back(server: Running) -> None:

@@ -53,9 +53,13 @@ def options(url: str, **changes: object) -> OtlpOptions:
     return OtlpOptions(url, **(settings | changes))  # type: ignore[arg-type]
 
 
+def start(gate: TraceGate, headers: dict[str, str]) -> TraceContext | None:
+    return gate.start(headers.get("traceparent", "").encode(), headers)
+
+
 def begin(gate: TraceGate, traceparent: str | None, tracestate: str | None = None) -> RequestTrace:
     headers = {"traceparent": traceparent, "tracestate": tracestate}
-    context = gate.start({name: value for name, value in headers.items() if value is not None})
+    context = start(gate, {name: value for name, value in headers.items() if value is not None})
     assert context is not None
     now = time.monotonic_ns()
     return RequestTrace(context, "grpc", now, "tg-1", now + 10, now + 20, model="m", version="1", arm="stable", rows=1)
@@ -161,8 +165,8 @@ def test_many_records_leave_in_several_requests(receiver: Receiver) -> None:
 
 def test_nothing_is_exported_for_what_is_not_sampled(receiver: Receiver) -> None:
     gate, sink = TraceGate(0.0), SpanSink()
-    assert gate.start({}) is None
-    assert gate.start({"traceparent": CALLER_ONE[:-1] + "0"}) is None
+    assert start(gate, {}) is None
+    assert start(gate, {"traceparent": CALLER_ONE[:-1] + "0"}) is None
     export = OtlpExport(options(receiver.url), sink=sink)
     export.start()
     assert export.close()

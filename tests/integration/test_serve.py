@@ -19,6 +19,7 @@ from server import types as server_types
 from server._pb import inference_pb2 as pb
 from tests.support import models
 from tests.support.cli import cli
+from tests.support.metrics import samples, wait_total
 from tests.support.server import ROOT, Server, serving
 from tests.support.v2 import call, get, infer, tensor
 
@@ -331,6 +332,22 @@ def test_wrong_usage_exits_2(tmp_path: Path) -> None:
     assert run_cli("serve", "--model-repository", str(tmp_path / "missing")).returncode == 2
     assert run_cli("serve", "--no-such-flag").returncode == 2
     assert run_cli("serve").returncode == 2
+
+
+def test_looks_that_fail_are_told_of_until_they_work_again(tmp_path: Path) -> None:
+    folder, away = tmp_path / "models", tmp_path / "away"
+    models.affine(folder / "affine" / "1" / "model.onnx")
+    config = tmp_path / "tidegate.yaml"
+    config.write_text("apiVersion: tidegate/v1\nserver: {model_control: poll, poll_interval: 100ms}\n")
+    with serving(str(config), "--model-repository", str(folder), "--state-dir", str(tmp_path / "state")) as running:
+        assert samples(running, "tidegate_poll_failing") == {"": 0}
+        folder.rename(away)
+        running.wait_for("poll_failed")
+        wait_total(running, "tidegate_poll_failing", 1)
+        assert infer(running.http, "affine", [tensor("x", "FP32", [1, 4], [1, 2, 3, 4])])[0] == 200
+        away.rename(folder)
+        running.wait_for("poll_works_again")
+        wait_total(running, "tidegate_poll_failing", 0)
 
 
 def test_explicit_control(tmp_path: Path, repository: Path) -> None:

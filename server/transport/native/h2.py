@@ -373,7 +373,7 @@ class Http2Connection(asyncio.Protocol):
             self._count_unsent(self._unsent - self._owed + size)
 
     def owe(self, size: int) -> None:
-        """So many more bytes (elements of BYTES) of answers are being written down, or fewer: see ``bridge.Owed``."""
+        """So many more bytes of answers are being written down, or fewer: see ``bridge.Owed``."""
         if self in self.server.live:  # one that is lost counts no more
             self._owed += size
             self._unsent = self.server.unsent.moved(self._unsent, self._unsent + size)

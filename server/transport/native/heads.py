@@ -24,7 +24,7 @@ _KNOWN_LINES: Final = 1024
 class Head:
     """A request's head as it came, and what it says. ``target``: (model, version) of what is taken here, else None."""
 
-    __slots__ = ("headers", "json_size", "length", "limited", "metadata", "raw", "target", "url")
+    __slots__ = ("headers", "json_size", "length", "limited", "metadata", "raw", "target", "traceparent", "url")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Head:
         self.metadata = metadata
         self.length = length
         self.limited = TIMEOUT_HEADER in metadata
+        self.traceparent = metadata.get("traceparent", "").encode("latin-1")
         #: Of the JSON part, once a body of this length has been read.
         self.json_size: int | None = None
         #: All its bytes, once it is one of the ``KnownHeads``.

@@ -253,9 +253,7 @@ class InferCycle(Reply):
         if response is None or request is None or head is None:
             raise Internal(self._tidegate_id())
         protocol = self._protocol
-        size = 0
-        for tensor in response.outputs:
-            size += len(tensor.data)
+        size = pieces.wire_bytes(response.outputs)
         if size > protocol.settled_bytes and (
             size > protocol.server_side.settings.offload_bytes
             or "accept-encoding" in head.metadata
@@ -495,7 +493,10 @@ class NativeHttp1(HttpProtocol):
         received_ns = _monotonic_ns()
         deadline_ns = deadline_of(known.metadata, received_ns) if known.limited else 0
         model, version = known.target
-        return RequestHead("http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer)
+        return RequestHead(
+            "http", model, version, known.metadata, received_ns, deadline_ns, known.length, self._peer,
+            known.traceparent,
+        )  # fmt: skip
 
     def _read_head(self) -> Head:
         """What target and headers say. Raises TidegateError."""

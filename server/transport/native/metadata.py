@@ -19,29 +19,37 @@ class Metadata(Mapping[str, str]):
     headers for them costs less than to hash every one.
 
     What every call is asked for is found on the way: ``path`` and ``content_type`` (the last one; b"" without), whether
-    it is ``timed`` and ``encoded`` (there is a ``grpc-timeout``, a ``grpc-encoding``), and ``size``, the bytes of all
-    names and values.
+    it is ``timed`` and ``encoded`` (there is a ``grpc-timeout``, a ``grpc-encoding``), ``traceparent`` (several joined
+    by ", "; b"" without) and ``size``, the bytes of all names and values.
     """
 
-    __slots__ = ("_asked", "_headers", "_names", "content_type", "encoded", "path", "size", "timed")
+    __slots__ = ("_asked", "_headers", "_names", "content_type", "encoded", "path", "size", "timed", "traceparent")
 
     def __init__(self, headers: tuple[Header, ...]) -> None:
         self._headers = headers
         self._names: set[bytes] | None = None
         self._asked = 0
         self.path = self.content_type = b""
+        traceparent: bytes | None = None
         self.timed = self.encoded = False
         size = 0
         for name, value in headers:
-            size += len(name) + len(value)
-            if name == b":path":
-                self.path = value
-            elif name == b"content-type":
-                self.content_type = value
-            elif name == b"grpc-timeout":
-                self.timed = True
-            elif name == b"grpc-encoding":
+            length = len(name)
+            size += length + len(value)
+            if length == 5:  # to compare numbers costs next to nothing
+                if name == b":path":
+                    self.path = value
+            elif length == 11:
+                if name == b"traceparent":
+                    traceparent = value if traceparent is None else traceparent + b", " + value
+            elif length == 12:
+                if name == b"content-type":
+                    self.content_type = value
+                elif name == b"grpc-timeout":
+                    self.timed = True
+            elif length == 13 and name == b"grpc-encoding":
                 self.encoded = True
+        self.traceparent = traceparent or b""
         self.size = size
 
     def _values(self, key: str) -> list[bytes]:

@@ -256,7 +256,8 @@ class InferCall(UnaryCall, Reply):
             raise TooManyRequests("answers on this connection wait for their reader: take them first")
         self._permit = connection.server.port.admit(
             RequestHead(
-                "grpc", "", "", head.metadata, head.received_ns, head.deadline_ns, size, connection.peer
+                "grpc", "", "", head.metadata, head.received_ns, head.deadline_ns, size, connection.peer,
+                head.metadata.traceparent,
             )
         )  # fmt: skip
 
@@ -327,7 +328,7 @@ class InferCall(UnaryCall, Reply):
             raise Internal(self._tidegate_id())
         if pieces.has_many(response):
             owed = Owed(self._connection.owe)
-            owed.owe(sum([len(tensor.data) for tensor in response.outputs]))
+            owed.owe(pieces.wire_bytes(response.outputs))
             self._working = self._connection.loop.create_task(self._answer_later(response, owed))
             self._working.add_done_callback(owed.settle)  # cancelled before it begins, it says nothing itself
             return WRITING

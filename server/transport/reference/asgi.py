@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -208,6 +208,8 @@ class HttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise _Violation(InvalidArgument(f"HTTP version {version} is not spoken here; use 1.1"))
+        if version == "1.0":
+            self.expect_100_continue = False  # such a client would take 100 (Continue) for the answer
         if self._hosts > 1 or (self._hosts == 0 and version == "1.1"):
             raise _Violation(InvalidArgument(f"an HTTP/1.1 request needs exactly one Host header, got {self._hosts}"))
         if self.parser.get_method() == b"CONNECT":
@@ -256,10 +258,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             self._send_refusal(self._refusal)
         elif cycle.more_body and not self._closing:
-            if self.expect_100_continue:
-                self._close_gently()  # whether the body still comes is the client's choice: nothing can follow it
-            else:
-                self._arm(self._settings.discard_s, self.transport.abort)
+            self._arm(self._settings.discard_s, self.transport.abort)
 
     # --- refusing and closing ---------------------------------------------------------------------------------
 
@@ -317,6 +316,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._started = cycle
+        if cycle.waiting_for_100_continue:
+            app = _announcing(cycle, app)
         super()._start_asgi_task(cycle, app)
 
     def _send_refusal(self, error: TidegateError) -> None:
@@ -411,7 +412,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._stall = None
 
     def owe(self, size: int) -> None:
-        """An answer of so many bytes (elements of BYTES) is being written down; 0: none is any more.
+        """An answer of so many bytes is being written down; 0: none is any more.
 
         It counts like one that waits for its reader, as it soon may: else any number would be made before the first of
         them has reached its socket.
@@ -432,6 +433,23 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._stalled_at = waiting
         self._stall = self.loop.call_later(self._settings.write_stall_s, self._stall_expired)
+
+
+def _announcing(cycle: Any, app: ASGIApp) -> ASGIApp:
+    """``app`` for a request that waits for 100 (Continue): a final answer in its place says that the connection closes.
+
+    Whether the body still comes is then the client's choice (RFC 9110 section 10.1.1): nothing can follow it.
+    """
+
+    async def announcing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def announced(message: Message) -> None:
+            if cycle.waiting_for_100_continue and cycle.more_body:
+                cycle.keep_alive = False
+            await send(message)
+
+        await app(scope, receive, announced)
+
+    return announcing
 
 
 def _malformed(error: Exception) -> InvalidArgument:

@@ -15,7 +15,7 @@ from server._pb import inference_pb2 as pb
 from server.codec import binary, protobuf
 from server.codec import json as json_codec
 from server.codec.binary import PIECE_BYTES, PIECE_ELEMENTS, encode_bytes, input_tensor, raw_contents
-from server.codec.pieces import SMALL_BODY_BYTES, finish, has_many, unfinished, wired
+from server.codec.pieces import SMALL_BODY_BYTES, finish, has_many, unfinished, wire_bytes, wired
 from server.codec.process.steps import Steps, at_once
 from server.errors import InvalidArgument
 from server.types import (
@@ -215,8 +215,25 @@ def test_outputs_are_those_encoded_at_once(pattern: list[int], count: int) -> No
     response = answer(Tensor("y", "BYTES", (count,), elements))
     made = at_once(wired(response))
     assert raw_contents(made.outputs[0]) == encode_bytes(elements)
+    assert wire_bytes(response.outputs) == wire_bytes(made.outputs) == len(encode_bytes(elements))
     assert response.outputs[0].data is elements
     assert protobuf.encode_infer(made) == protobuf.encode_infer(response)
+
+
+def test_the_length_of_an_answer_is_that_of_all_its_outputs() -> None:
+    assert wire_bytes([]) == 0
+    assert wire_bytes(OUTPUTS) == sum(len(raw_contents(output)) for output in OUTPUTS)
+    assert wire_bytes([Tensor("y", "BYTES", (2,), [b"", b"abc"]), Tensor("f", "FP32", (1,), bytes(4))]) == 4 + 7 + 4
+
+
+def test_the_length_of_very_many_elements_is_known_by_a_sample() -> None:
+    """Who asks may be the event loop: as many lengths as it has time for are added up."""
+    alike = [b"abcd"] * 1_000_003
+    estimate = wire_bytes([Tensor("y", "BYTES", (len(alike),), alike)])
+    assert abs(estimate - 8 * len(alike)) <= 4 * 40
+    mixed = [b"x" * (i % 50) for i in range(300_000)]
+    exact = sum(map(len, mixed)) + 4 * len(mixed)
+    assert abs(wire_bytes([Tensor("y", "BYTES", (len(mixed),), mixed)]) / exact - 1) < 0.2
 
 
 def test_an_answer_is_encoded_in_steps() -> None:

@@ -120,6 +120,24 @@ def test_empty_tensors(path: Path, shape: tuple[int, int]) -> None:
     assert run(engine, np.ones((2, 2), "<f4"))[0].shape == (2, 2)
 
 
+def test_contents_of_several_members_are_joined_once(path: Path) -> None:
+    """Where it is to be kept, the whole is left in the batch, and the drift monitor copies nothing."""
+    save(path, [node("Identity", ["x"], ["y"])], [("x", FLOAT, ["n", 2])], [("y", FLOAT, ["n", 2])])
+    rows = RNG.standard_normal((3, 2)).astype("<f4")
+    whole = rows.tobytes()
+    members: list[Buffer | list[bytes]] = [memoryview(whole)[:8], whole[8:16], bytearray(whole[16:])]
+    engine = load(path, max_batch_size=8)
+    batch = Batch(3, [(3, 2)], [members])
+    assert engine.run(0, batch)[0].data == whole
+    assert batch.parts == [members]  # nobody wants it: it lives no longer than it is needed, and is joined anew
+    batch.keep = True
+    assert engine.run(0, batch)[0].data == whole
+    assert batch.parts == [[whole]]
+    joined = batch.parts[0]
+    assert joined is not None
+    assert b"".join(joined) is joined[0]  # type: ignore[arg-type]
+
+
 def test_an_empty_typed_view_is_an_empty_tensor(path: Path) -> None:
     engine = load(unary(path, "Relu", FLOAT, ("N", 4)))
     (answer,) = engine.run(0, Batch(1, [(0, 4)], [[memoryview(np.empty((0, 4), "<f4"))]]))

@@ -19,11 +19,16 @@ from server.telemetry.trace import (
     format_traceparent,
     parse_traceparent,
 )
+from server.types import RequestHead
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
 SAMPLED = f"00-{TRACE}-{SPAN}-01"
 UNSAMPLED = f"00-{TRACE}-{SPAN}-00"
+
+
+def start(gate: TraceGate, headers: dict[str, str]) -> TraceContext | None:
+    return gate.start(RequestHead("grpc", "", "", headers, 0).traceparent, headers)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +83,11 @@ INVALID = [
 @pytest.mark.parametrize("header", INVALID)
 def test_invalid_traceparents_are_ignored(header: str) -> None:
     assert parse_traceparent(header) is None
-    started = TraceGate(1.0).start({"traceparent": header})
+    started = start(TraceGate(1.0), {"traceparent": header})
     assert started is not None
     assert started.parent_id == 0
     assert started.trace_id != int(TRACE, 16)
-    assert TraceGate(0.0).start({"traceparent": header}) is None
+    assert start(TraceGate(0.0), {"traceparent": header}) is None
 
 
 @given(trace_id=st.integers(1, 2**128 - 1), span_id=st.integers(1, 2**64 - 1), sampled=st.booleans())
@@ -93,7 +98,9 @@ def test_format_and_parse_are_inverse(trace_id: int, span_id: int, sampled: bool
 @given(st.text(alphabet="0123456789abcdefABCDEFg-\n \u0660", max_size=70))
 def test_any_text_is_read_or_ignored_alike_by_gate_and_parser(header: str) -> None:
     parsed = parse_traceparent(header)
-    started = TraceGate(1.0).start({"traceparent": header})
+    never = start(TraceGate(0.0), {"traceparent": header})
+    assert (never is not None) == (parsed is not None and parsed.sampled)
+    started = start(TraceGate(1.0), {"traceparent": header})
     if parsed is None:
         assert started is not None
         assert started.parent_id == 0
@@ -150,8 +157,8 @@ def test_tracestate_bounds(value: str, kept: str) -> None:
 
 def test_a_caller_decides_when_the_gate_is_parent_based() -> None:
     never, always = TraceGate(0.0), TraceGate(1.0)
-    assert always.start({"traceparent": UNSAMPLED}) is None
-    context = never.start({"traceparent": SAMPLED, "tracestate": "vendor=1"})
+    assert start(always, {"traceparent": UNSAMPLED}) is None
+    context = start(never, {"traceparent": SAMPLED, "tracestate": "vendor=1"})
     assert context is not None
     assert (context.trace_id, context.parent_id) == (int(TRACE, 16), int(SPAN, 16))
     assert context.tracestate == "vendor=1"
@@ -159,8 +166,8 @@ def test_a_caller_decides_when_the_gate_is_parent_based() -> None:
 
 
 def test_without_parent_based_only_the_trace_id_is_taken_over() -> None:
-    assert TraceGate(0.0, parent_based=False).start({"traceparent": SAMPLED}) is None
-    context = TraceGate(1.0, parent_based=False).start({"traceparent": UNSAMPLED})
+    assert start(TraceGate(0.0, parent_based=False), {"traceparent": SAMPLED}) is None
+    context = start(TraceGate(1.0, parent_based=False), {"traceparent": UNSAMPLED})
     assert context is not None
     assert (context.trace_id, context.parent_id) == (int(TRACE, 16), int(SPAN, 16))
 
@@ -168,8 +175,44 @@ def test_without_parent_based_only_the_trace_id_is_taken_over() -> None:
 def test_the_ratio_is_kept() -> None:
     random.seed(20240607)
     gate = TraceGate(0.1)
-    sampled = sum(gate.start({}) is not None for _ in range(20_000))
+    sampled = sum(start(gate, {}) is not None for _ in range(20_000))
     assert 1_830 <= sampled <= 2_170  # four standard deviations
+
+
+@pytest.mark.parametrize("ratio", [0.03, 0.5, 0.9])
+def test_every_request_has_the_same_chance_whatever_became_of_those_before(ratio: float) -> None:
+    random.seed(20240607)
+    gates = [TraceGate(ratio) for _ in range(4_000)]
+    first = [[start(gate, {}) is not None for _ in range(6)] for gate in gates]
+    four_deviations = 4 * (ratio * (1 - ratio) / len(gates)) ** 0.5
+    for place in range(6):
+        assert abs(sum(one[place] for one in first) / len(gates) - ratio) < four_deviations
+    together = sum(one[place] and one[place + 1] for one in first for place in range(5)) / (5 * len(gates))
+    assert abs(together - ratio**2) < four_deviations
+
+
+def test_callers_who_decide_leave_the_share_of_the_others_alone() -> None:
+    """Requests with a decision lie between those without, and are passed over with the same chance."""
+    random.seed(20240607)
+    gate = TraceGate(0.1)
+    sampled = 0
+    for _ in range(20_000):
+        assert start(gate, {"traceparent": UNSAMPLED}) is None
+        assert start(gate, {"traceparent": SAMPLED}) is not None
+        sampled += start(gate, {}) is not None
+        assert start(gate, {"traceparent": UNSAMPLED}) is None
+    assert 1_830 <= sampled <= 2_170
+
+
+@pytest.mark.parametrize("ratio", [5e-324, 1e-300, 1e-18])
+def test_a_share_that_is_next_to_nothing_is_none(ratio: float) -> None:
+    gate = TraceGate(ratio)
+    assert [start(gate, {}) for _ in range(100)] == [None] * 100
+
+
+def test_nearly_all() -> None:
+    gate = TraceGate(1.0 - 2**-53)
+    assert all(start(gate, {}) is not None for _ in range(100))
 
 
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, float("nan")])
@@ -179,7 +222,7 @@ def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
 
 
 def test_traceresponse_names_the_request_span() -> None:
-    context = TraceGate(0.0).start({"traceparent": SAMPLED})
+    context = start(TraceGate(0.0), {"traceparent": SAMPLED})
     assert context is not None
     assert context.header() == f"00-{TRACE}-{context.span_id:016x}-01"
     assert parse_traceparent(context.header()) == (context.trace_id, context.span_id, True)
@@ -187,7 +230,7 @@ def test_traceresponse_names_the_request_span() -> None:
 
 def test_new_ids_differ() -> None:
     gate = TraceGate(1.0)
-    contexts = [context for context in (gate.start({}) for _ in range(1000)) if context is not None]
+    contexts = [context for context in (start(gate, {}) for _ in range(1000)) if context is not None]
     assert len({context.trace_id for context in contexts}) == len({context.span_id for context in contexts}) == 1000
 
 

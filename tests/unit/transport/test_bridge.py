@@ -99,5 +99,9 @@ def test_only_large_answers_are_told_of() -> None:
             output = Tensor("y", "FP32", (1, size // 4), bytes(size))
             reply.message(InferenceResponse("m", "1", "", [output]), Decision("m", "1", "stable", 1))
         assert told == [64 * 1024 + 4]
+        for size in (64 * 1024 - 8, 64 * 1024):  # two elements
+            output = Tensor("y", "BYTES", (2,), [b"", bytes(size)])
+            reply.message(InferenceResponse("m", "1", "", [output]), Decision("m", "1", "stable", 1))
+        assert told == [64 * 1024 + 4, 64 * 1024 + 8]
 
     asyncio.run(run())

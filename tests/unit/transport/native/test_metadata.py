@@ -17,7 +17,7 @@ HEADERS: tuple[Header, ...] = (
     (b"x-many", b"\xe9"),
     (b"x-empty", b""),
 )
-NAMES = st.sampled_from([b":path", b"te", b"x-a", b"x-a-bin", b"-bin", b"x-b"])
+NAMES = st.sampled_from([b":path", b"te", b"x-a", b"x-a-bin", b"-bin", b"x-b", b"traceparent", b"traceparenu"])
 
 
 def test_names_values_and_what_is_left_out() -> None:
@@ -53,6 +53,8 @@ def test_as_decoded_at_once(headers: list[Header]) -> None:
     metadata = Metadata(tuple(headers))
     assert dict(metadata) == wanted
     assert len(metadata) == len(wanted)
-    assert {name: metadata.get(name) for name in ("te", "x-a", "x-b")} == {
-        name: wanted.get(name) for name in ("te", "x-a", "x-b")
+    assert {name: metadata.get(name) for name in ("te", "x-a", "x-b", "traceparent")} == {
+        name: wanted.get(name) for name in ("te", "x-a", "x-b", "traceparent")
     }
+    assert {name for name in ("te", "traceparent", "traceparenu") if name in metadata} == wanted.keys() - {"x-a", "x-b"}
+    assert metadata.traceparent.decode("latin-1") == wanted.get("traceparent", "")
