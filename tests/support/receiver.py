@@ -78,7 +78,10 @@ class Receiver:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # the sender was killed between head and body: no request was received
+            return
         receiver = cast("_Server", self.server).receiver
         answer = receiver.take(Received(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
         if answer.hang_up:
