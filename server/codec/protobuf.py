@@ -205,8 +205,12 @@ def _infer_parts(response: InferenceResponse, *, framed: bool) -> list[Buffer]:
     if len(outputs) == 1 and not response.id and not response.parameters:
         output = outputs[0]
         raw = raw_contents(output)
-        single = _framed_head if framed else _single_head
-        return [single(response.model, response.version, output.name, output.datatype, output.shape, len(raw)), raw]
+        if framed:
+            return [_head_before(response, output, len(raw)), raw]
+        return [
+            _single_head(response.model, response.version, output.name, output.datatype, output.shape, len(raw)),
+            raw,
+        ]
     parts: list[Buffer] = [_model_head(response.model, response.version)]
     if response.id:
         identifier = response.id.encode()
@@ -222,6 +226,39 @@ def _infer_parts(response: InferenceResponse, *, framed: bool) -> list[Buffer]:
 
 def _frame(size: int) -> bytes:
     return b"\0" + size.to_bytes(4, "big")
+
+
+class _Heads:
+    """The head that was written last, and for what: the answers of a batch have one after the other the same."""
+
+    __slots__ = ("datatype", "head", "model", "name", "shape", "size", "version")
+
+    def __init__(self) -> None:
+        self.model = self.version = self.name = self.datatype = ""
+        self.shape: tuple[int, ...] = ()
+        self.size = -1
+        self.head = b""
+
+
+_last: Final = _Heads()
+
+
+def _head_before(response: InferenceResponse, output: Tensor, size: int) -> bytes:
+    """As ``_framed_head``. Strings are compared by identity: they come from the model's signature."""
+    last = _last
+    if (
+        last.size == size
+        and last.model is response.model
+        and last.version is response.version
+        and last.name is output.name
+        and last.datatype is output.datatype
+        and last.shape == output.shape
+    ):
+        return last.head
+    last.model, last.version, last.name, last.datatype = response.model, response.version, output.name, output.datatype
+    last.shape, last.size = output.shape, size
+    last.head = _framed_head(response.model, response.version, output.name, output.datatype, output.shape, size)
+    return last.head
 
 
 @lru_cache(maxsize=4096)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from server._pb import inference_pb2 as pb
-from server.codec.protobuf import decode_infer, encode_infer, encode_stream_error, encode_stream_infer
+from server.codec.protobuf import decode_infer, encode_infer, encode_stream_error, encode_stream_infer, framed_infer
 from server.errors import InvalidArgument
 from server.types import InferenceRequest, InferenceResponse, RequestedOutput, RequestLimits, Tensor
 
@@ -195,3 +196,26 @@ def test_stream_messages() -> None:
     ).SerializeToString(deterministic=True)
     error = pb.ModelStreamInferResponse.FromString(encode_stream_error("wrong", "7"))
     assert (error.error_message, error.infer_response.id) == ("wrong", "7")
+
+
+ONE = Tensor("y", "FP32", (1, 2), bytes(8))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        InferenceResponse("n", "1", "", [ONE]),
+        InferenceResponse("m", "2", "", [ONE]),
+        InferenceResponse("m", "1", "", [replace(ONE, name="z")]),
+        InferenceResponse("m", "1", "", [replace(ONE, datatype="INT32")]),
+        InferenceResponse("m", "1", "", [replace(ONE, shape=(2, 1))]),
+        InferenceResponse("m", "1", "", [replace(ONE, data=bytes(9))]),  # BYTES differ so; their length is not known
+        InferenceResponse("m", "1", "id", [ONE]),
+        InferenceResponse("m", "1", "", [ONE, ONE]),
+    ],
+)
+def test_framed_answers_that_follow_each_other_each_have_their_own_head(other: InferenceResponse) -> None:
+    usual = InferenceResponse("m", "1", "", [ONE])
+    for response in (usual, usual, other, other, usual, other):
+        message = encode_infer(response)
+        assert framed_infer(response) == b"\0" + len(message).to_bytes(4, "big") + message
