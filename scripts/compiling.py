@@ -55,6 +55,7 @@ MODULES = (
     "server/telemetry/metrics.py",
     "server/telemetry/stats.py",
     "server/telemetry/trace.py",
+    "server/transport/native/cycle.py",
     "server/transport/native/h2.py",
     "server/transport/native/heads.py",
     "server/transport/native/http1.py",

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from server.transport.answers import HttpSettings
-from server.transport.native.http1 import InferCycle
+from server.transport.native.cycle import InferCycle
 from server.types import RequestHead, RequestLimits
 from tests.support.echo import EchoPermit, EchoPort, Running, running
 from tests.support.wire import PATIENCE_S, Wire, post
