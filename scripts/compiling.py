@@ -47,6 +47,7 @@ MODULES = (
     "server/codec/scan.py",
     "server/gateway/call.py",
     "server/gateway/core.py",
+    "server/gateway/deadlines.py",
     "server/gateway/policy.py",
     "server/gateway/polling.py",
     "server/gateway/served.py",

@@ -15,11 +15,12 @@ from router.breaker import REFUSED, Breaker
 from router.decision import RouteDecision
 from router.retry import Next
 from router.types import ShadowRoute
-from server.batching.batcher import TimerHandle, Work
+from server.batching.batcher import Work
 from server.batching.planner import NEW
 from server.checks import check_request, queue_terms
 from server.codec.classification import classify
 from server.errors import DeadlineExceeded, InvalidArgument, ModelNotReady, TidegateError, VersionTimeout
+from server.gateway.deadlines import Timed
 from server.gateway.ends import NO_TRIAL
 from server.gateway.policy import ModelPolicy, outcome_of
 from server.gateway.served import Served
@@ -84,18 +85,19 @@ class Attempt(Work):
             self.route.fallback.target.release()
 
 
-class Call(Ticket):
+class Call(Timed, Ticket):
     """A request in flight. ``cancel`` after the end is harmless.
 
     It is counted by what its caller is told: an answer that the transport cannot write ends it by an error.
     """
 
     __slots__ = ("_attempt", "_done", "_gateway", "_permit", "_policy", "_received_ns", "_reply", "_request",
-                 "_retries", "_shadows", "_timer")  # fmt: skip
+                 "_retries", "_shadows")  # fmt: skip
 
     def __init__(
         self, gateway: Gateway, permit: GatewayPermit, request: InferenceRequest, reply: Reply, received_ns: int
     ) -> None:
+        super().__init__()
         self._received_ns = received_ns
         self._gateway = gateway
         self._permit = permit
@@ -105,7 +107,6 @@ class Call(Ticket):
         self._retries = 0
         self._policy: ModelPolicy | None = None
         self._attempt: Attempt | None = None
-        self._timer: TimerHandle | None = None
         #: Who is to get a copy of the request and of what the version that was chosen for it answers.
         self._shadows: tuple[ShadowRoute[Served], ...] = ()
 
@@ -153,7 +154,7 @@ class Call(Ticket):
 
     def _set_timer(self, now: int) -> None:
         """Arm the timer of the next attempt: by the caller's deadline or the policy's limit, whichever is earlier."""
-        self._stop_timer()
+        self._gateway.deadlines.discard(self)
         limit_ns = 0 if self._policy is None else self._policy.timeout_ns
         until = self._permit.head.deadline_ns
         if limit_ns:
@@ -162,12 +163,7 @@ class Call(Ticket):
             if until <= now:
                 when = "the request arrived" if self._attempt is None else "another attempt was to begin"
                 raise DeadlineExceeded(f"the deadline had passed when {when}")
-            self._timer = self._gateway.call_later((until - now) / 1e9, self._expired)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+            self._gateway.deadlines.add(self, until, now)
 
     def _try(self, route: RouteDecision[Served]) -> None:
         """Begin an attempt, on stable when this version's breaker is open. Raises what a bad request deserves."""
@@ -286,8 +282,8 @@ class Call(Ticket):
 
     def _answer(self, attempt: Attempt, work: Work, response: InferenceResponse) -> None:
         self._done = True
-        if self._timer is not None:
-            self._stop_timer()
+        if self.turn_ns:
+            self._gateway.deadlines.discard(self)
         self._attempt = None
         self._reply.message(response, attempt.decision)
         code = self._reply.finish(None)
@@ -360,7 +356,7 @@ class Call(Ticket):
         log.error("request_failed", id=self._permit.tidegate_id, model=self._request.model, exc_info=error)
         self._end(TidegateError(f"internal error, id {self._permit.tidegate_id}"))
 
-    def _expired(self) -> None:
+    def expired(self) -> None:
         """The caller's time is up, or this attempt's."""
         attempt, deadline_ns = self._attempt, self._permit.head.deadline_ns
         if self._done or attempt is None:
@@ -391,8 +387,8 @@ class Call(Ticket):
     def _finish_books(self, code: str) -> None:
         """Everything that the end of a request without an answer owes, whichever end it was."""
         self._done = True
-        if self._timer is not None:
-            self._stop_timer()
+        if self.turn_ns:
+            self._gateway.deadlines.discard(self)
         attempt, self._attempt = self._attempt, None
         if attempt is None:
             self._gateway.telemetry.rejected(code).inc()

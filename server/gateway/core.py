@@ -33,6 +33,7 @@ from server.errors import (
     VersionNotFound,
 )
 from server.gateway.call import Call
+from server.gateway.deadlines import Deadlines
 from server.gateway.decisions import DecisionLog
 from server.gateway.policy import Answered, FeedbackIndex, ModelPolicy
 from server.gateway.polling import BusyPoll
@@ -127,7 +128,7 @@ class Gateway(Port):
         self.unsent = unsent or Unsent()
         self.telemetry = telemetry
         self.clock = clock
-        self.call_later = call_later
+        self.deadlines = Deadlines(clock, call_later)
         self.capture = capture
         self._sampled = SampledRequests(telemetry, call_soon)
         self.table: RoutingTable[Served] = RoutingTable({}, 0)

@@ -18,12 +18,12 @@ class Metadata(Mapping[str, str]):
     Values of a name that comes again are joined by ", ". Few names are ever asked for, and to look through the
     headers for them costs less than to hash every one.
 
-    What every call is asked for is found on the way: ``path`` and ``content_type`` (the last one; b"" without), whether
-    it is ``timed`` and ``encoded`` (there is a ``grpc-timeout``, a ``grpc-encoding``), ``traceparent`` (several joined
-    by ", "; b"" without) and ``size``, the bytes of all names and values.
+    What every call is asked for is found on the way: ``path`` and ``content_type`` (the last one; b"" without),
+    ``timeout`` (``grpc-timeout``; None without) and ``traceparent`` (b"" without), several joined by ", ", whether it
+    is ``encoded`` (there is a ``grpc-encoding``) and ``size``, the bytes of all names and values.
     """
 
-    __slots__ = ("_asked", "_headers", "_names", "content_type", "encoded", "path", "size", "timed", "traceparent")
+    __slots__ = ("_asked", "_headers", "_names", "content_type", "encoded", "path", "size", "timeout", "traceparent")
 
     def __init__(self, headers: tuple[Header, ...]) -> None:
         self._headers = headers
@@ -31,7 +31,8 @@ class Metadata(Mapping[str, str]):
         self._asked = 0
         self.path = self.content_type = b""
         traceparent: bytes | None = None
-        self.timed = self.encoded = False
+        timeout: bytes | None = None
+        self.encoded = False
         size = 0
         for name, value in headers:
             length = len(name)
@@ -46,10 +47,11 @@ class Metadata(Mapping[str, str]):
                 if name == b"content-type":
                     self.content_type = value
                 elif name == b"grpc-timeout":
-                    self.timed = True
+                    timeout = value if timeout is None else timeout + b", " + value
             elif length == 13 and name == b"grpc-encoding":
                 self.encoded = True
         self.traceparent = traceparent or b""
+        self.timeout = timeout
         self.size = size
 
     def _values(self, key: str) -> list[bytes]:

@@ -43,8 +43,9 @@ class GrpcHead:
         self.metadata = metadata
         self.deadline_ns = 0
         self.coding = ""
-        if metadata.timed:
-            self.deadline_ns = self.received_ns + wire.timeout_ns(metadata["grpc-timeout"])
+        timeout = metadata.timeout
+        if timeout is not None:
+            self.deadline_ns = self.received_ns + wire.timeout_ns(timeout)
         if metadata.encoded:
             self.coding = metadata["grpc-encoding"]
             wire.check_coding(self.coding)

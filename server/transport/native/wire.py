@@ -16,21 +16,37 @@ from server.types import Buffer
 #: A message's prefix: compressed or not, length.
 PREFIX: Final = struct.Struct(">BI")
 PREFIX_BYTES: Final = 5
-_UNITS_NS: Final = {"H": 3_600_000_000_000, "M": 60_000_000_000, "S": 1_000_000_000, "m": 1_000_000, "u": 1_000, "n": 1}
+_UNITS_NS: Final = {
+    ord("H"): 3_600_000_000_000,
+    ord("M"): 60_000_000_000,
+    ord("S"): 1_000_000_000,
+    ord("m"): 1_000_000,
+    ord("u"): 1_000,
+    ord("n"): 1,
+}
 _MAX_DIGITS: Final = 8
 #: What stands in a status text as it is: printable ASCII but the percent sign.
 _PLAIN: Final = bytes(b for b in range(0x20, 0x7F) if b != 0x25)
 _CODINGS: Final = frozenset({"gzip", "deflate", "identity", ""})
 
 
-def timeout_ns(text: str) -> int:
+def timeout_ns(value: bytes) -> int:
     """``grpc-timeout`` in ns. Raises InvalidArgument."""
-    digits, unit = text[:-1], text[-1:]
-    if unit not in _UNITS_NS or not (digits.isascii() and digits.isdecimal()) or len(digits) > _MAX_DIGITS:
+    last = len(value) - 1
+    unit = _UNITS_NS.get(value[last], 0) if 0 < last <= _MAX_DIGITS else 0
+    number = 0
+    for i in range(last if unit else 0):
+        digit = value[i] - 0x30
+        if not 0 <= digit <= 9:
+            unit = 0
+            break
+        number = number * 10 + digit
+    if not unit:
         raise InvalidArgument(
-            f"grpc-timeout must be up to {_MAX_DIGITS} digits and a unit of H, M, S, m, u, n; got {text[:64]!r}"
+            f"grpc-timeout must be up to {_MAX_DIGITS} digits and a unit of H, M, S, m, u, n; "
+            f"got {value.decode('latin-1')[:64]!r}"
         )
-    return int(digits) * _UNITS_NS[unit]
+    return number * unit
 
 
 def status_text(message: str) -> bytes:

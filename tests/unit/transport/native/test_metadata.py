@@ -37,10 +37,11 @@ def test_names_values_and_what_is_left_out() -> None:
 
 def test_what_every_call_is_asked_for() -> None:
     found = Metadata(((b":path", b"/p"), (b"content-type", b"a"), (b"grpc-timeout", b""), (b"content-type", b"b")))
-    assert (found.path, found.content_type, found.timed, found.encoded) == (b"/p", b"b", True, False)
+    assert (found.path, found.content_type, found.timeout, found.encoded) == (b"/p", b"b", b"", False)
     assert found.size == len(":path/pcontent-typeagrpc-timeoutcontent-typeb")
     coded = Metadata(((b"grpc-encoding", b"gzip"), (b"content-type2", b"x"), (b"grpc-timeou", b"1S")))
-    assert (coded.path, coded.content_type, coded.timed, coded.encoded) == (b"", b"", False, True)
+    assert (coded.path, coded.content_type, coded.timeout, coded.encoded) == (b"", b"", None, True)
+    assert Metadata(((b"grpc-timeout", b"1S"), (b"grpc-timeout", b"2S"))).timeout == b"1S, 2S"
 
 
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=4)), max_size=8))

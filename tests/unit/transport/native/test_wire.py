@@ -19,13 +19,16 @@ from server.transport.native import wire
      ("0S", 0), ("99999999H", 99999999 * 3600 * 10**9)],
 )  # fmt: skip
 def test_timeouts(text: str, ns: int) -> None:
-    assert wire.timeout_ns(text) == ns
+    assert wire.timeout_ns(text.encode()) == ns
 
 
-@pytest.mark.parametrize("text", ["", "S", "1", "1s", "-1S", "+1S", "1.5S", "1 S", "123456789S", "٣S", "1S ", "S1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "S", "1", "1s", "-1S", "+1S", "1.5S", "1 S", "123456789S", "٣S", "1S ", "S1", "1_0S", "1S, 1S"],
+)
 def test_bad_timeouts(text: str) -> None:
     with pytest.raises(InvalidArgument, match="grpc-timeout"):
-        wire.timeout_ns(text)
+        wire.timeout_ns(text.encode())
 
 
 def test_status_texts_are_percent_encoded_utf_8() -> None:
