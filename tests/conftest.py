@@ -23,6 +23,12 @@ settings.register_profile(
 settings.load_profile("the same")
 
 
+# What is logged in this process ends in plain tracebacks, as the product's own logs do. structlog's default draws every
+# frame with all that is in it: seconds for each, on the loop that logs, when the machine is busy.
+_PLAIN = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _PLAIN])
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     """Commands that are run in the tests' own process set up logging for all of it.

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from server.audit import AuditLog, Verified
+from server.delivery.backoff import RetryPolicy
 from server.delivery.dispatcher import Dispatcher
 from server.delivery.options import WebhookOptions
 from server.delivery.signature import SigningSecret
@@ -49,6 +51,7 @@ TRIGGER = (
     OPEN
     + """
 print("ready", flush=True)
+sys.stdin.readline()
 for number in range(100_000):
     key = f"{sys.argv[2]}-{number}"
     with store.transaction() as connection:
@@ -65,16 +68,44 @@ DISPATCHER = (
 options = WebhookOptions(sys.argv[3], (SigningSecret.parse(sys.argv[4]),), AllowList.parse(["127.0.0.1"]), 2.0)
 retry = RetryPolicy(0.01, 0.1, max_attempts=1000)
 sink = WebhookSink("ops", options)
-Dispatcher(outbox, [sink], retry=retry, poll_s=0.02, lease_margin_s=-1.5).start()
 print("ready", flush=True)
+sys.stdin.readline()
+Dispatcher(outbox, [sink], retry=retry, poll_s=0.02, lease_margin_s=-1.5).start()
 time.sleep(600)
 """
 )
 
 
 def start(code: str, root: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process that says "ready" when it is, and does nothing before it is told to go."""
     command = [sys.executable, "-c", code, str(root), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def go(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """All of them at once: none works while the others still start, however long that takes."""
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    """The next line that it says."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def left(process: subprocess.Popen[str]) -> str:
+    """What a killed process had said beside what was heard of it: ``communicate`` would miss what was read ahead."""
+    with process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == -signal.SIGKILL
+    return said
 
 
 class Flaky:
@@ -95,17 +126,15 @@ def killed_round(root: Path, url: str, chance: random.Random, number: int) -> li
     """A trigger and two dispatchers, killed one by one at random moments; the keys that the trigger was told of."""
     processes = [start(TRIGGER, root, f"r{number}")]
     processes += [start(DISPATCHER, root, str(number), url, SECRET) for _ in range(2)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    go(processes)
+    first = heard(processes[0])
     chance.shuffle(order := list(processes))
     for process in order:
         time.sleep(chance.uniform(0.02, 0.25))  # the moment of the kill is what is tried here
         process.kill()
-    said = [process.communicate(timeout=30)[0] for process in processes]
-    assert [process.returncode for process in processes] == [-signal.SIGKILL] * len(processes)
+    said = [left(process) for process in processes]
     # The last line may have been cut off.
-    return [line for line in said[0].split("\n")[:-1] if line]
+    return [line for line in (first + said[0]).split("\n")[:-1] if line]
 
 
 def run_rounds(root: Path, rounds: int) -> None:
@@ -123,7 +152,9 @@ def run_rounds(root: Path, rounds: int) -> None:
 def deliver_the_rest(store: SqliteStore, url: str) -> None:
     outbox = Outbox(store, AuditLog(store), sinks=["ops"])
     options = WebhookOptions(url, (SigningSecret(KEY),), AllowList.parse(["127.0.0.1"]), 5.0)
-    dispatcher = Dispatcher(outbox, [WebhookSink("ops", options)], poll_s=0.02)
+    # Attempts of the dead count: with the usual delays, the unlucky ones would wait for minutes by now.
+    retry = RetryPolicy(0.01, 0.1, max_attempts=1000)
+    dispatcher = Dispatcher(outbox, [WebhookSink("ops", options)], retry=retry, poll_s=0.02)
     dispatcher.start()
     deadline = time.monotonic() + 60
     while outbox.census():

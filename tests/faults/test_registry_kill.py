@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -17,6 +14,7 @@ from router.registry.embedded import EmbeddedRegistry
 from router.registry.gc import collect
 from server.audit import AuditLog, Verified
 from server.store.sqlite import SqliteStore
+from tests.faults.test_outbox_kill import go, heard, left, start
 
 WRITERS = 6
 SEED = 20261122
@@ -44,6 +42,7 @@ source = root / f"source-{seed}"
 source.mkdir()
 (source / "shared.bin").write_bytes(b"shared" * 1000)
 print("ready", flush=True)
+sys.stdin.readline()
 while True:
     (source / "model.onnx").write_bytes(chance.randbytes(chance.choice((1, 5_000, 300_000))))
     done = registry.publish("m", source, actor=str(seed))
@@ -66,23 +65,16 @@ while True:
 )
 
 
-def start(code: str, root: Path, seed: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, str(root), str(seed)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
 def killed_round(root: Path, chance: random.Random) -> list[tuple[int, str]]:
     """Some writers at once, killed one by one at random moments; returns what they were told is done."""
-    writers = [start(PUBLISHER, root, chance.getrandbits(48)) for _ in range(WRITERS)]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
+    writers = [start(PUBLISHER, root, str(chance.getrandbits(48))) for _ in range(WRITERS)]
+    go(writers)
+    first = heard(writers[-1])
     for writer in writers:
         time.sleep(chance.uniform(0, 0.12))  # the moment of the kill is what is tried here
         writer.kill()
-    said = [writer.communicate(timeout=30)[0].splitlines() for writer in writers]
-    assert [writer.returncode for writer in writers] == [-signal.SIGKILL] * WRITERS
-    words = [line.split(" ") for lines in said for line in lines]
+    said = [first, *(left(writer) for writer in writers)]
+    words = [line.split(" ") for text in said for line in text.splitlines()]
     return [(int(line[0]), line[1]) for line in words if len(line) == 2 and len(line[1]) == 64]
 
 
@@ -168,18 +160,8 @@ def test_two_command_lines_racing_for_an_alias_have_one_winner_each_time(tmp_pat
             source = tmp_path / f"{number}.onnx"
             source.write_bytes(bytes([number]))
             registry.publish("m", source, actor="test")
-        command = [sys.executable, "-c", RACER, str(tmp_path)]
-        racers = [
-            subprocess.Popen([*command, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for seed in (0, 1)
-        ]
-        for racer in racers:
-            assert racer.stdout is not None
-            assert racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            assert racer.stdin is not None
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
+        racers = [start(RACER, tmp_path, str(seed)) for seed in (0, 1)]
+        go(racers)
         won = [int(line) for racer in racers for line in racer.communicate(timeout=50)[0].splitlines()]
         assert [racer.returncode for racer in racers] == [0, 0]
         assert sorted(won) == list(range(25))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections import defaultdict
 from contextlib import closing
@@ -15,7 +14,7 @@ from server.audit import AuditLog, Verified
 from server.outbox import Outbox
 from server.retraining import EVENT_TYPE, Facts, Retraining
 from server.store.sqlite import SqliteStore
-from tests.faults.test_outbox_kill import DISPATCHER, Flaky, deliver_the_rest, start
+from tests.faults.test_outbox_kill import DISPATCHER, Flaky, deliver_the_rest, go, heard, left, start
 from tests.support.receiver import KEY, SECRET, Received, receiving
 
 SEED = 20261123
@@ -37,16 +36,20 @@ rules = RetrainRules("m", drift=SignalRule(), coalesce_ns=0, cooldown_ns=0, clea
 facts = Facts(Champion("1", "d1"))
 retraining = Retraining(store, audit, outbox, {"m": RetrainSpec(rules, ("ops",))}, lambda _: facts)
 print("ready", flush=True)
+sys.stdin.readline()
 for number in range(100_000):
     retraining.alarm("m", "drift", "a", "1", raised=True, numbers={"round": number})
     retraining.tick()
     for job in retraining.list("m"):
+        version = job["version"]
         if job["state"] in ("requested", "accepted"):
             print("asked", job["trigger_id"], flush=True)
             version = f"{sys.argv[2]}.{number}"
             retraining.version_registered("m", version, Lineage(trigger_id=job["trigger_id"]))
-            retraining.rejected("m", version, "no better")
-            print("rejected", job["trigger_id"], flush=True)
+        elif job["state"] != "registered":  # one that was killed may have got so far
+            continue
+        retraining.rejected("m", version, "no better")
+        print("rejected", job["trigger_id"], flush=True)
     retraining.alarm("m", "drift", "a", "1", raised=False)
     retraining.tick()
 """
@@ -56,17 +59,15 @@ def killed_round(root: Path, url: str, chance: random.Random, number: int) -> li
     """A trigger and two dispatchers, killed one by one at random moments; what the trigger said."""
     processes = [start(TRIGGER, root, f"r{number}")]
     processes += [start(DISPATCHER, root, str(number), url, SECRET) for _ in range(2)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    go(processes)
+    first = heard(processes[0])
     chance.shuffle(order := list(processes))
     for process in order:
         time.sleep(chance.uniform(0.02, 0.3))  # the moment of the kill is what is tried here
         process.kill()
-    said = [process.communicate(timeout=30)[0] for process in processes]
-    assert [process.returncode for process in processes] == [-signal.SIGKILL] * len(processes)
+    said = [left(process) for process in processes]
     # The last line may have been cut off.
-    return [line for line in said[0].split("\n")[:-1] if line]
+    return [line for line in (first + said[0]).split("\n")[:-1] if line]
 
 
 def run_rounds(root: Path, rounds: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from server.control.rollouts.store import RolloutStore
+from server.state import open_state
 from tests.integration.test_rollout_serving import Registered, version_of
 from tests.support.cli import cli
 from tests.support.climbing import (
@@ -24,7 +26,7 @@ from tests.support.climbing import (
     traffic,
     write,
 )
-from tests.support.routed import Place, ask
+from tests.support.routed import Place, ask, eventually
 from tests.support.server import Server
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,10 @@ PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "hold": ("hold", {"more": "inconclusive: {after: 1s}"}),
     "promoted": ("promoted", {"steps": AWAITING}),
 }
+
+
+#: A way back is on disk when it is acknowledged, unless the disk takes longer than this.
+ACKNOWLEDGED_S = 0.5
 
 
 @pytest.fixture
@@ -103,7 +109,18 @@ def test_it_goes_back_where_the_candidate_may_have_been_what_killed_it(place: Pl
         assert "the process died" in found["reason"]
         assert found["weight"] == 0
         assert {ask(again, f"u{number}")[0] for number in range(60)} == {"1"}
+        recorded(place, again, "rolled_back")
         assert audited(place, again)[-1]["action"] == "rollout.rolled_back"
+
+
+def on_disk(place: Place) -> str:
+    """The state that a restart would find."""
+    opened = open_state(place.state)
+    try:
+        (stored,) = RolloutStore(opened.store, opened.audit).all()
+    finally:
+        opened.close()
+    return stored.state
 
 
 @pytest.mark.parametrize(("word", "state"), [("abort", "aborted"), ("rollback", "rolled_back")])
@@ -112,7 +129,10 @@ def test_a_way_back_that_was_acknowledged_is_not_undone(place: Place, word: str,
     write(place, texts("step", "resume"))
     with place.serve() as server, traffic(server):
         brought(place, server, "step")
+        ordered = time.monotonic()
         status, found = order(place, server, word, x_tidegate_actor="ada")
+        if time.monotonic() - ordered >= ACKNOWLEDGED_S:
+            eventually(lambda: on_disk(place) == state)
         server.kill()
         assert (status, found["state"], found["weight"]) == (200, state, 0)
     with place.serve() as again:
@@ -145,7 +165,7 @@ def test_a_section_that_goes_with_the_process_leaves_nothing_half_way(tmp_path: 
     assert cli("audit", "verify", "--state-dir", str(place.state)).returncode == 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_a_climb_with_a_kill_in_every_step_ends_where_it_would_have(place: Place) -> None:
     """Killed as soon as it has begun the next step, again and again: no step is skipped, repeated or gone back to."""
     steps = ", ".join(f"{{weight: {weight}%, certify: {{ceiling: 5%}}}}" for weight in (10, 30, 60))
@@ -167,8 +187,8 @@ def test_a_climb_with_a_kill_in_every_step_ends_where_it_would_have(place: Place
     assert entered == [0, 1, 2], (entered, reached)
 
 
-def until_step(place: Place, server: Server, wanted: int) -> int:
-    until = time.monotonic() + 30
+def until_step(place: Place, server: Server, wanted: int, seconds: float = 60) -> int:
+    until = time.monotonic() + seconds
     while True:
         found = status_of(place, server)
         if found["state"] in {"promoting", "promoted"} or (found["state"] == "step" and found["step"] >= wanted):

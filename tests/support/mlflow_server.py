@@ -201,7 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:  # the sender was killed between head and body: nothing was asked
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         asked = Asked(self.command, unquote(parts.path), query, headers, body)
         status, content = cast("_Server", self.server).mlflow.answer(asked)

@@ -78,7 +78,9 @@ class Upstream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             with connection, connection.makefile("rb") as received:
-                while (line := received.readline()) and (answer := self._answer(line.decode().split()[1], received)):
+                while (line := received.readline()).endswith(b"\n") and (
+                    answer := self._answer(line.decode().split()[1], received)
+                ):
                     connection.sendall(answer)
         except OSError:
             return
@@ -87,10 +89,16 @@ class Upstream:
 
     def _answer(self, path: str, received: Any) -> bytes:
         headers = {}
-        while (line := received.readline().decode().strip()) != "":
+        while (line := received.readline().decode()).strip():
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
-        body = received.read(int(headers.get("content-length", "0")))
+        # A sender that went away in the middle, or was killed, has sent no request.
+        if not line:
+            return b""
+        length = int(headers.get("content-length", "0"))
+        body = received.read(length)
+        if len(body) < length:
+            return b""
         if path.endswith("/infer"):
             x = np.frombuffer(body[int(headers["inference-header-content-length"]) :], "<f4").reshape(-1, self._width)
             self.asked.append((time.monotonic(), x))
