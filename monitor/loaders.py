@@ -27,8 +27,8 @@ def read_table(path: Path, columns: Collection[str] | None = None, *, texts: boo
     """Column name -> values of one file, all rows; ``columns`` picks some. Raises ProfileError, or OSError.
 
     Columns of a text file become integers where every value is one, floats where every value is a number or missing,
-    booleans where every value is true or false, and strings otherwise; with ``texts`` they are the strings that the
-    file holds, None for empty ones. Arrays of several dimensions (npz) stay as they are.
+    booleans where every value is true or false (floats where some are missing), and strings otherwise; with ``texts``
+    they are the strings that the file holds, None for empty ones. Arrays of several dimensions (npz) stay as they are.
     """
     name = path.name.lower()
     if name.endswith(TEXT_FILES):
@@ -77,8 +77,11 @@ def _full_lines(lines: Iterable[list[str]]) -> Iterator[list[str]]:
 
 def _parsed(texts: list[str]) -> Array:
     lowered = [text.strip().lower() for text in texts]
-    if lowered and all(text in _BOOLEANS for text in lowered):
+    found = set(lowered)
+    if found and found <= _BOOLEANS.keys():
         return np.array([_BOOLEANS[text] for text in lowered])
+    if found & _BOOLEANS.keys() and found <= _BOOLEANS.keys() | MISSING_TEXTS:
+        return np.array([float(_BOOLEANS.get(text, np.nan)) for text in lowered])
     if any("_" in text for text in lowered):  # Python's digits may be grouped by it, a file's are not
         return _strings(texts)
     try:
@@ -148,5 +151,7 @@ def _filled(values: Any) -> Array:
     if not np.ma.is_masked(values):
         return np.asarray(values)
     if values.dtype.kind == "O":
-        return np.asarray(values.filled(None))
+        out = np.array(values.data, object)
+        out[np.ma.getmaskarray(values)] = None  # ``filled(None)`` fills in a text of numpy's own
+        return out
     return np.asarray(values.astype("f8").filled(np.nan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -34,6 +34,18 @@ MARGINS: Final[Mapping[str, float]] = MappingProxyType(
         "calibration": 0.03,
         "brier_excess": 0.005,
         "bias": 0.1,
+    }
+)
+#: What a signal's reference can be, both ends allowed; a bias can be any number.
+_RANGES: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "accuracy": (0.0, 1.0),
+        "auc": (0.0, 1.0),
+        "log_loss": (0.0, inf),
+        "mae": (0.0, inf),
+        "rmse": (0.0, inf),
+        "brier_excess": (-1.0, 1.0),
+        "bias": (-inf, inf),
     }
 )
 #: Signals of each task, in the order of their alarms.
@@ -103,6 +115,11 @@ class LabelRules:
                 raise SettingsError(f"{what} of '{bad[0]}' must be a finite number, got {named[bad[0]]}")
         if "calibration" in self.reference:
             raise SettingsError("calibration has no single number as its reference; it is learnt, or perfect")
+        for name, value in self.reference.items():
+            low, high = _RANGES[name]
+            if not low <= value <= high:
+                wanted = f"in {low:g}..{high:g}" if isfinite(high) else f"at least {low:g}"
+                raise SettingsError(f"reference of '{name}' must be {wanted}, got {value:g}")
         if self.given_rows < 0 or self.learn_rows < 0 or min(self.margins.values(), default=0.0) < 0:
             raise SettingsError("given_rows, learn_rows and margins must not be negative")
 

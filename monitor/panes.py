@@ -28,7 +28,7 @@ import numpy as np
 from monitor.errors import StateError
 from monitor.kernels.windows import close_pane, enter, span
 from monitor.layout import Layout, running_of
-from monitor.types import HOUR_NS, Array, Window, WindowCounts, counts_of
+from monitor.types import HOUR_NS, SECOND_NS, Array, Window, WindowCounts, counts_of
 
 #: Called when a window was moved and holds something to be judged.
 OnLook: TypeAlias = Callable[[WindowCounts], None]
@@ -40,6 +40,9 @@ HOURS_OF_WEEK: Final = 168
 _NO_CELLS: Final = np.empty((0, 0), "u4")
 #: Of one pane of time: its counts are int32.
 _MOST_ROWS: Final = 2**31 - 1
+#: What came so long after the present came before the clock was set back. Less is left alone: while rows are counted
+#: the present grows old.
+_SET_BACK_NS: Final = 60 * SECOND_NS
 
 
 @dataclass(slots=True, eq=False)
@@ -263,6 +266,20 @@ class _Series:
         self._facts[:, 4] = (index - 1) - (self.closed - 1 - np.arange(self.capacity)) % self.capacity
         self._sums[:] = 0
 
+    def latest_ns(self) -> int:
+        """The latest time that is known here: of a row, or of the open pane's beginning."""
+        opened = self.index * self.pane if self.unit == "time" else 0
+        return max(opened, self.end_ns, self.newest_ns())
+
+    def set_back(self, now_ns: int) -> None:
+        """The clock was set back to ``now_ns``: panes of time move with it, and nothing came after now."""
+        if self.unit == "time" and self.index >= 0:
+            by = max(0, self.index - now_ns // self.pane)
+            self.index -= by
+            self._facts[:, 4] -= by
+        self._facts[:, 2:4] = np.minimum(self._facts[:, 2:4], now_ns)
+        self.start_ns, self.end_ns = min(self.start_ns, now_ns), min(self.end_ns, now_ns)
+
     def state(self) -> SeriesState:
         slots = self._slots(self.capacity)
         facts = self._facts[slots]
@@ -391,6 +408,18 @@ class PaneStore:
             if series.unit == "time":
                 self._pass_time(series, now_ns // series.pane)
 
+    def follow_clock(self, now_ns: int) -> None:
+        """The clock is ``now_ns`` now. Where it was set back by much, panes of time go on from what it shows.
+
+        What they hold stays in its order, as if it had come just before now.
+        """
+        if max([series.latest_ns() for series in self._series]) <= now_ns + _SET_BACK_NS:
+            return
+        self.flush()
+        for series in self._series:
+            series.set_back(now_ns)
+        self._now_ns = now_ns
+
     def _pass_time(self, series: _Series, index: int) -> None:
         if series.index < 0:
             series.index = index
@@ -493,6 +522,11 @@ class Seasonal:
         self._turn(now_ns // HOUR_NS)
         self._current += fresh
         self._current_rows += rows
+
+    def follow_clock(self, now_ns: int) -> None:
+        """The clock is ``now_ns`` now: where it was set back by much, the hour is the one that it shows."""
+        if self._hour * HOUR_NS > now_ns + _SET_BACK_NS:
+            self._hour = now_ns // HOUR_NS
 
     def reference(self, now_ns: int) -> Array | None:
         """int64 counts to hold a window that ends now against, or None. Not to be changed."""

@@ -266,11 +266,17 @@ class Monitor:
                 found.store.drop(rows)
 
     def tick(self, now_ns: int) -> None:
-        """Close the panes of time that are over at ``now_ns`` (wall), whether rows came or not."""
+        """Close the panes of time that are over at ``now_ns`` (wall), whether rows came or not.
+
+        Where the clock was set back, windows of time go on from what it shows.
+        """
         with self._lock:
             for arm in self._arms.values():
                 for store in (arm.store, *arm.segments.values()):
+                    store.follow_clock(now_ns)
                     store.tick(now_ns)
+            if self.seasonal is not None:
+                self.seasonal.follow_clock(now_ns)
 
     def _arm(self, name: str) -> _Arm | None:
         found = self._arms.get(name)

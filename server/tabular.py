@@ -28,6 +28,9 @@ Table: TypeAlias = Mapping[str, Array]
 MOST_COLUMNS: Final = 4096
 #: Columns of samples and captured rows that are not the model's begin so: when, on which arm, by whom a row came.
 RESERVED: Final = "__"
+#: What became of a captured request: the model was not run over the rows of those that failed.
+_STATUS: Final = f"{RESERVED}status"
+_ANSWERED: Final = ("ok", b"ok")
 _PLACE: Final = re.compile(r"([^=]+)=([^\[\]=]+)(?:\[(\d{1,9})\])?")
 
 
@@ -76,7 +79,20 @@ def _read(path: Path, columns: Collection[str] | None, texts: bool) -> dict[str,
     single = sorted([name for name, values in found.items() if not values.ndim])
     if single:
         raise InvalidArgument(f"{path.name}: '{single[0]}' is a single value, wanted one per row")
-    return {name: values for name, values in found.items() if not name.startswith(RESERVED)}
+    status = found.get(_STATUS) if columns is None else _status(path)
+    own = {name: values for name, values in found.items() if not name.startswith(RESERVED)}
+    if status is None:
+        return own
+    answered = np.array([value in _ANSWERED for value in status.tolist()], bool)
+    return {name: values[answered] if len(values) == len(answered) else values for name, values in own.items()}
+
+
+def _status(path: Path) -> Array | None:
+    """What became of each captured request of a file that can be read; None for rows that were not captured."""
+    try:
+        return read_table(path, [_STATUS])[_STATUS]
+    except ProfileError:
+        return None
 
 
 def _differing(one: Table, other: Table) -> str:

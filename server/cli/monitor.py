@@ -34,6 +34,8 @@ MAP = click.option(
 RUN = click.option("--run", "run_model", is_flag=True, help="Run the model over the rows: its outputs are columns too.")
 
 _BASE: Final = "/admin/v1/monitors"
+#: Features shown of one arm held against another.
+_COMPARED: Final = 10
 
 
 @click.group()
@@ -428,6 +430,8 @@ def _show(document: Mapping[str, Any], html: Path | None, as_json: bool) -> None
         _loud(warning)
     for window in found.get("windows") or ():
         _show_window(window)
+    for window in document.get("comparisons") or ():
+        _show_comparison(window)
     for window in (document.get("performance") or {}).get("windows") or ():
         _show_labels(window)
 
@@ -436,9 +440,21 @@ def _show_window(window: Mapping[str, Any]) -> None:
     partial = "" if window.get("full") else ", not full yet"
     sampled = ", sampled" if window.get("sampled") else ""
     click.echo(f"\n{window['arm']}, last {_length(window)}: {window['rows']} rows{partial}{sampled}")
+    _show_scores(window, window["scores"])
+
+
+def _show_comparison(window: Mapping[str, Any]) -> None:
+    """The strongest features of one arm held against another."""
+    scores = window["scores"][:_COMPARED]
+    rows = f"{window['rows']} rows against {max([score['reference_rows'] for score in scores], default=0)}"
+    click.echo(f"\n{window['arm']} against {window['against']}, last {_length(window)}: {rows}")
+    _show_scores(window, scores)
+
+
+def _show_scores(window: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:
     verdicts = {verdict["column"]: verdict for verdict in window["verdicts"]}
     alarms = frozenset(window.get("in_alarm") or ())
-    cells = [_score_cells(score, verdicts[score["column"]], score["column"] in alarms) for score in window["scores"]]
+    cells = [_score_cells(score, verdicts[score["column"]], score["column"] in alarms) for score in scores]
     headings = ["STATE", "FEATURE", "PSI", "PSI P", "KS", "KS P", "P LIMIT", "MISSING", "OUTSIDE", "NEW"]
     show.table(headings, cells)
 

@@ -14,6 +14,7 @@ predictions without a label and labels without a prediction are saved, and gone 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -26,9 +27,10 @@ import structlog
 
 from monitor.errors import SettingsError
 from monitor.outcomes import ALL, Joined, LabelReference, LabelSettings
+from monitor.types import BYTES
 from server.errors import ModelLoadError
 from server.telemetry.snapshot import FamilySnapshot, Kind, Points
-from server.types import ModelSpec, Tensor
+from server.types import ModelSpec, Tensor, TensorSpec
 
 if TYPE_CHECKING:
     from monitor.label_monitor import LabelAlarm, LabelMonitor
@@ -127,7 +129,11 @@ class ModelLabels:
             self._saved_changes = changes
 
     def tap(self, spec: ModelSpec) -> LabelTap:
-        """What a version of the model hands its answers to. Raises ModelLoadError when there is nothing to slice by."""
+        """What a version of the model hands its answers to.
+
+        Raises ModelLoadError when it lacks the element that is the prediction, or the one to slice by.
+        """
+        _check_output(spec, self.watch.settings)
         return LabelTap(self, spec.version, _slicer(spec, self.watch.slice))
 
 
@@ -184,6 +190,28 @@ def _named(value: Any) -> str:
     return f"{value.item():.12g}" if hasattr(value, "item") else str(value)
 
 
+def _check_output(spec: ModelSpec, settings: LabelSettings) -> None:
+    """Raises ModelLoadError for an output that cannot hold the prediction."""
+    output = next((tensor for tensor in spec.outputs if tensor.name == settings.output), None)
+    if output is None:
+        names = [tensor.name for tensor in spec.outputs]
+        raise ModelLoadError(f"labels are of output '{settings.output}', but the outputs are {', '.join(names)}")
+    if output.datatype == BYTES and not (settings.classes and settings.form == "class"):
+        wanted = "form: class and the names of the classes"
+        raise ModelLoadError(f"output '{output.name}' holds strings: labels of it need {wanted}")
+    elements = _elements(spec, output)
+    last = settings.index + settings.width - 1
+    if elements is not None and last >= elements:
+        what = f"labels are of element {last} of output '{output.name}'"
+        raise ModelLoadError(f"{what}, but a row has {elements}, of which the first is 0")
+
+
+def _elements(spec: ModelSpec, tensor: TensorSpec) -> int | None:
+    """How many a row has; None where the model leaves that open."""
+    dims = tensor.shape[1:] if spec.max_batch_size else tensor.shape
+    return None if any(dim < 0 for dim in dims) else math.prod(dims)
+
+
 def _slicer(spec: ModelSpec, wanted: str) -> Slicer | None:
     if not wanted:
         return None
@@ -192,6 +220,10 @@ def _slicer(spec: ModelSpec, wanted: str) -> Slicer | None:
         return Slicer(names.index(wanted), 0)
     name, bracket, index = wanted.removesuffix("]").rpartition("[")
     if bracket and wanted.endswith("]") and name in names and index.isascii() and index.isdecimal():
+        elements = _elements(spec, spec.inputs[names.index(name)])
+        if elements is not None and int(index) >= elements:
+            has = f"a row of '{name}' has {elements} elements, of which the first is 0"
+            raise ModelLoadError(f"labels are cut by '{wanted}', but {has}")
         return Slicer(names.index(name), int(index))
     raise ModelLoadError(f"labels are cut by '{wanted}', but the model's inputs are {', '.join(names)}")
 

@@ -229,10 +229,6 @@ class MonitorService:
     def _join_labels(
         self, lease: EngineLease, watch: LabelWatch, spec: ModelSpec, reference: LabelReference | None
     ) -> None:
-        settings = watch.settings
-        names = [tensor.name for tensor in spec.outputs]
-        if settings.output not in names:
-            raise ModelLoadError(f"labels are of output '{settings.output}', but the outputs are {', '.join(names)}")
         with self._loading:
             self._begin()
         labels = self.labels.acquire(spec.name, spec.version, watch)
@@ -255,8 +251,8 @@ class MonitorService:
         return None
 
     def _attach(self, lease: EngineLease, watch: Watch, spec: ModelSpec, profile: ReferenceProfile) -> _Monitored:
-        monitors, files = self._begin()
         calibration = None if watch.calibration is None else _calibration(watch.calibration)
+        monitors, files = self._begin()
         monitor = monitors.attach(
             spec.name, self._free_name(monitors, spec), profile, watch.settings, calibration=calibration
         )
@@ -451,9 +447,8 @@ class MonitorService:
     def _save(self, files: StateFiles) -> None:
         for found in tuple(self._monitored):
             found.shown_rows = -1  # panes of time move on without rows
-            if found.taken() != found.saved_rows:
-                found.saved_rows = found.taken()
-                files.save(found.monitor)
+            if (taken := found.taken()) != found.saved_rows and files.save(found.monitor):
+                found.saved_rows = taken
         self.labels.save()
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -544,10 +539,13 @@ def _rules(monitor: Monitor) -> RequestRules | None:
 
 
 def _calibration(path: Path) -> Calibration:
+    """Raises ModelLoadError."""
     from monitor.calibration import Calibration
-    from monitor.errors import CalibrationError
 
     try:
         return Calibration.from_dict(orjson.loads(path.read_bytes()))
     except orjson.JSONDecodeError:
-        raise CalibrationError(f"the calibration {path.name} is no JSON") from None
+        reason = "it is no JSON"
+    except (MonitorError, OSError) as error:
+        reason = str(error)
+    raise ModelLoadError(f"the calibration {path.name} cannot be used: {reason}")

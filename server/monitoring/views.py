@@ -6,14 +6,18 @@ import io
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from monitor.errors import MonitorError, SettingsError
-from monitor.types import Array
+from monitor.types import STABLE, Array, WindowReport
 from server.errors import NotFound
 from server.monitoring.service import MonitorService
+
+if TYPE_CHECKING:
+    from monitor.engine import Monitor
 
 
 class MonitorViews:
@@ -29,7 +33,8 @@ class MonitorViews:
     def one(self, model: str, version: str) -> dict[str, Any]:
         """Everything known of one version, as ``server.pages.drift`` describes it.
 
-        A version without a profile has an empty report. ``performance`` and ``estimate`` are absent where no labels
+        A version without a profile has an empty report. ``comparisons`` hold every other arm against stable.
+        ``performance`` and ``estimate`` are absent where no labels
         are joined; they hold this version only, ``performance.join`` the whole model.
         """
         drift = self._drift(model, version)
@@ -57,7 +62,10 @@ class MonitorViews:
         for arm, window in dict.fromkeys([(found["arm"], found["window"]) for found in report["windows"]]):
             with suppress(MonitorError):  # the arm went meanwhile
                 shares.append(monitor.distributions(arm, window))
-        return {"report": report, "history": monitor.history(), "distributions": shares}
+        arms = list(report["counted"])
+        compared = [_against_stable(monitor, arm) for arm in arms if arm != STABLE and STABLE in arms]
+        comparisons = [window for windows in compared for window in windows]
+        return {"report": report, "history": monitor.history(), "distributions": shares, "comparisons": comparisons}
 
     def _labels(self, model: str, version: str) -> dict[str, Any] | None:
         found = self._service.labels.report_of(model, version)
@@ -65,6 +73,15 @@ class MonitorViews:
             return None
         estimates = found.pop("estimates")
         return {"performance": found, "estimate": estimates}
+
+
+def _against_stable(monitor: Monitor, arm: str) -> list[dict[str, Any]]:
+    """Each window of an arm held against the same of stable, where both have rows: two samples, and no alarm."""
+    found: tuple[WindowReport, ...] = ()
+    with suppress(MonitorError):  # the arm went meanwhile
+        found = monitor.compare(arm)
+    windows = [replace(one, in_alarm=(), quality=()) for one in found if one.rows and one.scores[0].reference_rows]
+    return [{**asdict(window), "against": STABLE} for window in windows]
 
 
 def _npz(arrays: Mapping[str, Array]) -> bytes:

@@ -5,6 +5,7 @@ The document is plain values, as the admin API answers them; NaN may be None. Ke
 * ``report``: ``DriftReport.to_dict()``;
 * ``history``: ``Monitor.history()``;
 * ``distributions``: a list of ``Monitor.distributions()``, one for each arm and window;
+* ``comparisons``: ``WindowReport``s as plain values, of an arm held against that of the key ``against``;
 * ``performance``, ``estimate``: nested mappings and lists of rows;
 * ``alarms``: ``Alarm``s as plain values.
 
@@ -32,6 +33,8 @@ MOST_PLOTS: Final = 80
 _LEAST_PLOTS: Final = 4
 #: Features listed at once, and how many more are not worth a line to hide them behind.
 _LISTED: Final = 40
+#: Features listed of one arm held against another.
+_COMPARED: Final = 20
 _FEW: Final = 10
 _NAMED: Final = 8
 
@@ -96,6 +99,7 @@ def drift_page(document: Document) -> str:
         _verdict(report, views),
         _warnings(report, views),
         _chooser(document, views),
+        _comparisons(document.get("comparisons") or ()),
         _section(f"Segments by {report.get('segment_column') or 'value'}", segment_table(report.get("segments") or ())),
         _section("Performance, from labels", records(document.get("performance"))),
         _section(
@@ -245,6 +249,26 @@ def _features(view: _View, about: str) -> Html:
     first, rest = ({**view.window, "scores": part} for part in (scores[:shown], scores[shown:]))
     more = f"{len(scores) - shown} more features, none of them over"
     return join(feature_table(first, about), el("details", el("summary", more), feature_table(rest, f"{more}.")))
+
+
+def _comparisons(found: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Arms held against another one: two samples of live traffic, whatever has become of the reference."""
+    if not found:
+        return None
+    tables = [feature_table({**one, "scores": (one.get("scores") or ())[:_COMPARED]}, _compared(one)) for one in found]
+    note = (
+        "Two samples of live traffic: what differs here is the version, or who was routed to it. Windows of time have "
+        "the same time of both; of rows, the arm with less traffic has the older ones. No alarm comes of these numbers."
+    )
+    return _section("Arms against each other", join(*tables), note)
+
+
+def _compared(one: Mapping[str, Any]) -> str:
+    scores = one.get("scores") or ()
+    against = max([whole(score.get("reference_rows")) for score in scores], default=0)
+    fewer = f" The {_COMPARED} features with the strongest evidence." if len(scores) > _COMPARED else ""
+    arms = f"{one.get('arm')} against {one.get('against')} · {one.get('window')}"
+    return f"{arms}: {count(one.get('rows'))} rows against {count(against)}.{fewer}"
 
 
 def _checks(found: Sequence[Mapping[str, Any]]) -> Html | None:

@@ -9,6 +9,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,18 @@ def test_tensors_by_name_and_captured_rows_by_element() -> None:
     one, two = (ReferenceProfile.load(Path(f"{name}.tgp")) for name in ("tensors", "captured"))
     assert one.sha256 == two.sha256
     assert len(one.columns) == 8
+
+
+@pytest.mark.parametrize("ending", ["npz", "csv"])
+def test_captured_requests_that_failed_are_no_rows(ending: str) -> None:
+    model = models.identity(Path("m.onnx"), "BYTES", 1)
+    if ending == "npz":
+        np.savez("c.npz", x=np.array(["ulm", "", "rom"] * 500), __status=np.array(["ok", "internal", "ok"] * 500))
+    else:
+        Path("c.csv").write_text("x,__status\n" + "ulm,ok\n,internal\nrom,ok\n" * 500)
+    ok("monitor", "profile", f"c.{ending}", "--model", model, "--run", "-o", "p.tgp")
+    found = ReferenceProfile.load(Path("p.tgp"))
+    assert [(column.rows, column.present) for column in found.columns] == [(1000, 1000)] * 2
 
 
 def test_without_a_model_or_by_a_signature() -> None:
@@ -387,7 +400,10 @@ def watched(model: str, version: str) -> dict[str, Any]:
     rows = values(0.5, seed=4).astype("f4")
     for i in range(0, ROWS, 500):
         made.ingest(made.keys, [Item(1_790_000_000_000_000_000 + i, "stable", 500, 0, [[rows[i : i + 500].tobytes()]])])
-    return {"report": made.report().to_dict()}
+    same = values(seed=5).astype("f4")
+    made.ingest(made.keys, [Item(1_790_000_000_000_000_000, "trial", ROWS, 0, [[same.tobytes()]])])
+    compared = [{**asdict(window), "against": "stable"} for window in made.compare("trial")]
+    return {"report": made.report().to_dict(), "comparisons": compared}
 
 
 VERSIONS = [{"model": "fraud", "version": "7", "profile": "ab" * 32, "columns": 4, "alarms": {"stable": ["c"]}}]
@@ -421,6 +437,8 @@ def test_a_report_is_printed_written_as_json_and_as_a_page() -> None:
     first = next(line.split() for line in text.output.splitlines() if line.startswith("ALARM"))
     assert first[1] == "c"
     assert "stable, last 1000 rows: 1000 rows" in text.output
+    against = text.output.partition("trial against stable, last 1000 rows: 1000 rows against 1000\n")[2]
+    assert against.splitlines()[1].split()[:2] == ["over", "c"]
     assert json.loads(plain.output)["report"]["windows"][0]["in_alarm"] == ["c"]
     assert Path("r.html").read_text().startswith("<!DOCTYPE html>")
 

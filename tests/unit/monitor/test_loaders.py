@@ -6,11 +6,14 @@ import gzip
 import importlib.util
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 
 from monitor.errors import MissingReader, ProfileError
 from monitor.loaders import read_table
+from monitor.profile import ReferenceProfile
+from monitor.types import Column
 
 TEXT = 'n,x,flag,name,mixed\n1,0.5,true,"Ulm, DE",1\n2,,false,,a\n\n3,NaN,True,Rom,\n'
 
@@ -109,3 +112,28 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(ProfileError, match="not a readable Parquet"):
         read_table(tmp_path / "t.parquet")
+
+
+def test_truth_values_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("flag,text,none\ntrue,true,\n,maybe,\nFalse,,NA\n")
+    table = read_table(tmp_path / "t.csv")
+    np.testing.assert_array_equal(table["flag"], [1.0, np.nan, 0.0])
+    assert table["text"].tolist() == ["true", "maybe", None]
+    assert np.isnan(table["none"]).all()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_parquet_has_no_value_for_is_missing(tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    with duckdb.connect() as connection:
+        rows = "(VALUES ('DE', 1, true, 0.5), (NULL, NULL, NULL, NULL), ('?', 3, false, 1.5)) AS t(name, n, flag, x)"
+        connection.sql("FROM " + rows).write_parquet(str(path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == reader or None)
+    table = read_table(path)
+    assert table["name"].tolist() == ["DE", None, "?"]
+    profile = ReferenceProfile.from_table(
+        table, [Column("name", "name", datatype="BYTES", kind="bytes"), Column("x", "x", datatype="FP64")]
+    )
+    assert [column.rows - column.present for column in profile.columns] == [1, 1]
+    for name, wanted in (("n", [1, np.nan, 3]), ("flag", [1, np.nan, 0]), ("x", [0.5, np.nan, 1.5])):
+        np.testing.assert_array_equal(table[name].astype("f8"), wanted)

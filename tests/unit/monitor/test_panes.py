@@ -300,3 +300,55 @@ def test_trailing_week_reference_leaves_out_the_current_hour() -> None:
     assert restored.tolist() == found.tolist()
     with pytest.raises(StateError):
         Seasonal("trailing_week", 2, 1).restore(*season.state())
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("back_s", [120, 10_000])
+def test_windows_of_time_go_on_when_the_clock_is_set_back(back_s: int, restarted: bool) -> None:
+    one, looks = layout(), []
+    window = time_window(100, 10)
+    windows = [window, rows_window(4, 2)]
+    store = PaneStore(one, windows, on_look=lambda counts: looks.append(counts))
+    early = 100_000
+    for second in range(early, early + 60, 10):
+        store.add(matrix([1]), 1, second * SECOND_NS)
+    if restarted:
+        store.tick((early + 60) * SECOND_NS)
+        saved = store.state()
+        store = PaneStore(one, windows, on_look=lambda counts: looks.append(counts))
+        store.restore(saved)
+    looks.clear()
+    late = early + 55 - back_s
+    store.add(matrix([2]), 1, late * SECOND_NS)
+    store.follow_clock(late * SECOND_NS)
+    for second in range(late + 10, late + 60, 10):
+        store.add(matrix([3]), 1, second * SECOND_NS)
+        store.follow_clock(second * SECOND_NS)
+        store.tick(second * SECOND_NS)
+    seen = [counts for counts in looks if counts.window == window.name]
+    left = int(restarted)  # there the row before came in a pane of its own
+    assert [counts.rows for counts in seen] == [7, 8, 9, 10, 11 - left]
+    assert all(counts.end_ns <= (late + 60) * SECOND_NS for counts in looks)
+    state = store.state()
+    assert state.series[0].index.tolist() == list(range(state.series[0].index[0], (late + 50) // 10))
+    assert (state.window(window).cells == recount(one, [1] * (6 - left) + [2] + [3] * 4)).all()
+
+
+def test_a_clock_that_is_read_before_rows_came_was_not_set_back() -> None:
+    one = layout()
+    window = time_window(10, 1)
+    store = PaneStore(one, [window])
+    for second in range(1000, 1030):
+        store.add(matrix([1]), 1, second * SECOND_NS)
+    store.follow_clock(1000 * SECOND_NS)
+    assert store.state().series[0].index.tolist() == list(range(1019, 1029))
+
+
+def test_the_seasonal_reference_follows_a_clock_that_is_set_back() -> None:
+    season = Seasonal("trailing_week", 1, min_rows=1)
+    season.add(np.array([5], "i4"), 5, 1000 * HOUR_NS)
+    season.follow_clock(900 * HOUR_NS)
+    season.add(np.array([6], "i4"), 6, 900 * HOUR_NS)
+    found = season.reference(901 * HOUR_NS)
+    assert found is not None
+    assert found.tolist() == [11]

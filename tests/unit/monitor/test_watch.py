@@ -431,3 +431,25 @@ def test_figures_are_those_of_the_report(reference: Literal["profile", "trailing
 
 def test_figures_of_nothing() -> None:
     assert watch()[0].figures() == ()
+
+
+@pytest.mark.parametrize("reference", ["profile", "trailing_week"])
+def test_a_shift_is_seen_though_the_clock_was_set_back_for_long(
+    reference: Literal["profile", "trailing_week"],
+) -> None:
+    window = time_window(3600)
+    monitor, alarms = watch(replace(SETTINGS, windows=(window,), reference=reference))
+    minute, start = 60 * SECOND_NS, 10**6 * SECOND_NS
+
+    def pass_by(now_ns: int, seed: int, shift: float) -> None:
+        values = table(seed, 100)
+        monitor.ingest(monitor.keys, [item({**values, "x": values["x"] + shift}, now_ns)])
+        monitor.tick(now_ns)
+
+    for number in range(120):
+        pass_by(start + number * minute, number, 0.0)
+    assert not alarms
+    for number in range(40):
+        pass_by(start - 10**5 * SECOND_NS + number * minute, 500 + number, 3.0)
+    assert {alarm.column for alarm in alarms if alarm.check == "drift"} == {"x"}
+    assert all(alarm.end_ns < start for alarm in alarms)

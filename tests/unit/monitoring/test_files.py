@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,57 @@ def test_other_settings_and_other_versions_start_anew(tmp_path: Path) -> None:
     assert counted == {}
     assert [line["event"] for line in logs] == ["monitor_starts_anew"]
     assert restored(files, monitor("2")) == ({}, [])
+
+
+def test_counts_in_the_place_of_another_version_are_not_believed(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path)
+    files.save(monitor(count=300))
+    (path,) = tmp_path.rglob("*.state")
+    path.rename(path.with_name(path.name.replace("1-", "2-", 1)))
+    counted, logs = restored(files, monitor("2"))
+    assert counted == {}
+    assert [line["reason"].partition(": ")[2] for line in logs] == ["the counts are of m:1"]
+
+
+#: A process that writes to the folder, and what a killed one has left there.
+OTHER = """
+import sys
+from pathlib import Path
+from tests.unit.monitoring.test_files import labels, monitor
+from server.monitoring.files import LabelFiles, StateFiles
+
+states, joined = StateFiles(Path(sys.argv[1])), LabelFiles(Path(sys.argv[1]))
+states.save(monitor(count=300))
+joined.save(labels(rows=30))
+print("saved", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_writes_at_a_time_and_the_next_clears_up(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", OTHER, str(tmp_path)]
+    states, learnt = StateFiles(tmp_path), LabelFiles(tmp_path)
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "saved\n"
+        (counts,) = tmp_path.rglob("*.state")
+        (outcomes,) = tmp_path.rglob("*.labels")
+        left = [path.with_name(f".{path.name}.1.tmp") for path in (counts, outcomes)]
+        for path in left:
+            path.write_bytes(b"half")
+        before = counts.read_bytes(), outcomes.read_bytes()
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(2):
+                states.save(monitor(count=200))
+                assert not learnt.save(labels(rows=10))
+        assert (counts.read_bytes(), outcomes.read_bytes()) == before
+        assert [line["event"] for line in logs] == ["monitor_folder_taken"] * 2  # once for each kind
+        assert restored(states, monitor()) == ({"stable": 300}, [])
+        other.kill()
+    states.save(monitor(count=200))
+    assert learnt.save(labels(rows=10))
+    assert restored(states, monitor()) == ({"stable": 200}, [])
+    assert not any(path.exists() for path in left)
 
 
 def test_damage_is_logged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ WATCH = LabelWatch(LabelSettings("binary", "y", classes=("bad", "good"), windows
 
 
 def spec(version: str = "1", model: str = "m") -> ModelSpec:
-    inputs = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("who", "BYTES", (-1, 1)))
+    inputs = (TensorSpec("x", "FP32", (-1, -1)), TensorSpec("who", "BYTES", (-1, 1)))
     return ModelSpec(model, version, inputs, (TensorSpec("y", "FP32", (-1, 1)),), max_batch_size=64)
 
 
@@ -288,3 +289,27 @@ def test_every_version_with_labels_is_listed() -> None:
     assert not second.takes("fine", "")
     assert second.wants("")
     assert not second.wants("another outcome")
+
+
+@pytest.mark.parametrize(
+    ("settings", "slice_", "message"),
+    [
+        (LabelSettings("binary", "y", index=1), "", "element 1 of output 'y', but a row has 1"),
+        (LabelSettings("multiclass", "y", classes=("a", "b", "c")), "", "element 2 of output 'y', but a row has 1"),
+        (LabelSettings("binary", "word"), "", "output 'word' holds strings: labels of it need form: class"),
+        (LabelSettings("binary", "y"), "x[2]", r"cut by 'x\[2\]', but a row of 'x' has 2 elements"),
+    ],
+)
+def test_what_a_version_does_not_have_refuses_it(settings: LabelSettings, slice_: str, message: str) -> None:
+    outputs = (*spec().outputs, TensorSpec("word", "BYTES", (-1, 1)))
+    narrow = replace(spec(), inputs=(TensorSpec("x", "FP32", (-1, 2)),), outputs=outputs)
+    with pytest.raises(ModelLoadError, match=message):
+        LabelService().acquire("m", "1", LabelWatch(settings, slice_)).tap(narrow)
+
+
+def test_what_a_model_leaves_open_is_not_refused() -> None:
+    outputs = (TensorSpec("y", "FP32", (-1, -1)), TensorSpec("word", "BYTES", (-1, 1)))
+    open_ = replace(spec(), outputs=outputs)
+    words = LabelSettings("binary", "word", form="class", classes=("no", "yes"))
+    for settings, slice_ in ((LabelSettings("binary", "y", index=7), "x[9]"), (words, "")):
+        LabelService().acquire("m", "1", LabelWatch(settings, slice_)).tap(open_)

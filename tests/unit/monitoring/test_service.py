@@ -310,6 +310,11 @@ def test_arms_are_apart_and_a_canary_is_mirrored(rig: Rig, profile: Path) -> Non
     rig.counted("2", candidate=400)
     (window,) = monitor.compare("candidate")
     assert all(verdict.real for verdict in window.verdicts)
+    (shown,) = MonitorViews(rig.service).one("m", "1")["comparisons"]
+    assert (shown["arm"], shown["against"], shown["rows"]) == ("candidate", "stable", 200)
+    assert [score["psi"] for score in shown["scores"]] == [score.psi for score in window.scores]
+    assert not shown["in_alarm"]
+    assert MonitorViews(rig.service).one("m", "2")["comparisons"] == []
     rig.follow(stable, canary)
     until(lambda: rig.service._mirrored == {})
     serve(canary, normal(100, 4), arm="stable")
@@ -358,6 +363,20 @@ def test_a_profile_that_cannot_be_used_refuses_the_version(rig: Rig, profile: Pa
     with pytest.raises(ModelLoadError, match=r"profile\.tgp cannot be used"):
         rig.load(watch)
     assert rig.service.list() == []
+    assert rig.service._monitored == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), (b"{", "it is no JSON"), (b"[1]", "the calibration is damaged")]
+)
+def test_a_calibration_that_cannot_be_used_is_named(
+    rig: Rig, profile: Path, content: bytes | None, reason: str
+) -> None:
+    path = profile.with_name("dependence.json")
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=rf"the calibration dependence\.json cannot be used: .*{reason}"):
+        rig.load(Watch(profile, replace(SETTINGS), calibration=path))
     assert rig.service._monitored == []
 
 
@@ -447,10 +466,12 @@ def test_a_broken_listener_of_labels_keeps_no_row_from_being_counted(rig: Rig, p
 
 
 def test_an_alarm_is_on_disk_before_long(tmp_path: Path, profile: Path) -> None:
-    first = Rig(tmp_path / "monitors")
+    all_there = threading.Event()
+    first = Rig(tmp_path / "monitors", on_drain=lambda: all_there.wait(60))
     engine = first.load(Watch(profile, SETTINGS))
     first.follow(engine)
     serve(engine, normal(400, 3, shift=1.0))
+    all_there.set()  # else the file could be of the first rows only, which had raised the alarms already
     until(lambda: len(first.events) == WIDTH)
     until(lambda: list((tmp_path / "monitors").glob("m/1-*.state")) != [])
     second = Rig(tmp_path / "monitors")  # the first is not closed: as after a crash
@@ -461,4 +482,20 @@ def test_an_alarm_is_on_disk_before_long(tmp_path: Path, profile: Path) -> None:
     assert second.events == []
     assert set(MonitorViews(first.service).one("m", "1")["alarms"][0]) >= {"column", "check", "state", "end_ns"}
     for rig in (first, second):
+        rig.service.close()
+
+
+def test_what_could_not_be_saved_is_tried_again_without_new_rows(tmp_path: Path, profile: Path) -> None:
+    folder = tmp_path / "monitors"
+    folder.write_text("a file where the folder should be")
+    with structlog.testing.capture_logs() as logs:
+        rig = Rig(folder, timing=replace(QUICK, save_s=0.01))
+        engine = rig.load(Watch(profile, SETTINGS))
+        rig.follow(engine)
+        serve(engine, normal(400, 2))
+        rig.settled(400)
+        done = len(logs)
+        until(lambda: "monitor_not_saved" in [line["event"] for line in logs[done:]])
+        folder.unlink()
+        until(lambda: list(folder.glob("m/1-*.state")) != [])
         rig.service.close()

@@ -395,3 +395,16 @@ def test_a_real_report_reads_the_same_through_json() -> None:
     assert tree.count("svg") == 4 * 3 - 1
     assert tree.count("rect", "span") >= 2
     assert drift_page(json.loads(json.dumps(document))) == page
+
+
+def test_arms_are_held_against_stable() -> None:
+    names = [f"f{place}" for place in range(30)]
+    compared = window(names, arm="canary", against="stable", rows=1000)
+    compared["scores"] = [{**score, "reference_rows": 700} for score in compared["scores"]]
+    document = {"report": report(window(names), window(names, arm="canary")), "comparisons": [compared]}
+    tree = Tree(drift_page(document))
+    assert "Arms against each other" in tree.of("h2")
+    assert "canary against stable · 1000rows: 1\u202f000 rows against 700. The 20 features" in tree.text
+    assert tree.text.count("f19") == 3
+    assert tree.text.count("f20") == 2
+    assert "Arms against" not in drift_page({**document, "comparisons": []})
