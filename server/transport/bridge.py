@@ -88,9 +88,13 @@ class SingleReply:
             self.done.set_result(None)
 
     def result(self, permit: Permit) -> InferenceResponse:
-        """The one answer, or the error raised. Only after ``done``."""
-        if self.error is not None:
-            raise self.error
+        """The one answer, or the error raised. Only after ``done``, and once."""
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it would be held by its own traceback, and with it the callers' frames and the request
         if self._answers > 1:
             raise Unimplemented("this model gave several answers to one request: call it with ModelStreamInfer")
         if self.response is None:

@@ -326,6 +326,7 @@ async def _while_wanted(work: Coroutine[Any, Any, _T], receive: Receive, deadlin
     finally:
         leaving.cancel()
         working.cancel()
+        del leaving, working  # what they raised would be held by its own traceback, and with it what the callers hold
 
 
 async def by_deadline(work: Coroutine[Any, Any, _T], deadline_ns: int, late: str) -> _T:

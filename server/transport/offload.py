@@ -23,9 +23,12 @@ class Offload:
         await self._places.acquire()
         working = asyncio.ensure_future(asyncio.to_thread(work))
         working.add_done_callback(self._ended)
-        # Not shielded: a shield tells the loop of an exception that nobody waits for any more.
-        await asyncio.wait([working])
-        return working.result()
+        try:
+            # Not shielded: a shield tells the loop of an exception that nobody waits for any more.
+            await asyncio.wait([working])
+            return working.result()
+        finally:
+            del working  # an exception would be held by its own traceback, and with it all that its callers hold
 
     def _ended(self, working: asyncio.Task[Any]) -> None:
         self._places.release()

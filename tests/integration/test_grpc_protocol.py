@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import socket
 import threading
@@ -19,6 +20,7 @@ from google.protobuf.message import Message
 
 from server._pb import health_pb2, reflection_pb2, reflection_v1alpha_pb2
 from server._pb import inference_pb2 as pb
+from server.errors import TidegateError
 from server.transport.native.h2 import Http2Settings
 from server.transport.reference.grpcio import GrpcServer, GrpcSettings
 from server.transport.status import StatusTable
@@ -454,6 +456,47 @@ def test_stream_marks_the_final_answer(channel: grpc.Channel) -> None:
     assert got == [("affine", True, 1), ("many", False, 1), ("many", True, 1), ("none", True, 0), ("full", False, 0)]
 
 
+def _broken_messages() -> list[bytes]:
+    """Refused while they are read, by turns, and by the port."""
+    strings = pb.ModelInferRequest(model_name="affine")
+    strings.inputs.add(name="x", datatype="BYTES", shape=[20_000])
+    strings.raw_input_contents.append(bytes(80_001))
+    wide = infer_request()
+    wide.inputs[0].shape[1] = 3
+    return [b"\xff" * 1000, wide.SerializeToString(), strings.SerializeToString(), _request("full"), _request("nobody")]
+
+
+def _request(model: str) -> bytes:
+    return infer_request(model).SerializeToString()
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+@pytest.mark.parametrize("path", [f"/{SERVICE.full_name}/ModelInfer", STREAM])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_refusal_lets_go_of_its_request(transport: str, path: str, compression: grpc.Compression) -> None:
+    """An error in a cycle with its own traceback keeps the frames that it came through, and the message in them."""
+    with running(transport=transport) as server, connect(server) as channel:
+        assert channel.unary_unary(path.replace("ModelStreamInfer", "ModelInfer"))(_request("affine"))
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for raw in _broken_messages():
+                if path == STREAM:
+                    assert len(list(channel.stream_stream(path)(iter([raw]), compression=compression))) == 1
+                else:
+                    with pytest.raises(grpc.RpcError):
+                        channel.unary_unary(path)(raw, compression=compression)
+            assert settled(server)
+            server.run(asyncio.sleep(0))  # the tasks have ended in which the answers were given
+            gc.collect()
+            assert [item for item in gc.garbage if isinstance(item, TidegateError)] == []
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_stream_bounds_what_is_in_flight(transport: str) -> None:
     settings = GrpcSettings(max_in_flight_per_stream=4)
@@ -678,9 +721,10 @@ def test_drain_answers_what_is_in_flight_and_ends_streams(factory: Any, transpor
         reflecting.send(module.ServerReflectionRequest(list_services="").SerializeToString())
         next(reflecting.call)
         assert _STATUS.FromString(next(watch)).status == _STATUS.SERVING
+        told = pool.submit(next, watch)  # grpcio drops what nobody waits for when an error follows
         assert server.port.wait(lambda: len(server.port.held) == 2)
         assert idle.call.initial_metadata()
-        told = pool.submit(next, watch)  # grpcio drops what nobody waits for when an error follows
+        call(channel, "ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse.FromString)  # by then somebody waits
         drained = asyncio.run_coroutine_threadsafe(server.grpc_server.drain(10), server.loop)
         assert _STATUS.FromString(told.result(10)).status == _STATUS.NOT_SERVING
         assert _code(lambda: next(watch)) == "UNAVAILABLE"

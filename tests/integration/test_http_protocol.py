@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import http.client
 import json
@@ -15,10 +16,12 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from server.errors import TidegateError
 from server.transport.answers import HttpSettings
 from server.transport.reference.asgi import HttpServer
 from server.transport.status import StatusTable
@@ -237,6 +240,44 @@ def test_wrong_paths(server: Running, path: str, status: int) -> None:
     assert answer.error
 
 
+FP64 = GOOD.replace(b"FP32", b"FP64")
+STRINGS = b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[20000],"parameters":{"binary_data_size":80001}}]}'
+#: Bodies that are refused off the loop, by turns, or by the port: (body, headers).
+REFUSED = {
+    "no JSON": (b" " * 100_000, {}),
+    "no JSON, packed": (gzip.compress(b" " * 100_000), {"Content-Encoding": "gzip"}),
+    "not packed": (b"x" * 100_000, {"Content-Encoding": "gzip"}),
+    "by the port": (FP64 + b" " * 100_000, {}),
+    "by the port, packed": (gzip.compress(FP64), {"Content-Encoding": "gzip"}),
+    "by turns": (
+        gzip.compress(STRINGS + bytes(80_001)),
+        {"Content-Encoding": "gzip", "Inference-Header-Content-Length": str(len(STRINGS))},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_refusal_lets_go_of_its_request(transport: str, case: str) -> None:
+    """An error in a cycle with its own traceback keeps the frames that it came through, and the body in them."""
+    body, headers = REFUSED[case]
+    with running(limits=LIMITS, http=HttpSettings(offload_bytes=16 * 1024), transport=transport) as server:
+        assert ask(server, "GET", "/v2").status == 200
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            assert ask(server, "POST", "/v2/models/affine/infer", body, headers).status == 400
+            assert settled(server)
+            server.run(asyncio.sleep(0))  # the task has ended in which the answer was given
+            gc.collect()
+            assert [item for item in gc.garbage if isinstance(item, TidegateError)] == []
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+
 def test_head_has_no_body(server: Running) -> None:
     answer = ask(server, "HEAD", "/v2/health/live")
     assert (answer.status, answer.body, answer.headers["content-length"]) == (200, b"", "13")
@@ -266,10 +307,10 @@ def test_infer_answers_with_decision_headers(server: Running, model: str, versio
     assert answer.headers["x-tidegate-version"] == "1"
     assert answer.headers["x-tidegate-arm"] == "stable"
     assert answer.headers["x-tidegate-generation"] == "7"
+    assert settled(server)
     assert answer.headers["x-tidegate-id"] in server.port.released
     assert answer.headers["traceresponse"].startswith("00-aaaa")
     assert "server" not in answer.headers
-    assert settled(server)
 
 
 def binary_request(binary_output: bool) -> tuple[bytes, bytes]:
@@ -668,6 +709,36 @@ def test_http_1_0_is_answered_and_closed(server: Running) -> None:
         assert status_of(read_all(sock)) == 200
 
 
+#: Answers that say that the connection ends, to clients who go on as if it did not.
+LAST = {
+    "app": (b"GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200),
+    "inference": (post(GOOD, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"), 200),
+    "refusal": (post(GOOD, "Connection: keep-alive", path="/v2/models/no/infer").replace(b"/1.1", b"/1.0"), 404),
+}
+
+
+@pytest.mark.parametrize("rest", [b"", post()[:-5]], ids=["whole", "cut"])
+@pytest.mark.parametrize("last", sorted(LAST))
+def test_nothing_behind_the_last_answer_is_run(
+    server: Running, last: str, rest: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw, status = LAST[last]
+    server.control.calls.clear()
+    behind = post(b"", path="/v2/repository/models/affine/load")
+    with connect(server) as sock:
+        sock.sendall(raw + behind + post(GOOD.replace(b'"7"', b'"behind"')) + rest)
+        assert statuses_of(read_all(sock)) == [status]
+    admitted = len(server.port.admitted)
+    with connect(server) as sock:
+        sock.sendall(raw + post() + behind + rest)
+        assert statuses_of(read_all(sock)) == [status]
+    assert status_of(exchange(server, post())) == 200  # by now what was begun has been run
+    assert server.control.calls == []
+    assert len(server.port.admitted) == admitted + 1 + (last == "inference")
+    assert settled(server)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("raw", "status"),
     [
@@ -825,7 +896,7 @@ def test_malformed_requests_whose_sender_waits(impatient: Running) -> None:
             sock.sendall(raw)
             answers = read_all(sock)
         assert all(200 <= status < 500 for status in statuses_of(answers)), (raw, answers)
-    assert infer(impatient).status == 200
+    assert status_of(exchange(impatient, post())) == 200  # in one piece: no body is waited for
     assert settled(impatient)
 
 
@@ -891,18 +962,22 @@ def test_empty_lines_do_not_keep_a_connection(impatient: Running) -> None:
             pytest.fail("empty lines kept the connection for 20 s")
 
 
-def test_reader_that_does_not_read_is_cut_off(impatient: Running) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_reader_that_does_not_read_is_cut_off(transport: str) -> None:
+    """For nothing else: its bodies may take their time."""
     body = json.dumps({"inputs": [{**INPUT, "shape": [1, 500_000], "data": [0.5] * 500_000}]}).encode()
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the window is agreed on
-        sock.settimeout(20)
-        sock.connect(impatient.http)
-        for _ in range(4):
-            sock.sendall(post(body))
-        poll = select.poll()
-        poll.register(sock, 0)
-        assert poll.poll(10_000), "still connected"
-    assert settled(impatient)
+    with running(http=HttpSettings(write_stall_s=0.3), transport=transport) as server:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the window is agreed on
+            sock.settimeout(20)
+            sock.connect(server.http)
+            with suppress(OSError):  # the cut may come before all is sent
+                for _ in range(4):
+                    sock.sendall(post(body))
+            poll = select.poll()
+            poll.register(sock, 0)
+            assert poll.poll(10_000), "still connected"
+        assert settled(server)
 
 
 def test_unwanted_body_is_discarded_within_bounds(impatient: Running) -> None:
@@ -916,6 +991,20 @@ def test_unwanted_body_is_discarded_within_bounds(impatient: Running) -> None:
     with connect(impatient) as sock:
         sock.sendall(post(b"x", path="/nothing", length="100"))
         assert status_of(read_all(sock)) == 404
+
+
+@pytest.mark.parametrize("path", ["/v2/models/no/infer", "/v2/models/affine/infer", "/nothing"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_was_given_the_last_answer_and_stays_is_cut(transport: str, path: str) -> None:
+    """Also where the body came with the head: then all has been read when the answer is out."""
+    times = HttpSettings(discard_s=0.2, keep_alive_s=600)
+    with running(http=times, transport=transport) as server, connect(server) as sock:
+        sock.sendall(post(GOOD, "Connection: close", path=path))
+        assert len(statuses_of(read_all(sock))) == 1
+        until = time.monotonic() + 20
+        while server.http_server.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server.http_server.connections == 0
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -7,6 +7,7 @@ uvicorn's own ``Server`` is left out: it captures signals and polls. What is add
 * an answer given before the whole body came is followed by a bounded discard, so that the client can read it: closing
   at once would reset the connection under its hands;
 * a client that does not take its answer is cut off;
+* what comes behind an answer that says that it is the last is not run (RFC 9112 section 9.6);
 * an ``Upgrade`` that we do not speak is ignored, body included, as RFC 9110 section 7.8 wants (some clients offer h2c);
 * trailer fields never join the headers;
 * blanks around a field's value are no part of it, those behind it neither (RFC 9112 section 5).
@@ -106,6 +107,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._closing = False  # everything was answered; what still comes is thrown away
         self._discarded = 0
         self._timer: asyncio.TimerHandle | None = None  # head, discard: never both
+        self._end: asyncio.TimerHandle | None = None  # what is thrown away behind the last answer
         self._stall: asyncio.TimerHandle | None = None
         self._stalled_at = 0
         self._paced: PacedTransport | None = None  # over TLS: the transport
@@ -126,6 +128,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._unset_keepalive_if_required()
+        if self._end is not None:
+            self._end.cancel()
         if self._stall is not None:
             self._stall.cancel()
         self._owed = 0
@@ -181,6 +185,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._begin_head()
 
     def _begin_head(self) -> None:
+        if self._over():
+            raise _Violation(InvalidArgument("the last answer on this connection has been given"))
         self._head_open = self._head_fresh = True
         self._head_bytes = self._head_raw = self._hosts = self._chunks = 0
         self._arm(self._settings.head_s, self._head_expired)
@@ -251,6 +257,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._answers.flush()
         if self._owed:
             self.owe(0)
+        if self._closing:
+            self.pipeline.clear()
+            return
         super().on_response_complete()
         cycle = self.cycle
         if self.transport.is_closing() or not cycle.response_complete:
@@ -299,6 +308,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: TidegateError) -> None:
         """Stop parsing. Good requests before this one on the connection are answered first."""
+        if self._over():
+            return
         self._refusal = error
         self._disarm()
         cycle = self.cycle
@@ -351,7 +362,13 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._arm(self._settings.discard_s, self.transport.abort)
+        # A timer of its own: the parser may still be in the data that brought this on, and their end disarms the other.
+        self._disarm()
+        self._end = self.loop.call_later(self._settings.discard_s, self.transport.abort)
+
+    def _over(self) -> bool:
+        """The last answer was given, or the connection is lost: what the client still sends is no request."""
+        return self._closing or self.transport.is_closing()
 
     def _discard(self, size: int) -> None:
         self._discarded += size

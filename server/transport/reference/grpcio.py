@@ -39,6 +39,8 @@ _COMPRESSION: Final = {
 }
 _Context: TypeAlias = Any  # grpc.aio.ServicerContext, which is generic over messages that we do not have
 _Unary: TypeAlias = Callable[[bytes, _Context], Awaitable[bytes]]
+#: Code, text and trailing metadata.
+_Refusal: TypeAlias = tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -246,18 +248,25 @@ class GrpcServer:
         self._arrived += 1
         call = _Call(context)
         try:
-            answer = await self._answer(call, raw)
-            await self._hold(context)
+            try:
+                answer = await self._answer(call, raw)
+                await self._hold(context)
+                await call.send_headers()
+                return answer
+            except Exception as error:  # noqa: BLE001 - the boundary of one request
+                refusal = self._refusal(self._refused(call, error))
+            # What ``abort`` raises waits for the collector, with its frames: nothing of the request is in them by now.
+            del raw
             await call.send_headers()
-            return answer
-        except Exception as error:  # noqa: BLE001 - the boundary of one request
-            told = self._told(error, call.id)
-            if not call.handed:
-                self._port.refuse(told)
-            await call.send_headers()
-            return await self._abort(context, told)
+            return await self._end(context, refusal)
         finally:
             call.release()
+
+    def _refused(self, call: _Call, error: Exception) -> TidegateError:
+        told = self._told(error, call.id)
+        if not call.handed:
+            self._port.refuse(told)
+        return told
 
     async def _answer(self, call: _Call, raw: bytes) -> bytes:
         permit = call.permit = self._port.admit(_head(call.context, len(raw)))
@@ -358,12 +367,17 @@ class GrpcServer:
         self._log.error("request_failed", id=id_, protocol="grpc", exc_info=error)
         return Internal(id_)
 
-    async def _abort(self, context: _Context, error: TidegateError) -> bytes:
-        await self._hold(context)
-        code = _CODES[self._statuses.of(error).grpc]
+    def _refusal(self, error: TidegateError) -> _Refusal:
         seconds = self._statuses.retry_after(error)
         trailers = () if seconds is None else (("retry-after", str(seconds)),)
-        await context.abort(code, safe_text(error.message), trailers)
+        return _CODES[self._statuses.of(error).grpc], safe_text(error.message), trailers
+
+    async def _abort(self, context: _Context, error: TidegateError) -> bytes:
+        return await self._end(context, self._refusal(error))
+
+    async def _end(self, context: _Context, refusal: _Refusal) -> bytes:
+        await self._hold(context)
+        await context.abort(*refusal)
         return b""  # not reached: abort raises
 
 

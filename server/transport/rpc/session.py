@@ -27,9 +27,13 @@ _FINAL: Final = "triton_final_response"
 
 
 class _Slot:
-    """Reply of one message: the answers still to be sent, and whether more may come."""
+    """Reply of one message: the answers still to be sent, and whether more may come.
 
-    __slots__ = ("_keep", "_wake", "answers", "empty_final", "error", "final_sent", "finished", "id", "model", "size",
+    Of an error it has code and text. The error itself has a traceback, and that has the frames that know the slot and
+    the message: all of it would wait for the collector.
+    """
+
+    __slots__ = ("_keep", "_wake", "answers", "empty_final", "final_sent", "finished", "id", "model", "refusal", "size",
                  "ticket")  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], keep: Callable[[int], None]) -> None:
@@ -39,29 +43,35 @@ class _Slot:
         self.id = self.model = ""
         self.empty_final = False
         self.answers: deque[InferenceResponse] = deque()
-        self.error: TidegateError | None = None
+        self.refusal: tuple[str, str] | None = None
         self.finished = self.final_sent = False
         self.ticket: Ticket | None = None
 
     def message(self, response: InferenceResponse, decision: Decision) -> None:
         """The decision is dropped: a stream's one set of headers went out before anything was decided."""
-        if self.error is not None:
+        if self.refusal is not None:
             return
         try:
             self._keep(_size(response))
         except TidegateError as error:
-            self.error = error.with_traceback(None)
+            self.refusal = _said(error)
         else:
             self.answers.append(response)
             self._wake()
 
     def finish(self, error: TidegateError | None) -> str | None:
-        unkept, self.error = self.error, self.error or error
+        unkept = self.refusal
+        if unkept is None and error is not None:
+            self.refusal = _said(error)
         self.finished = True
         self.ticket = None  # it refers to this reply: apart, both go with the last reference
         self._keep(-self.size)
         self._wake()
-        return None if unkept is None else unkept.code
+        return None if unkept is None else unkept[0]
+
+
+def _said(error: TidegateError) -> tuple[str, str]:
+    return error.code, safe_text(error.message)
 
 
 def _size(response: InferenceResponse) -> int:
@@ -169,7 +179,7 @@ class StreamSession:
         """Send what the slot has; True when nothing more can come of it."""
         while slot.answers:
             response = slot.answers.popleft()
-            slot.final_sent = slot.finished and slot.error is None and not slot.answers
+            slot.final_sent = slot.finished and slot.refusal is None and not slot.answers
             size = _size(response)
             if pieces.has_many(response):
                 response = await self._turns.take(pieces.wired(response))
@@ -178,8 +188,8 @@ class StreamSession:
             self._keep(-size)
         if not slot.finished:
             return False
-        if slot.error is not None:
-            await self._write(protobuf.encode_stream_error(safe_text(slot.error.message), slot.id))
+        if slot.refusal is not None:
+            await self._write(protobuf.encode_stream_error(slot.refusal[1], slot.id))
         elif slot.empty_final and not slot.final_sent:
             empty = InferenceResponse(slot.model, "", slot.id, [], {_FINAL: True})
             await self._write(protobuf.encode_stream_infer(empty))
