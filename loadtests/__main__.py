@@ -48,6 +48,9 @@ def run(scenario: Path, output: Path | None, html: Path | None) -> None:
     click.echo(f"Asked by {result.settings['generator_says']}. Result: {output}")
     if html is not None:
         html.write_text(plots.page_of(result))
+    measured = len(result.cells[wanted.name][target.label])
+    if measured < wanted.rounds:
+        raise click.ClickException(f"the server was gone: {measured} of {wanted.rounds} rounds were measured")
 
 
 @main.command()
@@ -68,8 +71,10 @@ def plot(result: Path, output: Path | None) -> None:
     """Draw a RESULT as one self-contained page."""
     output = output or result.with_suffix(".html")
     try:
-        output.write_text(plots.page_of(results.load(result)))
-    except TidegateError as error:
+        page = plots.page_of(results.load(result))
+        results.check_folder(output.parent)
+        output.write_text(page)
+    except (TidegateError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(str(output))
 

@@ -128,14 +128,13 @@ class Crew:
         count_instructions: bool = False,
         seed: int = 1,
     ) -> Sample:
-        """One window. Lanes that owe answers afterwards are replaced."""
+        """One window. Lanes that owe answers are replaced, by the next window: the server may be gone."""
         if not self._lanes:
             await self.open()
         meter = Meter(self.target.pid, count_instructions)
         taken = await _loop(self._lanes, pace or Pace(), meter, seed).run(ramp_s, seconds)
         if taken.outcomes[UNANSWERED]:
             await self.close()
-            await self.open()
         return meter.sample(taken)
 
 
@@ -195,14 +194,15 @@ class Meter:
 
     def sample(self, taken: Taken) -> Sample:
         server, client, busy = (after - before for after, before in zip(self._after, self._before, strict=True))
+        counted = bool(self._pid) and server >= 0  # what a process has used goes with it when it is gone
         return Sample(
             taken.seconds,
             taken.completed,
             dict(taken.outcomes),
             taken.latency,
             taken.late,
-            server_cpu_s=server if self._pid else None,
+            server_cpu_s=server if counted else None,
             client_cpu_s=client,
-            foreign_cpu_s=max(0.0, busy - server - client) if self._pid else None,
+            foreign_cpu_s=max(0.0, busy - server - client) if counted else None,
             instructions=self._instructions,
         )

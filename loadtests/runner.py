@@ -34,12 +34,18 @@ def target_of(scenario: Scenario) -> Iterator[Target]:
 
 
 async def run(scenario: Scenario, target: Target, say: Callable[[str], object]) -> Result:
-    """All rounds. Raises ConfigError or OSError when the target cannot be asked."""
+    """All rounds, or those until the target was gone. Raises ConfigError or OSError when it cannot be asked at all."""
     payload = payload_of(scenario, target.http, target.grpc)
     settings = {"scenario": scenario.model_dump(mode="json"), "generator_says": generator_says(scenario)}
     result = Result(scenario.name, settings)
     for number in range(scenario.rounds):
-        sample = await _window(scenario, target, payload, number)
+        try:
+            sample = await _window(scenario, target, payload, number)
+        except OSError as error:
+            if not number:
+                raise
+            say(f"round {number + 1} of {scenario.rounds}: {error}")
+            break
         result.add(scenario.name, target.label, sample)
         say(f"round {number + 1} of {scenario.rounds}: {line(sample)}")
     return result

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -82,6 +87,53 @@ def test_a_server_that_is_not_there(tmp_path: Path, generator: str, more: str, w
     assert not (tmp_path / "r.json").exists()
 
 
+class Mortal(asyncio.Protocol):
+    """Answers so many requests, then it and its listener are gone."""
+
+    def __init__(self, left: list[int], listener: list[asyncio.Server]) -> None:
+        self.left, self.listener = left, listener
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            self.listener[0].close()
+            self.transport.abort()
+        else:
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+
+@contextmanager
+def mortal(answers: int) -> Iterator[str]:
+    loop = asyncio.new_event_loop()
+    listener: list[asyncio.Server] = []
+    left = [answers]
+    listener.append(loop.run_until_complete(loop.create_server(lambda: Mortal(left, listener), "127.0.0.1", 0)))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener[0].sockets[0].getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_what_was_measured_until_a_server_was_gone_is_kept(tmp_path: Path) -> None:
+    more = "loop: open\nrate: 200\npayload: {inline: {x: {datatype: FP32, shape: [1], data: [1]}}}"
+    path, kept = tmp_path / "s.yaml", tmp_path / "r.json"
+    with mortal(20) as http:
+        path.write_text(SCENARIO.format(name="n", grpc="", http=http, pid=0, protocol="http-json", loop=more))
+        result = CliRunner().invoke(main, ["run", str(path), "--output", str(kept)])
+    assert result.exit_code == 1, result.output
+    assert "1 of 2 rounds were measured" in result.output
+    (sample,) = results.load(kept).cells["n"]["ours"]
+    assert 0 < sample.outcomes["ok"] <= 20
+    assert sample.errors > 0
+
+
 @pytest.mark.parametrize("option", ["--output", "--html"])
 def test_a_place_that_takes_no_file_is_told_before(tmp_path: Path, option: str) -> None:
     (tmp_path / "s.yaml").write_text(GONE.format(generator="own", more=""))
@@ -90,6 +142,17 @@ def test_a_place_that_takes_no_file_is_told_before(tmp_path: Path, option: str) 
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert f"{tmp_path}/file" in result.output
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    results.Result("n", {}).save(tmp_path / "r.json")
+    (tmp_path / "file").touch()
+    page = tmp_path / "file" / "x.html"
+    result = CliRunner().invoke(main, ["plot", str(tmp_path / "r.json"), "-o", str(page)])
+    assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)
+    assert f"{tmp_path}/file" in result.output
+    run("plot", tmp_path / "r.json", "-o", tmp_path / "new" / "x.html")
+    assert (tmp_path / "new" / "x.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_a_model_that_cannot_be_asked_for(tmp_path: Path) -> None:
