@@ -22,6 +22,8 @@ AS_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR)
 THROUGH_COMPILED := tests/faults tests/integration tests/unit/batching tests/unit/codec tests/unit/transport \
 	tests/unit/test_gateway.py tests/unit/test_gateway_policy.py tests/unit/monitor/test_tap.py --ignore-glob='*_kill.py' --ignore-glob='*_disk.py' \
 	--ignore-glob='*/test_offline_serving.py' --ignore-glob='*/test_mlflow*.py' --ignore-glob='*/test_demo.py'
+# The kernels of the drift monitor go into the cache on disk before there are tests that wait for servers that start.
+KERNELS := $(PY) -c "from monitor.engine import MonitorSet; MonitorSet.compile()"
 SOURCES := server router monitor tests loadtests scripts
 
 .PHONY: help
@@ -77,16 +79,19 @@ demo: $(DEMO) $(CLIENTS) ## real models on real data: served, checked, watched, 
 .PHONY: test
 test: $(DEV) $(CLIENTS) ## all tests but the slow and the GPU ones
 	@echo "== tests (without slow and gpu)"
+	@$(KERNELS)
 	@$(PYTEST) -m "not slow and not gpu"
 
 .PHONY: test-compiled
 test-compiled: $(COMPILED) $(CLIENTS) ## the tests that pass through the compiled request path, on it
 	@echo "== tests, compiled"
+	@$(AS_WHEEL) $(KERNELS)
 	@$(AS_WHEEL) $(PYTEST) -o pythonpath= -m "not slow and not gpu" $(THROUGH_COMPILED)
 
 .PHONY: test-slow
 test-slow: $(COMPILED) $(CLIENTS) ## the slow tests, on the compiled request path
 	@echo "== slow tests"
+	@$(AS_WHEEL) $(KERNELS)
 	@$(AS_WHEEL) $(PYTEST) -o pythonpath= -m "slow and not gpu"
 
 .PHONY: test-gpu

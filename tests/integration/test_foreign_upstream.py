@@ -76,7 +76,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, upstream: str) -> Place:
     place.path.write_text(
         "apiVersion: tidegate/v1\nmodels:\n  m:\n    versions:\n"
         f'      "1": {{source: {place.root}/v1.onnx}}\n'
-        f'      "2": {{upstream: {{url: "http://{upstream}", model: tripled, timeout: 5s}}}}\n'
+        f'      "2": {{upstream: {{url: "http://{upstream}", model: tripled, timeout: 60s}}}}\n'
         '    stable: "1"\n    key: {from: [header:x-user]}\n'
         '    rollout: {id: r1, candidate: "2", weight: 50%}\n'
         "    resilience: {fallback: none}\n"

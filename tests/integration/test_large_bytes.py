@@ -27,6 +27,8 @@ ELEMENTS = [b"%d" % i for i in range(100_000)]
 RAW = encode_bytes(ELEMENTS)
 SMALL = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}]}).encode()
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+#: Long enough for a large request to come and to be begun, on whatever machine: it is to pass while that waits.
+SHORT_MS = 2000
 
 
 class Counting(EchoPort):
@@ -194,7 +196,7 @@ def test_a_deadline_of_a_call_that_waits_for_its_turn(server: Running, called: t
     """The client's own clock is not asked: it would have told the same without the server."""
     port, seen = server.port, handled(server)
     with Http2Wire(called) as wire, held(server):
-        wire.send(opened(1, ("grpc-timeout", "300m")))
+        wire.send(opened(1, ("grpc-timeout", str(SHORT_MS) + "m")))
         wire.upload(1, grpc_message(grpc_request()))
         assert wire.call(3, grpc_small()).status == "0"
         answer = wire.answer(1)
@@ -264,7 +266,7 @@ def test_a_small_request_is_answered_while_a_large_one_waits(server: Running, wa
 def test_a_deadline_that_passes_meanwhile(server: Running, way: str) -> None:
     with http_wire(server) as wire:
         with held(server):
-            wire.send(http_request(headers=WAYS[way] | {"x-tidegate-timeout-ms": "300"}))
+            wire.send(http_request(headers=WAYS[way] | {"x-tidegate-timeout-ms": str(SHORT_MS)}))
             answer = answer_of(wire)
             assert answer.status == 504
             assert answer.body == {"error": DECODED_LATE}
@@ -281,7 +283,7 @@ def test_a_deadline_of_an_answer_that_waits_for_its_turn(server: Running) -> Non
     body = json.dumps(document).encode()
     with http_wire(server) as wire:
         with held(server):
-            wire.send(post("/v2/models/echo/infer", body, {"x-tidegate-timeout-ms": "300"}))
+            wire.send(post("/v2/models/echo/infer", body, {"x-tidegate-timeout-ms": str(SHORT_MS)}))
             answer = answer_of(wire)
             assert answer.status == 504
             assert answer.body == {"error": ANSWERED_LATE}

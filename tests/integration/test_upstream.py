@@ -28,6 +28,7 @@ from server.runtime.upstream_options import UpstreamOptions
 from server.types import DATATYPES
 from tests.contracts.runtime_contract import Case, RuntimeContract, batch_of, expected, some_rows
 from tests.support import models
+from tests.support.ports import reserved_port
 from tests.support.server import Server, serving
 from tests.unit.runtime.graphs import affine
 
@@ -143,8 +144,8 @@ def test_an_upstream_killed_in_mid_traffic_serves_again_after_its_return(tmp_pat
             start = len(outcomes)
             assert changed.wait_for(lambda: outcomes[start:].count(outcome) >= count, 30), set(outcomes)
 
-    with serving(*arguments) as first:
-        address = first.http
+    address = f"127.0.0.1:{reserved_port()}"  # while nobody serves there it is nobody else's
+    with serving(*arguments, "--http", address) as first:
         engine = load(address, instances=2, timeout_s=5.0)
         threads = [threading.Thread(target=traffic, args=(engine, i)) for i in range(2)]
         for thread in threads:
@@ -390,7 +391,7 @@ def hang_up(connection: socket.socket) -> bool:
 
 @pytest.mark.parametrize("act", [trickle, trickle_body, silence, hang_up])
 def test_the_whole_exchange_has_one_deadline(scripted: Scripted, act: Callable[[socket.socket], bool]) -> None:
-    engine = load(scripted.address, timeout_s=1.5, hold_off_s=0.0)
+    engine = load(scripted.address, timeout_s=3.0, hold_off_s=0.0)  # nobody who does their part takes so long
     scripted.answer = act
     began = time.monotonic()
     with pytest.raises(UpstreamUnavailable):
@@ -402,7 +403,7 @@ def test_the_whole_exchange_has_one_deadline(scripted: Scripted, act: Callable[[
 
 
 def test_after_a_timeout_the_other_members_do_not_wait_for_one_each(scripted: Scripted) -> None:
-    engine = load(scripted.address, timeout_s=0.3, hold_off_s=30.0)
+    engine = load(scripted.address, timeout_s=3.0, hold_off_s=30.0)  # nobody who does their part takes so long
     scripted.answer = silence
     began = time.monotonic()
     for _ in range(50):
@@ -581,10 +582,8 @@ def test_an_address_that_cannot_be_one_is_refused(url: str) -> None:
 
 
 def test_nobody_at_the_address_is_a_load_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ModelLoadError, match="cannot be reached"):
-        load(address)
+        load(f"127.0.0.1:{reserved_port()}")
 
 
 def test_an_upstream_behind_tls_is_trusted_by_its_authority_only(tmp_path: Path) -> None:

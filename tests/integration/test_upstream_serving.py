@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import pytest
 
 from server._pb import inference_pb2 as pb
 from tests.support import models
+from tests.support.ports import reserved_port
 from tests.support.server import Server, serving
 from tests.support.v2 import call, infer, tensor
 
@@ -160,7 +160,8 @@ def test_an_upstream_that_hangs_holds_nobody_else_up(place: Place) -> None:
 
 
 def test_no_client_notices_the_end_of_an_upstream_and_its_return_is_used(place: Place) -> None:
-    with place.upstream() as upstream, place.gateway(upstream.http) as server:
+    address = f"127.0.0.1:{reserved_port()}"  # while nobody serves there it is nobody else's
+    with place.upstream("--http", address) as upstream, place.gateway(address) as server:
         theirs = [user for user in USERS if ask(server, user)[0] == "2"]
         with Traffic(server) as traffic:
             traffic.more(100)
@@ -175,23 +176,20 @@ def test_no_client_notices_the_end_of_an_upstream_and_its_return_is_used(place: 
         with pytest.raises(grpc.RpcError) as caught:
             ask_grpc(server, model_version="2")
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        with place.upstream("--http", upstream.http):
+        with place.upstream("--http", address):
             eventually(lambda: {ask(server, user)[0] for user in theirs} == {"2"})
             assert infer(server.http, "m", X, version="2")[0] == 200
 
 
 def test_an_upstream_that_is_down_at_start_spoils_its_own_version_only(place: Place) -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))  # and never listens: the port refuses, and is nobody else's
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with place.gateway(address) as server:
-            assert {ask(server, user) for user in USERS} == {("1", "stable")}
-            assert index(server)["1"] == ("READY", "")
-            assert index(server)["2"] == ("UNAVAILABLE", "The upstream of model 'm' version '2' cannot be reached.")
-            status, body = infer(server.http, "m", X, version="2")
-            assert status == 404, body
-            silent.close()
-            with place.upstream("--http", address):
-                os.kill(server.process.pid, signal.SIGHUP)
-                eventually(lambda: index(server)["2"][0] == "READY")
-                assert {ask(server, user)[0] for user in USERS} == {"1", "2"}
+    address = f"127.0.0.1:{reserved_port()}"
+    with place.gateway(address) as server:
+        assert {ask(server, user) for user in USERS} == {("1", "stable")}
+        assert index(server)["1"] == ("READY", "")
+        assert index(server)["2"] == ("UNAVAILABLE", "The upstream of model 'm' version '2' cannot be reached.")
+        status, body = infer(server.http, "m", X, version="2")
+        assert status == 404, body
+        with place.upstream("--http", address):
+            os.kill(server.process.pid, signal.SIGHUP)
+            eventually(lambda: index(server)["2"][0] == "READY")
+            assert {ask(server, user)[0] for user in USERS} == {"1", "2"}

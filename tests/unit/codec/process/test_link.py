@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,11 +45,12 @@ class Rig:
 
 def open_files() -> set[str]:
     """What this process has open, by what it is."""
-    return {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _exists(name)}
-
-
-def _exists(name: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{name}")
+    gc.collect()  # what earlier tests left is not to be closed between two looks
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile, as is what listed it
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return found
 
 
 @asynccontextmanager
