@@ -539,7 +539,7 @@ class Planner(Generic[M]):
         if not due:
             return
         self._timed[member.ticket] = member
-        heappush(self._timers, (due, member.ticket))
+        _push(self._timers, due, member.ticket)
         if len(self._timers) > 2 * len(self._timed) + _SLACK:
             self._timers = [timer for timer in self._timers if timer[1] in self._timed]
             heapify(self._timers)
@@ -606,3 +606,13 @@ def _timeout_ns(member: Member, policy: QueuePolicy) -> int:
     if policy.allow_timeout_override and member.timeout_us > 0 and not 0 < timeout_us <= member.timeout_us:
         timeout_us = member.timeout_us
     return member.enqueued_ns + timeout_us * 1000 if timeout_us else 0
+
+
+def _push(heap: list[tuple[int, int]], due: int, ticket: int) -> None:
+    """``heappush``; what comes in order, as most does, without the call."""
+    if heap:
+        over_due, over_ticket = heap[(len(heap) - 1) >> 1]
+        if over_due > due or (over_due == due and over_ticket > ticket):
+            heappush(heap, (due, ticket))
+            return
+    heap.append((due, ticket))

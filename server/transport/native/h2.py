@@ -293,8 +293,8 @@ class Http2Connection(asyncio.Protocol):
         self.windows.forget(stream_id)
         if self._early:
             self._early.pop(stream_id, None)
-        stream = self.streams.pop(stream_id, None)
-        if stream is not None:
+        if stream_id in self.streams:  # not answered yet
+            stream = self.streams.pop(stream_id)
             self._idle_frames += _EARNED_BY_RESET
             self._guard(stream, stream.gone)
             self.taken.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import ngh2
 from ngh2 import Setting
@@ -129,10 +129,11 @@ class Session:
     def unary(self, stream_id: int, head: Iterable[Header], body: bytes, trailers: Iterable[Header]) -> bool:
         """A whole answer with trailers."""
         connection = self._connection
+        number: Any = stream_id  # made an object once
         try:
-            connection.send_response(stream_id, head)
-            connection.send_data(stream_id, body)
-            connection.send_trailers(stream_id, trailers)
+            connection.send_response(number, head)
+            connection.send_data(number, body)
+            connection.send_trailers(number, trailers)
         except ngh2.NGH2Error:
             return False
         return True
