@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import socket
 import threading
@@ -28,6 +27,7 @@ from server.types import Decision, InferenceRequest, InferenceResponse, Permit, 
 from tests.support import http2
 from tests.support.admitting import ROOM, Admitting, has_room, refusals
 from tests.support.echo import MODELS, EchoTicket, Running, running
+from tests.support.garbage import cycles
 from tests.support.http2 import PING, Http2Wire
 
 LIMITS = RequestLimits(max_body_bytes=1024 * 1024)
@@ -477,10 +477,7 @@ def test_a_refusal_lets_go_of_its_request(transport: str, path: str, compression
     """An error in a cycle with its own traceback keeps the frames that it came through, and the message in them."""
     with running(transport=transport) as server, connect(server) as channel:
         assert channel.unary_unary(path.replace("ModelStreamInfer", "ModelInfer"))(_request("affine"))
-        gc.collect()
-        gc.disable()
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        try:
+        with cycles() as found:
             for raw in _broken_messages():
                 if path == STREAM:
                     assert len(list(channel.stream_stream(path)(iter([raw]), compression=compression))) == 1
@@ -489,12 +486,7 @@ def test_a_refusal_lets_go_of_its_request(transport: str, path: str, compression
                         channel.unary_unary(path)(raw, compression=compression)
             assert settled(server)
             server.run(asyncio.sleep(0))  # the tasks have ended in which the answers were given
-            gc.collect()
-            assert [item for item in gc.garbage if isinstance(item, TidegateError)] == []
-        finally:
-            gc.set_debug(0)
-            gc.garbage.clear()
-            gc.enable()
+            assert found(TidegateError) == []
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

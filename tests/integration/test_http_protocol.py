@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import gzip
 import http.client
 import json
@@ -27,6 +26,7 @@ from server.transport.reference.asgi import HttpServer
 from server.transport.status import StatusTable
 from server.types import RequestLimits
 from tests.support.echo import MODELS, Running, floats, running
+from tests.support.garbage import cycles
 
 LIMITS = RequestLimits(max_body_bytes=256 * 1024, max_chunks=200, max_header_bytes=8 * 1024)
 INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
@@ -263,19 +263,11 @@ def test_a_refusal_lets_go_of_its_request(transport: str, case: str) -> None:
     body, headers = REFUSED[case]
     with running(limits=LIMITS, http=HttpSettings(offload_bytes=16 * 1024), transport=transport) as server:
         assert ask(server, "GET", "/v2").status == 200
-        gc.collect()
-        gc.disable()
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        try:
+        with cycles() as found:
             assert ask(server, "POST", "/v2/models/affine/infer", body, headers).status == 400
             assert settled(server)
             server.run(asyncio.sleep(0))  # the task has ended in which the answer was given
-            gc.collect()
-            assert [item for item in gc.garbage if isinstance(item, TidegateError)] == []
-        finally:
-            gc.set_debug(0)
-            gc.garbage.clear()
-            gc.enable()
+            assert found(TidegateError) == []
 
 
 def test_head_has_no_body(server: Running) -> None:

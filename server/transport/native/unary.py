@@ -173,7 +173,7 @@ class UnaryCall:
         """It was packed, and has so many bytes."""
 
     def _start(self, message: bytes) -> None:
-        raise NotImplementedError
+        """All of it is there, and not packed any more."""
 
     # --- the end ---------------------------------------------------------------------------------------------
 
