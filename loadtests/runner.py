@@ -54,6 +54,7 @@ async def run(scenario: Scenario, target: Target, say: Callable[[str], object]) 
 async def _window(scenario: Scenario, target: Target, payload: Payload, number: int) -> Sample:
     way = scenario.way()
     if scenario.generator == "h2load":
+        check_reachable(target)  # h2load itself takes a server that is gone for one that answers nothing
         return await h2load.measure(target, scenario.model, way, payload, scenario.duration_s, scenario.version)
     crew = Crew(target, scenario.model, way, payload, version=scenario.version)
     pace = Pace(scenario.rate, scenario.arrivals)

@@ -105,8 +105,9 @@ class Deadlines:
                         self._tell(timed.expired)
                     else:
                         self._seat(timed, timed.until_ns, now)
-        if turns and self._armed is None:  # one that was told may have begun something else
-            self._arm(now)
+        # One that was told may have begun something else, and armed for it before others were seated.
+        if turns and (self._armed is None or turns[0] < self._armed_ns):
+            self._arm(self._clock())  # not ``now``: those that were told have taken their time
 
     def _tell(self, expired: Callable[[], None]) -> None:
         try:

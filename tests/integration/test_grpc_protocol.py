@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -478,7 +479,8 @@ def test_a_refusal_lets_go_of_its_request(transport: str, path: str, compression
     with running(transport=transport) as server, connect(server) as channel:
         assert channel.unary_unary(path.replace("ModelStreamInfer", "ModelInfer"))(_request("affine"))
         with cycles() as found:
-            for raw in _broken_messages():
+            messages = _broken_messages()
+            for raw in messages:
                 if path == STREAM:
                     assert len(list(channel.stream_stream(path)(iter([raw]), compression=compression))) == 1
                 else:
@@ -487,6 +489,8 @@ def test_a_refusal_lets_go_of_its_request(transport: str, path: str, compression
             assert settled(server)
             server.run(asyncio.sleep(0))  # the tasks have ended in which the answers were given
             assert found(TidegateError) == []
+            frames = [item for item in found(FrameType) if isinstance(item, FrameType)]
+            assert [frame for frame in frames if any(value in messages for value in frame.f_locals.values())] == []
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import logging
 import random
 import re
 import select
@@ -712,7 +713,11 @@ LAST = {
 @pytest.mark.parametrize("rest", [b"", post()[:-5]], ids=["whole", "cut"])
 @pytest.mark.parametrize("last", sorted(LAST))
 def test_nothing_behind_the_last_answer_is_run(
-    server: Running, last: str, rest: bytes, capfd: pytest.CaptureFixture[str]
+    server: Running,
+    last: str,
+    rest: bytes,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     raw, status = LAST[last]
     server.control.calls.clear()
@@ -728,7 +733,8 @@ def test_nothing_behind_the_last_answer_is_run(
     assert server.control.calls == []
     assert len(server.port.admitted) == admitted + 1 + (last == "inference")
     assert settled(server)
-    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []  # so the loop tells of some
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,56 @@ def test_one_that_is_told_may_begin_anew() -> None:
     assert (len(deadlines), loop.timers()) == (0, 0)
 
 
+class Placed(Call):
+    """Has its place among the others of its turn: a set of few small hashes is in their order."""
+
+    def __init__(self, loop: Loop, place: int, after: Callable[[], None] = lambda: None) -> None:
+        super().__init__(loop, after)
+        self._place = place
+
+    def __hash__(self) -> int:
+        return self._place
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_one_that_begins_anew_holds_up_no_other_of_its_turn(place: int) -> None:
+    loop = Loop()
+    deadlines = Deadlines(loop.clock, loop.call_later)
+
+    def again() -> None:
+        if len(first.told) < 2:
+            deadlines.add(first, loop.now + 5_000 * MS, loop.now)
+
+    first, other = Placed(loop, 1, again), Placed(loop, place)
+    turn = (loop.now + 5_000 * MS) >> 29 << 29
+    until = turn + 100 * MS
+    deadlines.add(first, turn, loop.now)
+    deadlines.add(other, until, loop.now)
+    assert first.turn_ns == other.turn_ns
+    loop.run(loop.now + 20_000 * MS)
+    assert len(first.told) == 2
+    assert len(other.told) == 1
+    assert until - SLACK <= other.told[0] <= until
+    assert (len(deadlines), loop.timers()) == (0, 0)
+
+
+def test_those_that_take_long_to_be_told_hold_up_nobody() -> None:
+    loop = Loop()
+    deadlines = Deadlines(loop.clock, loop.call_later)
+
+    def work() -> None:
+        loop.now += 50 * MS
+
+    until = loop.now + 700 * MS
+    late = Call(loop)
+    deadlines.add(late, until, loop.now)
+    for _ in range(10):
+        deadlines.add(Call(loop, work), loop.now + 10 * MS, loop.now)
+    loop.run(until + 10_000 * MS)
+    assert until - SLACK <= late.told[0] <= until
+    assert (len(deadlines), loop.timers()) == (0, 0)
+
+
 def test_one_that_fails_keeps_no_other_from_being_told(capsys: pytest.CaptureFixture[str]) -> None:
     loop = Loop()
     deadlines = Deadlines(loop.clock, loop.call_later)

@@ -266,7 +266,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._refusal is not None:
             self._send_refusal(self._refusal)
-        elif cycle.more_body and not self._closing:
+        elif cycle.more_body:
             self._arm(self._settings.discard_s, self.transport.abort)
 
     # --- refusing and closing ---------------------------------------------------------------------------------

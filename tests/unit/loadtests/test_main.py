@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from loadtests import results
+from loadtests import results, runner
 from loadtests.__main__ import main
 from loadtests.models import MODEL, write_model
-from loadtests.servers import floor, serving
+from loadtests.scenario import load_scenario
+from loadtests.servers import Target, floor, serving
 
 SCENARIO = """
 name: {name}
@@ -85,6 +86,14 @@ def test_a_server_that_is_not_there(tmp_path: Path, generator: str, more: str, w
     assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)
     assert wanted in result.output
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("generator", ["own", "h2load"])
+def test_a_round_without_a_server_is_none(tmp_path: Path, generator: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GONE.format(generator=generator, more=""))
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9"):
+        asyncio.run(runner.run(load_scenario(path), Target("ours", "127.0.0.1:9", ""), print))
 
 
 class Mortal(asyncio.Protocol):
