@@ -22,6 +22,7 @@ from monitor.alarms import AlarmBook
 from monitor.decay import ReferenceRows, Signal, SignalJudge
 from monitor.errors import CalibrationError, SettingsError, StateError
 from monitor.estimate import Calibrator, Estimate, estimate_accuracy, estimate_binary
+from monitor.history import AlarmHistory
 from monitor.kernels._jit import compile_all
 from monitor.label_state import GroupKey, SavedGroup, SavedLabels, from_profile, reference_rows
 from monitor.label_windows import LabelWindows, SeriesState, WindowRows, WindowsState, merge_windows, windows_of
@@ -147,6 +148,7 @@ class LabelMonitor:
         self._recent: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
         #: By version and arm, with the reference that it was fitted on; None where that has too little.
         self._calibrators: dict[tuple[str, str], tuple[ReferenceRows, Calibrator | None]] = {}
+        self._past = AlarmHistory(LabelAlarm)
         self._changes = 0
         self._lock = threading.Lock()
 
@@ -214,6 +216,7 @@ class LabelMonitor:
             self._changes += 1
             self._groups.clear()
             self._recent.clear()
+            self._past.restore(None)
 
     def _by_group(self, joined: Sequence[Joined]) -> Iterable[tuple[GroupKey, list[Joined]]]:
         groups: dict[GroupKey, list[Joined]] = {}
@@ -250,13 +253,13 @@ class LabelMonitor:
             quiet = np.array([signal.quiet for signal in found])
             for change in group.book.look(window.window.name, over, quiet):
                 self._changes += 1
+                alarm = LabelAlarm(
+                    "raised" if change.raised else "cleared", self.model, *key, change.window, change.episode,
+                    window.look, window.start_ns, window.end_ns, found[change.column],
+                )  # fmt: skip
+                self._past.add(alarm)
                 if self._on_alarm is not None:
-                    self._on_alarm(
-                        LabelAlarm(
-                            "raised" if change.raised else "cleared", self.model, *key, change.window, change.episode,
-                            window.look, window.start_ns, window.end_ns, found[change.column],
-                        )
-                    )  # fmt: skip
+                    self._on_alarm(alarm)
 
     def _tells(self, window: WindowRows) -> bool:
         """Windows of rows are looked at when they are full, those of time when they hold enough."""
@@ -285,13 +288,14 @@ class LabelMonitor:
         return self._changes
 
     def snapshot(self, mark: str, run: str) -> bytes:
-        """Windows, references, alarms, counts, and the predictions and labels that wait, for ``restore``.
+        """Windows, references, alarms and past ones, counts, and the predictions and labels that wait, for ``restore``.
 
         ``mark`` and ``run``: see ``monitor.label_state``.
         """
         with self._lock:
             groups = [group.saved(key) for key, group in self._groups.items()]
-            saved = SavedLabels(self.model, mark, run, self.join.saved(), groups, self.forgotten_groups)
+            past = self._past.state()
+            saved = SavedLabels(self.model, mark, run, self.join.saved(), groups, self.forgotten_groups, past)
             return saved.to_bytes()
 
     def restore(self, saved: SavedLabels) -> None:
@@ -304,16 +308,31 @@ class LabelMonitor:
         for found in saved.groups:
             groups[found.key] = _Group(self.settings, None)
             groups[found.key].restore(found)
+        past = AlarmHistory(LabelAlarm)
+        past.restore(saved.past)
         with self._lock:
             self.join.restore(saved.join)
-            self._groups, self.forgotten_groups = groups, saved.forgotten_groups
+            self._groups, self.forgotten_groups, self._past = groups, saved.forgotten_groups, past
             for group in groups.values():
                 for window in group.windows.now():
                     if self._tells(window):
                         signals = self._judge.signals(window, group.reference, len(groups))
                         group.signals[window.window.name] = signals
 
+    def take_past(self, other: LabelMonitor) -> None:
+        """Have the past alarms of another monitor instead of its own: one that joined the model's labels before."""
+        with other._lock:
+            past = other._past.state()
+        with self._lock:
+            self._past.restore(past)
+            self._changes += 1
+
     # --- reading ---------------------------------------------------------------------------------------------------
+
+    def past_alarms(self, version: str) -> list[LabelAlarm]:
+        """The newest changes of a version's alarms, oldest first; those before a restart too."""
+        with self._lock:
+            return [alarm for alarm in self._past.alarms() if alarm.version == version]
 
     def report(self) -> dict[str, Any]:
         """Join, windows, signals, alarms and estimates as plain values; NaN where something is undefined."""

@@ -20,6 +20,7 @@ import numpy as np
 from monitor import sealed
 from monitor.decay import ReferenceRows
 from monitor.errors import SettingsError, StateError
+from monitor.history import SavedAlarms
 from monitor.label_memory import KEY_BYTES, GroupCounts, SavedRows
 from monitor.label_windows import Pane, SeriesState, WindowsState
 from monitor.labels import COUNTERS, SavedJoin
@@ -64,6 +65,7 @@ class SavedLabels:
     join: SavedJoin
     groups: list[SavedGroup]
     forgotten_groups: int = 0
+    past: SavedAlarms | None = None
 
     def to_bytes(self) -> bytes:
         """A sealed file: see ``monitor.sealed``."""
@@ -79,6 +81,7 @@ class SavedLabels:
             "key": self.join.key.hex(),
             "groups": groups,
             "forgotten_groups": self.forgotten_groups,
+            "past": None if self.past is None else self.past.stored("past/", arrays),
         }
         return sealed.pack(_KIND, header, arrays)
 
@@ -96,6 +99,7 @@ class SavedLabels:
                 _join(header, arrays),
                 [_group(f"{place}/", found, arrays, exact_rows) for place, found in enumerate(header["groups"])],
                 int(header["forgotten_groups"]),
+                SavedAlarms.of(header.get("past"), "past/", arrays),  # builds before had none
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as failure:
             raise StateError(f"{what}: the state is damaged ({type(failure).__name__})") from None

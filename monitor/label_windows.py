@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import Literal, TypeAlias
 
@@ -23,7 +23,7 @@ import numpy as np
 from monitor.errors import StateError
 from monitor.outcomes import LabelSettings
 from monitor.performance import Ranking, Scorer, Tally
-from monitor.types import Array, Window
+from monitor.types import SET_BACK_NS, Array, Window
 
 
 @dataclass(slots=True, eq=False)
@@ -191,6 +191,22 @@ class _Series:
             else:  # panes stand without a gap, and the next may be far from these
                 self._panes.clear()
 
+    def follow_clock(self, now_ns: int) -> None:
+        """The clock is ``now_ns`` now. Where it was set back by much, panes go on from what it shows.
+
+        What they hold stays in its order, as if it had come just before now.
+        """
+        newest = [pane for pane in (self._open, self._panes[-1] if self._panes else None) if pane is not None]
+        opened = self._open.index * self.pane if self._open is not None and self.unit == "time" else 0
+        if max([opened, *[pane.end_ns for pane in newest]]) <= now_ns + SET_BACK_NS:
+            return
+        by = max(0, opened // self.pane - now_ns // self.pane)
+        moved = [_moved(pane, by, now_ns) for pane in self._panes]  # who reads the old ones keeps them as they were
+        self._panes.clear()
+        self._panes.extend(moved)
+        if self._open is not None:
+            self._open = _moved(self._open, by, now_ns)
+
     def _close(self) -> Iterator[WindowRows]:
         closing, self._open = self._open, None
         if closing is None:
@@ -243,6 +259,12 @@ class _Series:
             raise StateError(f"the saved label windows hold {len(state.panes)} panes of {most}")
 
 
+def _moved(pane: Pane, by: int, now_ns: int) -> Pane:
+    """The pane ``by`` places earlier, with nothing after now."""
+    start_ns, end_ns = min(pane.start_ns, now_ns), min(pane.end_ns, now_ns)
+    return replace(pane, index=pane.index - by, start_ns=start_ns, end_ns=end_ns)
+
+
 def _window(window: Window, total: Tally, panes: Sequence[Pane], closed: int, outdated: int) -> WindowRows:
     held = [pane for pane in panes if pane.rows]
     ranking = None
@@ -273,7 +295,9 @@ class LabelWindows:
         return [window for series in self._series for window in series.add(predictions, labels, came, when)]
 
     def tick(self, now_ns: int) -> list[WindowRows]:
-        """Close what is over by time; each move of each window."""
+        """Close what is over by time; each move of each window. Where the clock was set back, all moves with it."""
+        for series in self._series:
+            series.follow_clock(now_ns)
         return [window for series in self._series for window in series.tick(now_ns)]
 
     def now(self) -> list[WindowRows]:

@@ -28,7 +28,7 @@ import numpy as np
 from monitor.errors import StateError
 from monitor.kernels.windows import close_pane, enter, span
 from monitor.layout import Layout, running_of
-from monitor.types import HOUR_NS, SECOND_NS, Array, Window, WindowCounts, counts_of
+from monitor.types import HOUR_NS, SET_BACK_NS, Array, Window, WindowCounts, counts_of
 
 #: Called when a window was moved and holds something to be judged.
 OnLook: TypeAlias = Callable[[WindowCounts], None]
@@ -40,9 +40,6 @@ HOURS_OF_WEEK: Final = 168
 _NO_CELLS: Final = np.empty((0, 0), "u4")
 #: Of one pane of time: its counts are int32.
 _MOST_ROWS: Final = 2**31 - 1
-#: What came so long after the present came before the clock was set back. Less is left alone: while rows are counted
-#: the present grows old.
-_SET_BACK_NS: Final = 60 * SECOND_NS
 
 
 @dataclass(slots=True, eq=False)
@@ -413,7 +410,7 @@ class PaneStore:
 
         What they hold stays in its order, as if it had come just before now.
         """
-        if max([series.latest_ns() for series in self._series]) <= now_ns + _SET_BACK_NS:
+        if max([self._now_ns, *[series.latest_ns() for series in self._series]]) <= now_ns + SET_BACK_NS:
             return
         self.flush()
         for series in self._series:
@@ -525,8 +522,11 @@ class Seasonal:
 
     def follow_clock(self, now_ns: int) -> None:
         """The clock is ``now_ns`` now: where it was set back by much, the hour is the one that it shows."""
-        if self._hour * HOUR_NS > now_ns + _SET_BACK_NS:
-            self._hour = now_ns // HOUR_NS
+        if self._hour * HOUR_NS > now_ns + SET_BACK_NS:
+            before = self._reference
+            self._begin(now_ns // HOUR_NS)
+            if self._reference is None:  # that of last week is no more where the hour was over: the nearest is used
+                self._reference = before
 
     def reference(self, now_ns: int) -> Array | None:
         """int64 counts to hold a window that ends now against, or None. Not to be changed."""
@@ -538,10 +538,17 @@ class Seasonal:
             return
         if self._hour >= 0:
             slot = self._hour % HOURS_OF_WEEK
-            self._slots[slot] = self._current
-            self._rows[slot], self._written[slot] = self._current_rows, self._hour
+            if self._written[slot] != self._hour:  # else the clock was set back into an hour that was over
+                self._slots[slot] = self._rows[slot] = 0
+            self._slots[slot] += self._current
+            self._rows[slot] += self._current_rows
+            self._written[slot] = self._hour
         self._current[:] = 0
         self._current_rows = 0
+        self._begin(hour)
+
+    def _begin(self, hour: int) -> None:
+        """Rows are of this hour from now on, and held against what it is to be held against."""
         self._hour = hour
         if self._mode == "hour_of_week":
             own = self._written == hour - HOURS_OF_WEEK

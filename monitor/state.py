@@ -2,7 +2,8 @@
 
 A state is bound to the SHA-256 of its profile: counts of one profile mean nothing under another, so mixing them is
 refused. Merging adds integers (see ``panes.merge_arms``): any number of states, in any order and grouping, give
-bit-identical counts. Alarms and the seasonal reference belong to whoever looks at the counts and are not merged.
+bit-identical counts. Alarms, past ones too, and the seasonal reference belong to whoever looks at the counts and are
+not merged.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from monitor import sealed
 from monitor.errors import ProfileMismatch, StateError
+from monitor.history import SavedAlarms
 from monitor.panes import ArmState, SeriesState, merge_arms
 from monitor.types import Array
 
@@ -27,8 +29,8 @@ _FACTS: Final = ("index", "rows", "dropped", "start_ns", "end_ns")
 class MonitorState:
     """``segments``: by arm and name. ``rules``: what is counted behind the cells (see ``monitor.panes``).
 
-    ``alarms`` and ``inflation`` by arm, ``seasonal`` arrays, ``history`` arrays by (arm, window): empty where they do
-    not travel.
+    ``alarms`` and ``inflation`` by arm, ``seasonal`` arrays, ``history`` arrays by (arm, window), ``past`` alarms:
+    empty where they do not travel.
     """
 
     model: str
@@ -41,6 +43,7 @@ class MonitorState:
     rules: tuple[str, ...] = ()
     segments: dict[str, dict[str, ArmState]] = field(default_factory=dict)
     history: dict[tuple[str, str], dict[str, Array]] = field(default_factory=dict)
+    past: SavedAlarms | None = None
 
     def to_bytes(self) -> bytes:
         """A sealed file: see ``monitor.sealed``."""
@@ -66,6 +69,7 @@ class MonitorState:
             "rules": list(self.rules),
             "segments": segments,
             "history": [{"arm": arm, "window": window} for arm, window in self.history],
+            "past": None if self.past is None else self.past.stored("/past/", arrays),
         }
         return sealed.pack(_KIND, header, arrays)
 
@@ -91,6 +95,7 @@ class MonitorState:
                 tuple([str(rule) for rule in header["rules"]]),
                 _segments(header["segments"], arrays),
                 _history(header["history"], arrays),
+                SavedAlarms.of(header.get("past"), "/past/", arrays),  # builds before had none
             )
         except (KeyError, TypeError, ValueError, IndexError) as failure:
             raise StateError(f"{what}: the state is damaged ({type(failure).__name__})") from None

@@ -50,6 +50,9 @@ SHADOW: Final = "shadow"
 
 SECOND_NS: Final = 1_000_000_000
 HOUR_NS: Final = 3600 * SECOND_NS
+#: What came so long after the present came before the clock was set back. Less is left alone: while rows are counted
+#: the present grows old.
+SET_BACK_NS: Final = 60 * SECOND_NS
 
 
 class HasData(Protocol):

@@ -18,6 +18,7 @@ import numpy as np
 
 from monitor.calibration import Calibration, Inflation
 from monitor.errors import NotCounted, ProfileMismatch, SettingsError, StateError
+from monitor.history import AlarmHistory
 from monitor.judging import Judge
 from monitor.layout import Block, Layout
 from monitor.panes import ArmState, PaneStore, Seasonal, recut, store_bytes
@@ -107,6 +108,7 @@ class Monitor:
         self.refused_segments = 0
         self._on_alarm = on_alarm
         self._arms: dict[str, _Arm] = {}
+        self._past = AlarmHistory(Alarm)
         self._lock = threading.Lock()
         panes = [window.pane for window in self.settings.windows if window.unit == "time"]
         self._quantum_ns = math.gcd(*panes) if panes else 0
@@ -289,6 +291,7 @@ class Monitor:
 
     def _say(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
+            self._past.add(alarm)
             if self._on_alarm is not None:
                 self._on_alarm(self, alarm)
 
@@ -341,7 +344,7 @@ class Monitor:
         """
         with self._lock:
             state = self._state()
-            counts = _arm_of(state, arm).window(self._window(window))
+            counts = self._counted(arm).window(self._window(window))
             return self.judge.distributions(arm, counts, self._reference(_newest(state)))
 
     def _window(self, name: str | None) -> Window:
@@ -372,22 +375,39 @@ class Monitor:
         Raises StateError when an arm was never seen.
         """
         with self._lock:
-            state = self._state()
-            one, other = _arm_of(state, arm), _arm_of(state, against)
+            one, other = self._counted(arm), self._counted(against)
             windows = self.settings.windows
             return tuple([self.judge.compare(one.window(window), other.window(window), arm) for window in windows])
+
+    def _counted(self, arm: str) -> ArmState:
+        if arm not in self._arms:
+            raise StateError(f"no row of arm '{arm}' was counted; there are {', '.join(self._arms) or 'none'}")
+        return self._arms[arm].store.state()
 
     def in_alarm(self, arm: str = STABLE) -> tuple[str, ...]:
         """Names of the columns in alarm."""
         with self._lock:
             return self.judge.in_alarm(arm)
 
+    def past_alarms(self) -> list[Alarm]:
+        """The newest changes of alarms, oldest first; those before a restart too."""
+        with self._lock:
+            return self._past.alarms()
+
+    def take_past(self, other: Monitor) -> None:
+        """Have the past alarms of another monitor instead of its own: one that watched the version before."""
+        with other._lock:
+            past = other._past.state()
+        with self._lock:
+            self._past.restore(past)
+
     def state(self, *, history: bool = False) -> MonitorState:
-        """A copy of everything counted, for a merge or a file; with the looks' history when asked."""
+        """A copy of everything counted, for a merge or a file; with the histories of looks and alarms when asked."""
         with self._lock:
             state = self._state()
             if history:
                 state.history = self.judge.history_state()
+                state.past = self._past.state()
         return state
 
     def _state(self) -> MonitorState:
@@ -408,7 +428,7 @@ class Monitor:
         )
 
     def snapshot(self) -> bytes:
-        """The state and the history as a file's bytes: a restart goes on from it, but for the panes that were open."""
+        """The state and the histories as a file's bytes: a restart goes on from it, but for panes that were open."""
         return self.state(history=True).to_bytes()
 
     def restore(self, state: MonitorState) -> None:
@@ -445,6 +465,7 @@ class Monitor:
             self._restore_segments(arm, state.segments.get(name, {}))
         self.judge.restore_alarms(state.alarms)
         self.judge.restore_history(state.history)
+        self._past.restore(state.past)
         if self.seasonal is not None and state.seasonal is not None:
             self.seasonal.restore(*state.seasonal)
 
@@ -466,6 +487,7 @@ class Monitor:
         for name in self._arms:
             self.judge.restart(name)
         self._arms = {}
+        self._past = AlarmHistory(Alarm)
 
 
 def _seasonal(settings: Settings, layout: Layout) -> Seasonal | None:
@@ -512,9 +534,3 @@ def _pieces(parts: Sequence[Any]) -> Parts:
 def _newest(state: MonitorState) -> int:
     """When the newest row of closed panes came."""
     return int(max([one.end_ns.max(initial=0) for arm in state.arms.values() for one in arm.series], default=0))
-
-
-def _arm_of(state: MonitorState, name: str) -> ArmState:
-    if name not in state.arms:
-        raise StateError(f"no row of arm '{name}' was counted; there are {', '.join(state.arms) or 'none'}")
-    return state.arms[name]

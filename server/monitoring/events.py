@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: The check of alarms that are about a column's distribution.
 DRIFT = "drift"
+#: Of an alarm, what is made of fields itself.
+_PARTS = ("verdict", "score", "quality")
 
 
 def alarm_event(model: str, version: str, profile: str, alarm: Alarm, run: str = "") -> dict[str, Any]:
@@ -55,6 +57,17 @@ def alarm_event(model: str, version: str, profile: str, alarm: Alarm, run: str =
     if quality is not None:
         event |= {"count": quality.count, "rows": quality.rows, "share": quality.share, "allowed": quality.allowed}
     return _plain(event)
+
+
+def drift_row(alarm: Alarm) -> dict[str, Any]:
+    """An alarm of a column as the alarm history shows it: ``dataclasses.asdict``, which takes ten times as long."""
+    parts = {name: getattr(alarm, name) for name in _PARTS}
+    shown = {name: None if part is None else _shallow(part) for name, part in parts.items()}
+    return {**_shallow(alarm), **shown}
+
+
+def _shallow(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def label_event(alarm: LabelAlarm, run: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def _check_output(spec: ModelSpec, settings: LabelSettings) -> None:
     if output is None:
         names = [tensor.name for tensor in spec.outputs]
         raise ModelLoadError(f"labels are of output '{settings.output}', but the outputs are {', '.join(names)}")
-    if output.datatype == BYTES and not (settings.classes and settings.form == "class"):
+    if output.datatype == BYTES and not (settings.classes and settings.width == 1):  # the name of a class is one number
         wanted = "form: class and the names of the classes"
         raise ModelLoadError(f"output '{output.name}' holds strings: labels of it need {wanted}")
     elements = _elements(spec, output)
@@ -250,6 +250,9 @@ class LabelService:
             if found is None:
                 found = ModelLabels(model, watch, lambda labels, alarm: self._alarms.append((labels, alarm)))
                 self._kept().restore(found)
+                older = [labels for labels in self.all() if labels.model == model]
+                if older:  # other settings count anew, but what was told of remains
+                    found.monitor.take_past(older[-1].monitor)
                 found.monitor.join.subscribe(self._tell)
                 with self._lock:
                     found.leases[version] += 1
@@ -366,16 +369,25 @@ class LabelService:
 
     def report_of(self, model: str, version: str) -> dict[str, Any] | None:
         """What is known of the labels of one version now; None when they are not joined. Not on the loop."""
-        found = [labels for labels in self.all() if labels.model == model and labels.leases[version]]
-        if not found:
+        found = self._newest(model, version)
+        if found is None:
             return None
-        report = found[-1].monitor.report()
+        report = found.monitor.report()
         groups = [group for group in report["join"]["groups"] if group["version"] == version]
         parts = {
             part: [entry for entry in report[part] if entry["version"] == version]
             for part in ("windows", "learning", "estimates")
         }
         return {**report, **parts, "join": {**report["join"], "groups": groups}}
+
+    def past_alarms(self, model: str, version: str) -> Sequence[dict[str, Any]]:
+        """The last changes of alarms of a version's labels, oldest first. Not on the loop."""
+        found = self._newest(model, version)
+        return [] if found is None else [alarm_row(alarm) for alarm in found.monitor.past_alarms(version)]
+
+    def _newest(self, model: str, version: str) -> ModelLabels | None:
+        found = [labels for labels in self.all() if labels.model == model and labels.leases[version]]
+        return found[-1] if found else None
 
 
 def _family(name: str, label_names: tuple[str, ...], points: Points) -> FamilySnapshot:

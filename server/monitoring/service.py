@@ -18,7 +18,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from heapq import merge
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
@@ -33,9 +35,9 @@ from monitor.types import Alarm, WindowFigures
 from monitor.worker import DrainThread
 from server.batching.batcher import BatchTap
 from server.errors import ModelLoadError, NotFound
-from server.monitoring.events import alarm_event, label_event
+from server.monitoring.events import alarm_event, drift_row, label_event
 from server.monitoring.gauges import Watched, drift_families
-from server.monitoring.labels import LabelService, LabelTap, LabelWatch, alarm_row
+from server.monitoring.labels import LabelService, LabelTap, LabelWatch
 from server.monitoring.rules import RequestRules
 from server.monitoring.watch import Watch
 from server.telemetry.snapshot import FamilySnapshot, Kind, Points
@@ -60,8 +62,6 @@ _COUNTERS: Final[dict[str, tuple[str, str, Kind]]] = {
 }
 _REFUSED: Final = "requests_refused"
 _REJECTED: Final = "tidegate_monitor_requests_rejected_total"
-#: Changes of alarms that the service remembers, of all versions.
-_ALARMS_KEPT: Final = 512
 
 #: Told of every alarm that is raised or cleared, on the drain thread; must not wait.
 OnAlarm: TypeAlias = Callable[[dict[str, Any]], object]
@@ -184,7 +184,6 @@ class MonitorService:
         self._made = 0
         self._ended: deque[EngineLease] = deque()
         self._alarms: deque[tuple[_Monitored, Alarm]] = deque()
-        self._past_alarms: deque[tuple[str, str, dict[str, Any]]] = deque(maxlen=_ALARMS_KEPT)
         self._serving: frozenset[object] = frozenset()  # taps of versions in the routing table
         self._mirrors: frozenset[Mirror] = frozenset()
         self._mirrored: dict[Mirror, tuple[Monitor, Monitor]] = {}
@@ -264,10 +263,18 @@ class MonitorService:
             monitors.detach(monitor.model, monitor.version)
             raise
         files.restore(monitor)
+        self._keep_past(monitor, spec)
         found = _Monitored(watch, spec.name, spec.version, monitor, run=files.mark(monitor), leases={lease})
         with self._lock:
             self._monitored.append(found)
         return found
+
+    def _keep_past(self, monitor: Monitor, spec: ModelSpec) -> None:
+        """What is watched in another way counts anew, but what was told of the version remains."""
+        with self._lock:
+            known = [one.monitor for one in self._monitored if (one.model, one.version) == (spec.name, spec.version)]
+        if known:
+            monitor.take_past(known[-1])
 
     def _free_name(self, monitors: MonitorSet, spec: ModelSpec) -> str:
         """The version's number; with a mark while it is loaded a second time, to be watched in another way."""
@@ -412,20 +419,19 @@ class MonitorService:
             found.saved_rows = -1
             self._save_soon()
             event = alarm_event(found.model, found.version, found.monitor.sha256, alarm, found.run)
-            self._announce(event, asdict(alarm))
+            self._announce(event)
         for labels, change in self.labels.take_alarms():
             self._save_soon()
-            self._announce(label_event(change, labels.run), alarm_row(change))
+            self._announce(label_event(change, labels.run))
 
     def _save_soon(self) -> None:
         """Before long, but not for each of many changes: a save waits for the disk, and counting waits for it."""
         self._save_at = min(self._save_at, self._saved_at + self._timing.save_again_s)
 
-    def _announce(self, event: dict[str, Any], row: dict[str, Any]) -> None:
-        """Tell of one change of an alarm: the log, the audit, the history, and whoever listens."""
+    def _announce(self, event: dict[str, Any]) -> None:
+        """Tell of one change of an alarm: the log, the audit, and whoever listens."""
         self._gauges_at = 0.0
         model, version = event["model"], event["version"]
-        self._past_alarms.append((model, version, row))
         action, detail = event["event"], {name: value for name, value in event.items() if name != "event"}
         log.warning(action.replace(".", "_"), **detail)
         self._audit(action, f"{model}:{version}", detail)
@@ -500,8 +506,11 @@ class MonitorService:
         yield FamilySnapshot(_REJECTED, "Requests that a rule of the schema refused.", "counter", _MODEL, refused)
 
     def alarms(self, model: str, version: str) -> Sequence[dict[str, Any]]:
-        """The last changes of a version's alarms, oldest first."""
-        return [row for of, number, row in tuple(self._past_alarms) if (of, number) == (model, version)]
+        """The last changes of a version's alarms, oldest first; those before a restart too. Not on the loop."""
+        rows: list[dict[str, Any]] = []
+        with suppress(NotFound):
+            rows = [drift_row(alarm) for alarm in self._find(model, version).monitor.past_alarms()]
+        return list(merge(rows, self.labels.past_alarms(model, version), key=lambda row: int(row["end_ns"])))
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -383,6 +383,8 @@ def test_labels_outlive_a_clean_stop_and_a_kill(place: Place, receiver: Receiver
         found = joined(place, server, count + 200)
         assert found["windows"][0]["in_alarm"] == ["accuracy"]
         assert found["windows"][0]["signals"][0]["reference"] == 1.0
+        past = place.admin(server, "monitors/m/1")[1]["alarms"]
+        assert [(alarm["state"], alarm["column"]) for alarm in past] == [("raised", "accuracy")]
         outcomes(server, 1000, right=True)
         got = receiver.wait(lambda got: got[-1].event["type"].endswith(".cleared"))
     # The kill may have come between a delivery and the note of it: then that very event is sent again.

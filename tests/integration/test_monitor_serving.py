@@ -155,11 +155,22 @@ def test_shifted_traffic_raises_an_alarm_with_the_right_feature_first(tmp_path: 
         eventually(audited, "the alarm is not in the audit trail")
 
 
+def shown(place: Place, server: Server) -> dict[str, Any]:
+    """What the admin address tells of version 1."""
+    status, document = place.admin(server, "GET", "monitors/m/1")
+    assert status == 200, document
+    return dict(document)
+
+
 def test_windows_survive_a_restart_and_damage_only_starts_anew(place: Place) -> None:
     with place.serve(place.text()) as server:
         send(server, normal(2000, 2, shift=0.5))
         counted(server, 2000)
         server.wait_for("drift_raised")
+        eventually(lambda: shown(place, server)["report"]["counted"] == {"stable": 2000}, "not all rows were counted")
+        before = shown(place, server)
+        assert {(row["column"], row["state"]) for row in before["alarms"]} >= {("x[2]", "raised")}
+        assert before["history"]["windows"]
         eventually(lambda: 'window="10000rows"' in str(samples(server, "tidegate_drift_psi")), "no gauges")
         server.terminate()
         assert server.wait() == 0
@@ -168,6 +179,13 @@ def test_windows_survive_a_restart_and_damage_only_starts_anew(place: Place) -> 
         alarms = samples(server, "tidegate_drift_alarm")
         assert alarms['{model="m",version="1",arm="stable",feature="x[2]"}'] == 1
         assert not [line for line in server.lines if line.get("event") in ("monitor_starts_anew", "drift_raised")]
+        after = shown(place, server)
+        assert {part: after[part] for part in ("alarms", "history")} == {
+            part: before[part] for part in ("alarms", "history")
+        }
+        quickly("monitor", "report", "--model", "m:1", "--url", server.admin, "--html", str(place.root / "p.html"))
+        listed = (place.root / "p.html").read_text().partition("<h2>Alarm history</h2>")[2].partition("</section>")[0]
+        assert ("raised" in listed, "x[2]" in listed) == (True, True)
         server.terminate()
         assert server.wait() == 0
     files = list((place.state / "monitors" / "m").glob("1-*.state"))
@@ -175,6 +193,7 @@ def test_windows_survive_a_restart_and_damage_only_starts_anew(place: Place) -> 
     files[0].write_bytes(files[0].read_bytes()[:-7])
     with place.serve(place.text()) as server:
         assert server.wait_for("monitor_starts_anew")["version"] == "1"
+        assert shown(place, server)["alarms"] == []
         assert send(server, normal(100, 4)) == "1"
         counted(server, 100)
 

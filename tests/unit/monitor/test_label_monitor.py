@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
+from monitor import sealed
 from monitor.errors import SettingsError, StateError
 from monitor.label_monitor import LabelAlarm, LabelMonitor, merge_states
 from monitor.label_state import SavedLabels, reference_rows, to_profile
@@ -285,6 +287,48 @@ def test_restarts_change_neither_windows_nor_alarms() -> None:
         assert mine["learning"] == its["learning"]
     assert {alarm.state for alarm in kept} == {"raised", "cleared"}
     assert told(broken) == told(kept)
+    assert repr(parted.monitor.past_alarms("1")) == repr(kept)
+    assert parted.monitor.past_alarms("2") == []
+
+
+def decayed() -> LabelMonitor:
+    traffic = Traffic(monitor_of(windows=(rows_window(1000),)))
+    traffic.send(4000)
+    traffic.send(4000, noise=0.8)
+    return traffic.monitor
+
+
+def resealed(monitor: LabelMonitor, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> SavedLabels:
+    """What the monitor saves, with another header or other arrays."""
+    header, arrays, _ = sealed.unpack(monitor.snapshot("mark", "run"), "label state", StateError, "state")
+    change(header, arrays)
+    return SavedLabels.from_bytes(sealed.pack("label state", header, arrays), monitor.settings.exact_rows)
+
+
+def test_a_state_of_before_has_no_past_alarms_and_all_else() -> None:
+    monitor = decayed()
+    again = LabelMonitor("m", monitor.settings)
+    again.restore(resealed(monitor, lambda header, arrays: (header.pop("past"), arrays.pop("past/wholes"))))
+    assert monitor.past_alarms("1") != []
+    assert again.past_alarms("1") == []
+    assert again.in_alarm() == monitor.in_alarm() != []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, arrays: header.update(past=7),
+        lambda header, arrays: header["past"].update(texts=[["raised"]]),
+        lambda header, arrays: arrays.pop("past/numbers"),
+        lambda header, arrays: arrays.update({"past/wholes": -arrays["past/wholes"]}),
+    ],
+)
+def test_past_alarms_that_are_damaged_refuse_the_state(change: Callable[[Any, Any], object]) -> None:
+    monitor = decayed()
+    again = LabelMonitor("m", monitor.settings)
+    with pytest.raises(StateError, match="damaged"):
+        again.restore(resealed(monitor, change))
+    assert (again.past_alarms("1"), again.in_alarm(), again.report()["windows"]) == ([], [], [])
 
 
 def test_decayed_behaviour_does_not_become_the_norm_by_a_restart() -> None:
@@ -298,7 +342,7 @@ def test_decayed_behaviour_does_not_become_the_norm_by_a_restart() -> None:
     traffic.monitor = after_restart(traffic.monitor, alarms)
     assert traffic.monitor.in_alarm()
     traffic.send(4000, noise=0.8)
-    assert len(alarms) == raised
+    assert len(alarms) == raised == len(traffic.monitor.past_alarms("1"))
 
 
 def test_counts_go_on_and_what_waited_is_joined() -> None:

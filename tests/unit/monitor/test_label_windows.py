@@ -57,6 +57,40 @@ def test_a_row_older_than_the_open_pane_is_counted_in_it() -> None:
     assert one.now()[1].outdated == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("back_s", [70, 900])
+def test_windows_of_time_go_on_when_the_clock_is_set_back(back_s: int, restarted: bool) -> None:
+    one = windows()
+    for second in range(1000, 1008, 2):
+        add(one, 4, second)
+    if restarted:
+        saved, one = one.unfinished(), windows()
+        one.restore(saved)
+    before = one.state()
+    late = 1006 - back_s
+    add(one, 1, late)
+    assert one.tick(late * SECOND_NS) == []
+    moved = [rows for second in (2, 4, 6) for name, rows, _ in add(one, 1, late + second) if name == "10s"]
+    moved += [window.rows for window in one.tick((late + 8) * SECOND_NS)]
+    assert moved == [4 + 4 + 4 + 5, 4 + 4 + 4 + 5 + 1, 4 + 4 + 5 + 1 + 1, 4 + 5 + 1 + 1 + 1]
+    now = one.now()
+    assert [window.rows for window in now] == [20, 12]
+    assert all(window.end_ns <= (late + 6) * SECOND_NS for window in now)
+    indices = [pane.index for pane in one.state()[1].panes]
+    assert indices == list(range((late + 8) // 2 - len(indices), (late + 8) // 2))
+    assert [pane.index for pane in before[1].panes] == [500, 501, 502]
+    again = windows()
+    again.restore(one.unfinished())
+
+
+def test_a_clock_that_is_read_before_labels_came_was_not_set_back() -> None:
+    one = windows()
+    add(one, 1, 1000.0)
+    add(one, 1, 1002.0)
+    assert one.tick(950 * SECOND_NS) == []
+    assert [pane.index for pane in one.state()[1].panes] == [500]
+
+
 def told(one: LabelWindows, came: float, *outcomes: float) -> None:
     """Rows that came together, with what was told of when their outcomes were."""
     times = (np.array([came, *outcomes]) * SECOND_NS).astype("i8")

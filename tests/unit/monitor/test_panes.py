@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -352,3 +353,55 @@ def test_the_seasonal_reference_follows_a_clock_that_is_set_back() -> None:
     found = season.reference(901 * HOUR_NS)
     assert found is not None
     assert found.tolist() == [11]
+
+
+def test_an_hour_that_the_clock_was_set_back_into_keeps_its_rows() -> None:
+    season = Seasonal("trailing_week", 2, min_rows=1)
+    season.add(np.array([600, 0], "i4"), 600, 1000 * HOUR_NS)
+    season.add(np.array([0, 5], "i4"), 5, 1001 * HOUR_NS)
+    season.follow_clock(1001 * HOUR_NS - 2 * 60 * SECOND_NS)
+    season.add(np.array([1, 0], "i4"), 1, 1001 * HOUR_NS - 1)
+    found = season.reference(1001 * HOUR_NS)
+    assert found is not None
+    assert found.tolist() == [601, 5]
+
+
+@pytest.mark.parametrize("mode", ["trailing_week", "hour_of_week"])
+def test_the_reference_is_that_of_the_hour_that_the_clock_was_set_back_to(
+    mode: Literal["trailing_week", "hour_of_week"],
+) -> None:
+    season = Seasonal(mode, 2, min_rows=1)
+    season.add(np.array([7, 0], "i4"), 7, 832 * HOUR_NS)
+    season.add(np.array([0, 0], "i4"), 0, 2001 * HOUR_NS)
+    assert season.reference(2001 * HOUR_NS) is None
+    season.follow_clock(1000 * HOUR_NS)
+    found = season.reference(1000 * HOUR_NS)
+    assert found is not None
+    assert found.tolist() == [7, 0]
+
+
+def test_an_hour_that_was_over_is_held_against_the_nearest() -> None:
+    season = Seasonal("hour_of_week", 2, min_rows=1)
+    season.add(np.array([7, 0], "i4"), 7, 832 * HOUR_NS)
+    season.add(np.array([0, 9], "i4"), 9, 833 * HOUR_NS)
+    season.add(np.array([3, 3], "i4"), 6, 1000 * HOUR_NS)
+    season.add(np.array([1, 1], "i4"), 2, 1001 * HOUR_NS)
+    season.follow_clock(1001 * HOUR_NS - 2 * 60 * SECOND_NS)
+    found = season.reference(1001 * HOUR_NS - 1)
+    assert found is not None
+    assert found.tolist() == [0, 9]
+
+
+def test_rows_go_into_their_hour_though_none_came_before_the_clock_was_set_back() -> None:
+    """With windows of rows only, nothing but the last tick remembers what the clock showed."""
+    one = layout()
+    season = Seasonal("trailing_week", one.cells, min_rows=1)
+    store = PaneStore(one, [rows_window(4, 2)], on_fresh=season.add)
+    store.tick(1024 * HOUR_NS)
+    store.follow_clock(1000 * HOUR_NS)
+    store.add(matrix([1]), 1, 1000 * HOUR_NS)
+    store.flush()
+    assert season.reference(1000 * HOUR_NS) is None
+    found = season.reference(1001 * HOUR_NS)
+    assert found is not None
+    assert (found == recount(one, [1])).all()

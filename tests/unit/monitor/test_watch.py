@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from monitor import sealed
 from monitor.errors import SettingsError, StateError
 from monitor.profile import ReferenceProfile
 from monitor.segments import with_segments
@@ -354,6 +355,94 @@ def test_history_has_each_look_with_thresholds_that_the_verdicts_obey() -> None:
     assert again.history()["windows"][0]["rows"] == looks["rows"][-4:]
     assert again.history()["windows"][0]["columns"]["score"]["psi"] == score["psi"][-4:]
     assert heard
+
+
+def test_a_column_of_few_numbers_shows_ks_and_is_tested_by_psi_alone() -> None:
+    rng = np.random.default_rng(3)
+    known, served = rng.integers(0, 20, ROWS).astype("f4"), np.minimum(rng.integers(0, 21, 1000), 19).astype("f4")
+    monitor, _ = watch(profile=ReferenceProfile.from_arrays({"x": known}))
+    monitor.ingest(monitor.keys, [Item(0, "stable", 1000, 0, [[served.tobytes()]])])
+    (score,), (verdict,) = window_of(monitor.report()).scores, window_of(monitor.report()).verdicts
+    found = stats.ks_2samp(served, known, method="asymp")
+    assert score.ks_low == score.ks_high == pytest.approx(found.statistic)
+    assert score.ks_p == pytest.approx(found.pvalue, rel=0.05)
+    assert monitor.figures()[0].ks_p.tolist() == [score.ks_p]
+    assert verdict.test == "psi"
+    (looks,) = monitor.history()["windows"]
+    assert looks["columns"]["x"]["ks_threshold"] == [None]
+    # scipy: the quantile at all of the level, for 1000 rows against 20,000.
+    limit = stats.chi2.isf(looks["level"][0], 19) * (1 / 1000 + 1 / ROWS)
+    assert looks["columns"]["x"]["psi_threshold"] == [pytest.approx(limit, rel=1e-4)]
+
+
+def drifted(clear: bool = True) -> Monitor:
+    """After alarms of columns, of a segment and of a check that were raised, and cleared if asked."""
+    rules = replace(SETTINGS.rules, k=1, m=1, clear_looks=1)
+    schema = (ColumnRule("x", max=3.0, tolerate=0.01),)
+    monitor, _ = watch(replace(SETTINGS, rules=rules, segment=SEGMENT, schema=schema), CUT)
+    for moved in (5.0, 5.0, *([0.0, 0.0, 0.0] if clear else [])):
+        rows = table(3, 4000)
+        feed(monitor, [{**rows, "x": rows["x"] + np.float32(moved)}])
+    return monitor
+
+
+def test_past_alarms_go_with_a_snapshot_and_not_with_a_merge() -> None:
+    monitor = drifted()
+    alarms = monitor.past_alarms()
+    assert {(alarm.state, alarm.segment, alarm.check) for alarm in alarms} >= {
+        ("raised", "", "drift"), ("cleared", "", "drift"), ("raised", "b", "drift"), ("raised", "", "above"),
+    }  # fmt: skip
+    data = monitor.snapshot()
+    state = MonitorState.from_bytes(data)
+    assert state.to_bytes() == data
+    heard: list[Alarm] = []
+    again = Monitor("m", "1", CUT, monitor.settings, on_alarm=lambda _, alarm: heard.append(alarm))
+    again.restore(state)
+    assert repr(again.past_alarms()) == repr(alarms)
+    assert again.snapshot() == data
+    assert heard == []
+    assert merge([monitor.state(history=True)]).past is None
+    assert monitor.state().past is None
+    again.restart()
+    assert again.past_alarms() == []
+
+
+def resealed(monitor: Monitor, past: dict[str, Any] | None, without: Sequence[str] = ()) -> MonitorState:
+    """What the monitor saves, with other past alarms in its header and without some arrays."""
+    header, arrays, _ = sealed.unpack(monitor.snapshot(), "monitor state", StateError, "state")
+    kept = {name: array for name, array in arrays.items() if name not in without}
+    entry = header.pop("past")
+    more = {} if past is None else {"past": {**entry, **past}}
+    return MonitorState.from_bytes(sealed.pack("monitor state", {**header, **more}, kept))
+
+
+@pytest.mark.parametrize("past", [None, {"names": []}])
+def test_a_state_of_another_build_has_no_past_alarms_and_all_else(past: dict[str, Any] | None) -> None:
+    """One from before there were any, and one whose alarms were made of other things."""
+    monitor = drifted(clear=False)
+    again = Monitor("m", "1", CUT, monitor.settings)
+    again.restore(resealed(monitor, past, ["/past/wholes", "/past/numbers"] if past is None else ()))
+    assert again.past_alarms() == []
+    assert again.in_alarm() == monitor.in_alarm() != ()
+    assert again.report().counted == monitor.report().counted
+
+
+@pytest.mark.parametrize(
+    ("past", "without"),
+    [
+        ({"texts": 7}, ()),
+        ({"texts": []}, ()),
+        ({"texts": [["raised"]]}, ()),
+        ({}, ["/past/wholes"]),
+        ({}, ["/past/numbers"]),
+    ],
+)
+def test_past_alarms_that_are_damaged_refuse_the_state(past: dict[str, Any], without: Sequence[str]) -> None:
+    monitor = drifted(clear=False)
+    again = Monitor("m", "1", CUT, monitor.settings)
+    with pytest.raises(StateError, match="damaged"):
+        again.restore(resealed(monitor, past, without))
+    assert (again.past_alarms(), again.in_alarm(), again.report().counted) == ([], (), {})
 
 
 def test_distributions_are_shares_of_the_psi_bins() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import structlog
 
+from monitor import sealed
 from monitor.engine import Monitor
+from monitor.errors import StateError
 from monitor.outcomes import LabelSettings
 from monitor.profile import ReferenceProfile
 from monitor.tap import Item
@@ -111,6 +113,22 @@ def test_damage_is_logged(tmp_path: Path) -> None:
     counted, logs = restored(files, monitor())
     assert counted == {}
     assert "checksum" in logs[0]["reason"]
+
+
+def test_past_alarms_that_are_damaged_start_anew_and_say_so(tmp_path: Path) -> None:
+    files, first = StateFiles(tmp_path), monitor(length=200)
+    first.ingest(first.keys, [Item(1, "stable", len(ROWS), 0, [[(ROWS + 9).tobytes()]])])
+    assert len(first.past_alarms()) == 2
+    files.save(first)
+    (path,) = tmp_path.rglob("*.state")
+    header, arrays, _ = sealed.unpack(path.read_bytes(), "monitor state", StateError, path.name)
+    for wholes in (arrays["/past/wholes"] - 10**18, np.full_like(arrays["/past/wholes"], 2)):
+        path.write_bytes(sealed.pack("monitor state", header, {**arrays, "/past/wholes": wholes}))
+        again = monitor(length=200)
+        counted, logs = restored(files, again)
+        assert (counted, again.past_alarms()) == ({}, [])
+        assert [line["event"] for line in logs] == ["monitor_starts_anew"]
+        assert "past alarms are damaged" in logs[0]["reason"]
 
 
 def test_a_folder_that_cannot_be_written_is_logged(tmp_path: Path) -> None:

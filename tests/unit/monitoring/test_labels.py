@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from monitor.label_state import reference_rows, to_profile
-from monitor.outcomes import Joined, LabelRules, LabelSettings
+from monitor.outcomes import Form, Joined, LabelRules, LabelSettings
 from monitor.types import AlarmRules, rows_window
 from server.errors import ModelLoadError
 from server.monitoring.labels import LabelService, LabelTap, LabelWatch, Slicer, alarm_row
@@ -313,3 +313,22 @@ def test_what_a_model_leaves_open_is_not_refused() -> None:
     words = LabelSettings("binary", "word", form="class", classes=("no", "yes"))
     for settings, slice_ in ((LabelSettings("binary", "y", index=7), "x[9]"), (words, "")):
         LabelService().acquire("m", "1", LabelWatch(settings, slice_)).tap(open_)
+
+
+@pytest.mark.parametrize("form", ["probability", "logit", "class"])
+def test_names_of_two_classes_are_joined_whatever_the_form(form: Form) -> None:
+    named = replace(spec(), outputs=(TensorSpec("word", "BYTES", (-1, 1)),))
+    settings = LabelSettings("binary", "word", form=form, classes=("no", "yes"))
+    tap = LabelService().acquire("m", "1", LabelWatch(settings)).tap(named)
+    answer = Tensor("word", "BYTES", (2, 1), [b"no", b"yes"])
+    tap.answered(["a"], "stable", 2, [None], [answer], 0, 1000)
+    for row, name in enumerate(("no", "yes")):
+        assert tap.label("a", row, None, name, "", 2000)
+    assert [row.label for row in tap.labels.monitor.drain(3000)] == [0.0, 1.0]
+
+
+def test_names_of_classes_are_no_scores_of_several() -> None:
+    named = replace(spec(), outputs=(TensorSpec("word", "BYTES", (-1, 3)),))
+    settings = LabelSettings("multiclass", "word", classes=("a", "b", "c"))
+    with pytest.raises(ModelLoadError, match="output 'word' holds strings"):
+        LabelService().acquire("m", "1", LabelWatch(settings)).tap(named)

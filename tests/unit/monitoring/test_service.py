@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import structlog
 
-from monitor.outcomes import LabelSettings
+from monitor.outcomes import LabelRules, LabelSettings
 from monitor.profile import ReferenceProfile
 from monitor.types import AlarmRules, ColumnRule, Settings, rows_window
 from server.batching.batcher import Batcher, Work
@@ -480,9 +480,75 @@ def test_an_alarm_is_on_disk_before_long(tmp_path: Path, profile: Path) -> None:
     serve(again, normal(400, 4, shift=1.0))
     second.counted("1", stable=800)
     assert second.events == []
-    assert set(MonitorViews(first.service).one("m", "1")["alarms"][0]) >= {"column", "check", "state", "end_ns"}
+    told = MonitorViews(first.service).one("m", "1")["alarms"]
+    assert [(row["column"], row["check"], row["state"]) for row in told] == [
+        (event["feature"], "drift", "raised") for event in first.events
+    ]
+    assert told == [asdict(alarm) for alarm in first.service.monitor("m", "1").past_alarms()]
+    assert second.service.alarms("m", "1") == told
     for rig in (first, second):
         rig.service.close()
+
+
+def test_past_alarms_stay_when_a_version_is_watched_in_another_way(tmp_path: Path, profile: Path) -> None:
+    """And when it is restarted then; other versions have none of them."""
+    first = Rig(tmp_path / "monitors")
+    engine = first.load(Watch(profile, SETTINGS))
+    first.follow(engine)
+    serve(engine, normal(400, 3, shift=1.0))
+    until(lambda: len(first.service.alarms("m", "1")) == WIDTH)
+    told = first.service.alarms("m", "1")
+    other = Watch(profile, replace(SETTINGS, max_arms=3))
+    again = first.load(other)
+    first.follow(again)
+    engine.close()
+    until(lambda: len(first.service._monitored) == 1)
+    assert first.service.report("m", "1")["counted"] == {}
+    assert first.service.alarms("m", "1") == told
+    unlike = first.load(other, version="2")
+    first.follow(again, unlike)
+    assert first.service.alarms("m", "2") == []
+    first.service.close()
+    second = Rig(tmp_path / "monitors")
+    second.follow(second.load(other))
+    assert second.service.alarms("m", "1") == told
+    assert second.events == []
+    second.service.close()
+
+
+def test_past_alarms_of_columns_and_of_labels_are_one_list_in_the_order_of_time(tmp_path: Path, profile: Path) -> None:
+    rules = LabelRules(AlarmRules(k=1, m=1, ert_rows=1000), learn_rows=200)
+    labels = LabelWatch(LabelSettings("binary", "y", form="class", windows=(rows_window(100),), rules=rules))
+    lists = []
+    for life in range(3):
+        rig = Rig(tmp_path / "monitors")
+        # Labels of other settings in the end: they go on from no file, but have been there at the same time.
+        engines = [rig.load(Watch(profile, SETTINGS), labels=labels)]
+        if life == 2:
+            engines.append(rig.load(Watch(profile, SETTINGS), labels=replace(labels, slice="x[1]")))
+            engines[0].close()
+            until(lambda made=rig: len(made.service.labels.all()) == 1)  # type: ignore[misc]
+        rig.follow(engines[-1])
+        tap = labels_of(engines[-1])
+        assert tap is not None
+        if life == 0:
+            serve(engines[0], normal(400, 3, shift=1.0))
+            until(lambda made=rig: len(made.service.alarms("m", "1")) == WIDTH)  # type: ignore[misc]
+            for number in range(40):
+                classes = np.arange(10, dtype="f4").reshape(10, 1) % 2
+                now = time.time_ns()
+                inputs = [Tensor("x", "FP32", (10, WIDTH), normal(10, 1).tobytes())]
+                tap.answered(
+                    (str(number),), "stable", 10, inputs, [Tensor("y", "FP32", (10, 1), classes.tobytes())], 0, now
+                )
+                for row in range(10):
+                    tap.label(str(number), row, float(row % 2 if number < 25 else 1 - row % 2), "", "", now)
+            until(lambda made=rig: len(made.events) > WIDTH)  # type: ignore[misc]
+        lists.append(MonitorViews(rig.service).one("m", "1")["alarms"])
+        rig.service.close()
+    assert [row["check"] for row in lists[0]] == ["drift"] * WIDTH + ["label"]
+    assert lists[0][-1]["column"] == "accuracy"
+    assert repr(lists[1]) == repr(lists[2]) == repr(lists[0])
 
 
 def test_what_could_not_be_saved_is_tried_again_without_new_rows(tmp_path: Path, profile: Path) -> None:
