@@ -174,13 +174,13 @@ class BodyReader:
     async def _next(self, receive: Receive, until: float, deadline_ns: int) -> tuple[bytes, bool]:
         now = time.monotonic()
         wait = min(self._idle_s, until - now)
-        if deadline_ns:
-            wait = min(wait, deadline_ns / 1e9 - now)
+        left = deadline_ns / 1e9 - now if deadline_ns else wait
         try:
-            async with asyncio.timeout(wait):
+            async with asyncio.timeout(min(wait, left)):
                 message = await receive()
         except TimeoutError:
-            if deadline_ns and time.monotonic_ns() >= deadline_ns:
+            # Timers of the loop may be early: which it was is not asked of the clock alone.
+            if deadline_ns and (left <= wait or time.monotonic_ns() >= deadline_ns):
                 raise DeadlineExceeded("the deadline passed before the request body was complete") from None
             raise RequestTimeout(
                 f"the request body did not arrive in time: no data for {self._idle_s:g} s, or over {self._total_s:g} s"

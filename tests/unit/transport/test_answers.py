@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -69,6 +69,29 @@ def test_bodies_that_are_refused(receive: Any, deadline_s: float, error: type[Ti
     deadline_ns = time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s else 0
     with pytest.raises(error):
         read(receive, deadline_ns=deadline_ns)
+
+
+class Stale(asyncio.SelectorEventLoop):
+    """Its time is behind until somebody waits, so that timers come early by as much: those of busy loops are alike."""
+
+    behind_s = 0.05
+
+    def time(self) -> float:
+        return super().time() - self.behind_s
+
+
+def test_a_deadline_is_told_as_such_by_a_timer_that_is_early() -> None:
+    deadline_ns = time.monotonic_ns() + 100_000_000
+
+    async def silence() -> dict[str, Any]:
+        loop.behind_s = 0.0
+        return await asyncio.Event().wait() and {}
+
+    with asyncio.Runner(loop_factory=Stale) as runner:
+        loop = cast("Stale", runner.get_loop())
+        body = BodyReader(HttpSettings()).read(silence, 10, deadline_ns)
+        with pytest.raises(DeadlineExceeded):
+            runner.run(body)
 
 
 def test_a_body_that_trickles_is_bounded_in_all() -> None:
