@@ -8,6 +8,7 @@ python -m loadtests plot RESULT.json [-o PAGE.html]
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ import uvloop
 
 from loadtests import compare as comparison
 from loadtests import machine, plots, results, runner
+from loadtests.lanes import OK
 from loadtests.scenario import load_scenario
 from loadtests.servers import ROOT
 from server.errors import TidegateError
@@ -48,9 +50,14 @@ def run(scenario: Path, output: Path | None, html: Path | None) -> None:
     click.echo(f"Asked by {result.settings['generator_says']}. Result: {output}")
     if html is not None:
         html.write_text(plots.page_of(result))
-    measured = len(result.cells[wanted.name][target.label])
-    if measured < wanted.rounds:
-        raise click.ClickException(f"the server was gone: {measured} of {wanted.rounds} rounds were measured")
+    samples = result.cells[wanted.name][target.label]
+    if len(samples) < wanted.rounds:
+        raise click.ClickException(f"the server was gone: {len(samples)} of {wanted.rounds} rounds were measured")
+    outcomes = Counter[str]()
+    for sample in samples:
+        outcomes.update(sample.outcomes)
+    if not outcomes[OK]:
+        raise click.ClickException(f"no request succeeded: {dict(outcomes)}")
 
 
 @main.command()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,17 @@ setup(name="tidegate-compiled", packages=[], ext_modules=modules,
 """
 _LIMIT_S = 900
 
+#: Calls within the shared object are direct and may be inlined, those of Python's functions need no stub.
+_FLAGS = "-fno-semantic-interposition -fno-plt -fvisibility=hidden"
+#: What only failing code calls, said to the compiler: it lays such code apart, and what runs stays close together. The
+#: signatures are those of mypyc's runtime.
+_COLD = """
+struct _object;
+__attribute__((cold)) void CPy_AddTraceback(const char *, const char *, int, struct _object *);
+__attribute__((cold)) void CPy_TypeErrorTraceback(const char *, const char *, int, struct _object *, const char *,
+                                                  struct _object *);
+"""
+
 
 class CannotCompile(Exception):
     """No compiler, no headers, or a step of it failed; the text says which."""
@@ -121,11 +133,14 @@ def compile_into(out: Path, source: Path = ROOT, modules: Sequence[str] = MODULE
     for package in PACKAGES:
         shutil.copytree(source / package, out / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     with tempfile.TemporaryDirectory() as scratch:
-        config, program = Path(scratch, "mypy.ini"), Path(scratch, "setup.py")
+        config, program, cold = Path(scratch, "mypy.ini"), Path(scratch, "setup.py"), Path(scratch, "cold.h")
         config.write_text(_MYPY.format(version="{}.{}".format(*sys.version_info)), encoding="utf-8")
         text = _SETUP.format(config=str(config), modules=list(modules), scratch=scratch)
         program.write_text(text, encoding="utf-8")
-        environment = {**os.environ, "MYPY_CACHE_DIR": str(Path(scratch, "cache"))}
+        cold.write_text(_COLD, encoding="utf-8")
+        # CFLAGS would replace those that Python was built with (wrapping integers, no assertions); these are added.
+        flags = f"{os.environ.get('CPPFLAGS', '')} {_FLAGS} -include {shlex.quote(str(cold))}"
+        environment = {**os.environ, "MYPY_CACHE_DIR": str(Path(scratch, "cache")), "CPPFLAGS": flags}
         try:
             done = subprocess.run(
                 [sys.executable, str(program)],

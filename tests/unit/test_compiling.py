@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -68,6 +69,10 @@ def test_a_module_is_compiled_beside_its_source(source: Path, tmp_path: Path) ->
     ask = "from server import small; c = small.Counter(); c.add(2); print(small.__file__, c.add(3))"
     said = run("-c", ask, PYTHONPATH=str(out), PYTHONSAFEPATH="1").stdout.split()
     assert said == [str(out / made[0]), "5"]
+    library = ctypes.CDLL(str(out / made[1]))
+    assert library.PyInit_tidegate__mypyc
+    with pytest.raises(AttributeError):  # known outside, its calls could not be direct
+        _ = library.CPyArg_ParseStackAndKeywords
 
 
 def test_wrong_types_are_not_compiled(source: Path, tmp_path: Path) -> None:

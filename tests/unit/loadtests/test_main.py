@@ -96,6 +96,19 @@ def test_a_round_without_a_server_is_none(tmp_path: Path, generator: str) -> Non
         asyncio.run(runner.run(load_scenario(path), Target("ours", "127.0.0.1:9", ""), print))
 
 
+@pytest.mark.parametrize("generator", ["own", "h2load"])
+def test_a_run_in_which_every_request_failed_is_no_success(tmp_path: Path, generator: str) -> None:
+    write_model(tmp_path / f"{MODEL}.onnx")
+    path, kept = tmp_path / "s.yaml", tmp_path / "r.json"
+    more = f"generator: {generator}\npayload: {{inline: {{x: {{datatype: FP32, shape: [1], data: [1]}}}}}}"
+    with serving(tmp_path / f"{MODEL}.onnx") as (_, ready):
+        path.write_text(SCENARIO.format(name="n", grpc="", http=ready["http"], pid=0, protocol="http-json", loop=more))
+        result = CliRunner().invoke(main, ["run", str(path), "--output", str(kept)])
+    assert result.exit_code == 1, result.output
+    assert "no request succeeded" in result.output.splitlines()[-1]
+    assert all(sample.outcomes.get("http 400") for sample in results.load(kept).cells["n"]["ours"])
+
+
 class Mortal(asyncio.Protocol):
     """Answers so many requests, then it and its listener are gone."""
 
