@@ -53,8 +53,8 @@ class AlarmBook:
 
     @property
     def active(self) -> Array:
-        """bool per column; a copy."""
-        return self._active.copy()
+        """bool per column. Not to be changed; a change of alarms makes another."""
+        return self._active
 
     @property
     def alarmed(self) -> bool:

@@ -15,13 +15,13 @@ from monitor.alarms import AlarmBook, Change
 from monitor.calibration import INFLATION_LIMIT, Calibration, log_level
 from monitor.drift.base import Pair
 from monitor.drift.contribution import contributions, distributions, order_of
-from monitor.drift.judge import Judgement, Known, judge
+from monitor.drift.judge import Judgement, Known, Looker, judge
 from monitor.drift.quality import Checks, QualityJudgement, checks_of, is_clean, judge_quality
 from monitor.drift.rates import rates
 from monitor.drift.scores import score_columns
 from monitor.errors import ProfileMismatch, StateError
 from monitor.history import History
-from monitor.layout import Layout
+from monitor.layout import Layout, Sample
 from monitor.schema import Check, compile_rules
 from monitor.segments import Cutter
 from monitor.state import MonitorState
@@ -67,6 +67,9 @@ class Judge:
         #: By window and number of tests, where the level is the same for all looks.
         self._levels: dict[tuple[str, int], float] = {}
         self._known = Known()
+        self._looker = Looker(layout, settings.rules, self.calibration, self._known)
+        #: By segment, empty for the whole: the latest reference, and what was made of it.
+        self._references: dict[str, tuple[Array, Sample]] = {}
         #: By (arm, segment); the segment is empty for the whole arm.
         self._books: dict[tuple[str, str], AlarmBook] = {}
         self._quality: dict[str, AlarmBook] = {}
@@ -80,7 +83,10 @@ class Judge:
     # --- looks -----------------------------------------------------------------------------------------------------
 
     def look(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> list[Alarm]:
-        """One look of one window: what drift alarms changed. ``reference``: int64 counts, the profile's when None."""
+        """One look of one window: what drift alarms changed.
+
+        ``reference``: int64 counts, the profile's when None. One that is given again is taken to be as it was.
+        """
         return self._look(arm, counts, self._pair(counts, reference))
 
     def look_at_all(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> list[Alarm]:
@@ -89,16 +95,16 @@ class Judge:
         return [*self._look(arm, counts, pair), *self._look_quality(arm, counts, pair)]
 
     def _look(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
-        level = self._log_level(counts)
-        judged = judge(pair, self.settings.rules, level, self.calibration, self._known)
-        book = self.book(arm)
-        changes = book.look(counts.window, judged.over, judged.quiet)
-        self._remember(arm, counts, judged, level, book.active)
-        return self._drift_alarms(arm, "", counts, pair, judged, changes)
+        level, looker, book = self._log_level(counts), self._looker, self.book(arm)
+        looker.look(pair, level)
+        changes = book.look(counts.window, looker.over, looker.quiet)
+        self._remember(arm, counts, level, looker.told, book.active)
+        return self._drift_alarms(arm, "", counts, pair, changes) if changes else []
 
     def _look_quality(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
+        """After ``_look``, whose findings the looker still holds."""
         book = self._quality_book(arm)
-        if not book.alarmed and is_clean(self.checks, pair, self.settings.rules):
+        if not book.alarmed and is_clean(self.checks, pair, self._looker.rows, self.settings.rules):
             book.pass_by(counts.window)
             return []
         judged = self._judge_quality(pair, counts)
@@ -121,16 +127,15 @@ class Judge:
 
     def look_segment(self, arm: str, segment: str, counts: WindowCounts) -> list[Alarm]:
         """One look of a segment's window, held against the segment's own reference."""
-        pair = self._segment_pair(segment, counts)
-        judged = self._judge(pair, counts)
-        changes = self.book(arm, segment).look(counts.window, judged.over, judged.quiet)
-        return self._drift_alarms(arm, segment, counts, pair, judged, changes)
+        pair, looker = self._segment_pair(segment, counts), self._looker
+        looker.look(pair, self._log_level(counts))
+        changes = self.book(arm, segment).look(counts.window, looker.over, looker.quiet)
+        return self._drift_alarms(arm, segment, counts, pair, changes) if changes else []
 
     def _drift_alarms(
-        self, arm: str, segment: str, counts: WindowCounts, pair: Pair, judged: Judgement, changes: list[Change]
+        self, arm: str, segment: str, counts: WindowCounts, pair: Pair, changes: list[Change]
     ) -> list[Alarm]:
-        if not changes:
-            return []
+        judged = self._judge(pair, counts)
         scores = score_columns(pair, judged, self.calibration.ks)
         verdicts = self._verdicts(judged)
         return [
@@ -138,11 +143,11 @@ class Judge:
             for change in changes
         ]
 
-    def _remember(self, arm: str, counts: WindowCounts, judged: Judgement, level: float, active: Array) -> None:
-        key = (arm, counts.window)
-        if key not in self._history:
-            self._history[key] = History(len(self.layout.columns), self.settings.history_looks)
-        self._history[key].add(counts.end_ns, counts.rows, level, judged.told, active)
+    def _remember(self, arm: str, counts: WindowCounts, level: float, told: Array, active: Array) -> None:
+        history = self._history.get((arm, counts.window))
+        if history is None:
+            history = self._history[arm, counts.window] = History(len(self.layout.columns), self.settings.history_looks)
+        history.add(counts.end_ns, counts.rows, level, told, active)
 
     def book(self, arm: str, segment: str = "") -> AlarmBook:
         """The alarms of an arm, or of one of its segments; made at the first look."""
@@ -368,12 +373,21 @@ class Judge:
     # --- ingredients -----------------------------------------------------------------------------------------------
 
     def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
-        return Pair(self.layout, self.layout.reference if reference is None else reference, counts)
+        if reference is None or reference is self.layout.reference:
+            return Pair(self.layout, self.layout.profiled, counts)
+        return Pair(self.layout, self._sample("", reference), counts)
 
     def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
         if self.cutter is None:
             raise StateError(f"the monitor has no segments, got '{segment}'")
-        return Pair(self.layout, self.cutter.references[segment], counts)
+        return Pair(self.layout, self._sample(segment, self.cutter.references[segment]), counts)
+
+    def _sample(self, segment: str, reference: Array) -> Sample:
+        """Of a reference, which is not changed while the same one is given: a season's for an hour."""
+        known = self._references.get(segment)
+        if known is None or known[0] is not reference:
+            known = self._references[segment] = reference, Sample.of(self.layout, reference)
+        return known[1]
 
     def _judge(self, pair: Pair, counts: WindowCounts) -> Judgement:
         return judge(pair, self.settings.rules, self._log_level(counts), self.calibration, self._known)

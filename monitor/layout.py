@@ -17,7 +17,7 @@ import numpy as np
 from monitor.errors import ProfileError, SettingsError
 from monitor.kernels import codes
 from monitor.kernels._jit import compile_all
-from monitor.kernels.folding import fold, tally
+from monitor.kernels.measures import fold, tally
 from monitor.kernels.windows import enter, run_columns
 from monitor.profile import ColumnProfile, ReferenceProfile, column_values
 from monitor.types import BYTES, DATATYPES, Array, Column, Parts, Source, counts_of
@@ -264,17 +264,13 @@ class Sample:
     """One sample by its ``running`` sums of cells (``kernels.windows``), int64, int32 or uint16, and what is made of
     them: int64, per cell, bin or column.
 
-    ``rows`` have the ``missing`` values with them; ``sizes`` are both.
+    Made when first asked for: a view of sums that move is to be asked before they do. ``rows`` have the ``missing``
+    values with them.
     """
 
     def __init__(self, layout: Layout, running: Array) -> None:
         self._layout = layout
         self.running = running
-        self.bins = np.empty(layout.bins.size, "i8")
-        self.sizes = np.empty((2, len(layout.columns)), "i8")
-        self.rows, self.missing = self.sizes
-        bins = layout.bins
-        tally(running, bins.last, bins.bin_of, bins.start, layout.missing, self.bins, self.rows, self.missing)
 
     @classmethod
     def of(cls, layout: Layout, counts: Array) -> Sample:
@@ -282,6 +278,25 @@ class Sample:
         running = running_of(counts, layout.start)
         most = running[layout.missing].max(initial=0)
         return cls(layout, running.astype("i4") if most <= np.iinfo("i4").max else running)
+
+    @cached_property
+    def _tally(self) -> tuple[Array, Array, Array]:
+        layout, bins = self._layout, self._layout.bins
+        found = np.empty(bins.size, "i8"), *np.empty((2, len(layout.columns)), "i8")
+        tally(self.running, bins.last, bins.bin_of, bins.start, layout.missing, *found)
+        return found
+
+    @cached_property
+    def bins(self) -> Array:
+        return self._tally[0]
+
+    @property
+    def rows(self) -> Array:
+        return self._tally[1]
+
+    @property
+    def missing(self) -> Array:
+        return self._tally[2]
 
     @cached_property
     def counts(self) -> Array:

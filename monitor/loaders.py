@@ -7,6 +7,7 @@ import gzip
 import importlib
 import importlib.util
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -59,7 +60,7 @@ def _read_csv(path: Path, columns: Collection[str] | None, as_they_are: bool) ->
                     raise ProfileError(f"{path.name}: row {number} has {len(line)} values, wanted {len(head)}")
                 for values, (place, _) in zip(texts, wanted, strict=True):
                     values.append(line[place])
-    except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as failure:
+    except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as failure:
         raise ProfileError(f"{path.name}: not a readable CSV file ({failure})") from None
     convert = _strings if as_they_are else _parsed
     return {name: convert(values) for (_, name), values in zip(wanted, texts, strict=True)}
@@ -104,7 +105,7 @@ def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
     try:
         with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
             table = {name: file[name] for name in file.files if columns is None or name in columns}
-    except (ValueError, zipfile.BadZipFile, EOFError) as failure:
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as failure:  # or it is encrypted
         raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None
     for name, values in table.items():
         if not isinstance(values, np.ndarray):  # the bytes of a file that is no array
@@ -147,11 +148,14 @@ def _through_duckdb(path: Path, columns: list[str] | None) -> dict[str, Array]:
 
 
 def _filled(values: Any) -> Array:
-    """A masked array's missing values as NaN, or None among objects."""
-    if not np.ma.is_masked(values):
-        return np.asarray(values)
+    """A masked array's missing values as NaN, or None among objects, or no date among dates."""
     if values.dtype.kind == "O":
-        out = np.array(values.data, object)
+        out = np.empty(len(values), object)  # duckdb's blobs are bytearrays
+        out[:] = [bytes(value) if isinstance(value, bytearray) else value for value in np.ma.getdata(values)]
         out[np.ma.getmaskarray(values)] = None  # ``filled(None)`` fills in a text of numpy's own
         return out
+    if not np.ma.is_masked(values):
+        return np.asarray(values)
+    if values.dtype.kind in "mM":
+        return np.asarray(values.filled(np.array("NaT", values.dtype)))
     return np.asarray(values.astype("f8").filled(np.nan))

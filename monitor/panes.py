@@ -40,6 +40,7 @@ HOURS_OF_WEEK: Final = 168
 _NO_CELLS: Final = np.empty((0, 0), "u4")
 #: Of one pane of time: its counts are int32.
 _MOST_ROWS: Final = 2**31 - 1
+_OTHER_WINDOWS: Final = "states made with other windows cannot be merged"
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +138,12 @@ def _count_types(windows: Sequence[Window]) -> tuple[np.dtype[Any], np.dtype[Any
 
 
 def merge_arms(states: Sequence[ArmState]) -> ArmState:
-    """The counts of several processes together: sums of integers, the same in any order and grouping."""
+    """The counts of several processes together: sums of integers, the same in any order and grouping.
+
+    Raises StateError for those of other windows.
+    """
+    if len({len(state.series) for state in states}) > 1:
+        raise StateError(_OTHER_WINDOWS)
     series = [_merge_series([state.series[place] for state in states]) for place in range(len(states[0].series))]
     return ArmState(
         sum(state.rows for state in states),
@@ -151,7 +157,7 @@ def merge_arms(states: Sequence[ArmState]) -> ArmState:
 def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
     first = parts[0]
     if any((part.unit, part.pane) != (first.unit, first.pane) for part in parts):
-        raise StateError("states made with other windows cannot be merged")
+        raise StateError(_OTHER_WINDOWS)
     index = np.unique(np.concatenate([part.index for part in parts]))
     cells = first.counts.shape[1]
     far = np.iinfo("i8")
@@ -224,7 +230,9 @@ class _Series:
         empty = self.rows == last - first
         places = (self._start, self._panes, self.closed, self._lengths, self._sums)
         close_pane(cells, first, last, self.opened, empty, *places)
-        self._facts[slot] = (self.rows, self._dropped, self.start_ns, self.end_ns, self.index)
+        facts = self._facts
+        facts[slot, 0], facts[slot, 1] = self.rows, self._dropped  # a fraction of what a tuple takes
+        facts[slot, 2], facts[slot, 3], facts[slot, 4] = self.start_ns, self.end_ns, self.index
         self.closed += 1
         self.index += 1
         self.rows = self._dropped = self.start_ns = self.end_ns = 0
@@ -288,22 +296,25 @@ class _Series:
         return SeriesState(self.unit, self.pane, self.closed, index.copy(), rows, dropped, start, end, counts)
 
     def restore(self, state: SeriesState) -> None:
-        held = min(len(state.rows), self.capacity)
-        if held < min(state.closed, self.capacity):
+        if len(state.rows) < min(state.closed, self.capacity):
             raise StateError("the state has fewer panes than its windows need")
         if self.unit == "rows" and state.rows.max(initial=0) > self.pane:  # merged: of several processes
             self._panes, self._sums = self._panes.astype("i4"), self._sums.astype("i8")
         if state.rows.max(initial=0) > _MOST_ROWS:
             raise StateError(f"a pane of the state has {state.rows.max()} rows, over the limit of {_MOST_ROWS}")
-        self.closed = state.closed
-        slots = self._slots(held)
-        recent = slice(len(state.rows) - held, None)
+        newest = int(state.index[-1]) if len(state.index) else 0
+        recent = slice(int(np.searchsorted(state.index, newest - self.capacity, "right")), None)
+        ages = newest - state.index[recent]
+        self.closed = max(state.closed, int(ages.max(initial=-1)) + 1)
+        held = min(self.closed, self.capacity)
+        self._facts[self._slots(held), 4] = newest - np.arange(held)[::-1]
+        slots = (self.closed - 1 - ages) % self.capacity  # merged: in some panes of time nobody may have been there
         for slot, counts in zip(slots.tolist(), state.counts[recent], strict=True):
             self._panes[slot] = running_of(counts, self._start)
-        columns = (state.rows, state.dropped, state.start_ns, state.end_ns, state.index)
-        self._facts[slots] = np.stack([column[recent] for column in columns], axis=1)
+        columns = (state.rows, state.dropped, state.start_ns, state.end_ns)
+        self._facts[slots, :4] = np.stack([column[recent] for column in columns], axis=1)
         if self.unit == "time" and held:
-            self.index = int(state.index[-1]) + 1
+            self.index = newest + 1
         for place, window in enumerate(self.windows):
             self._sums[place] = self._panes[self._slots(min(window.panes, held))].sum(axis=0, dtype=self._sums.dtype)
 
@@ -474,6 +485,10 @@ class PaneStore:
     def newest_ns(self) -> int:
         """When the newest row of closed panes came; 0 when there is none."""
         return max([series.newest_ns() for series in self._series])
+
+    def progress(self) -> tuple[int, ...]:
+        """Another one when rows came, or a pane was closed that has any."""
+        return (self.rows, self.dropped, self.refused, *[series.newest_ns() for series in self._series])
 
     def state(self) -> ArmState:
         """A copy of all counts but those of open panes; ``total`` and the rows have everything."""

@@ -427,6 +427,11 @@ class Monitor:
             },
         )
 
+    def progress(self) -> dict[str, tuple[int, ...]]:
+        """Another one when a snapshot would hold more than before."""
+        with self._lock:
+            return {name: arm.store.progress() for name, arm in self._arms.items()}
+
     def snapshot(self) -> bytes:
         """The state and the histories as a file's bytes: a restart goes on from it, but for panes that were open."""
         return self.state(history=True).to_bytes()

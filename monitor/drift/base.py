@@ -17,14 +17,26 @@ class Pair:
     (``layout.bin_start``); ``rows`` rows per column, missing ones with them; ``missing`` missing values per column.
     """
 
-    def __init__(self, layout: Layout, reference: Array, window: Array | WindowCounts) -> None:
-        """``reference`` and ``window``: counts of the layout's cells."""
+    def __init__(self, layout: Layout, reference: Array | Sample, window: Array | WindowCounts) -> None:
+        """``reference`` and ``window``: counts of the layout's cells, or what was made of them."""
         self.layout = layout
-        self.expected = layout.profiled if reference is layout.reference else Sample.of(layout, reference)
+        if isinstance(reference, Sample):
+            self.expected = reference
+        else:
+            self.expected = layout.profiled if reference is layout.reference else Sample.of(layout, reference)
         self.found = _sample(layout, window) if isinstance(window, WindowCounts) else Sample.of(layout, window)
-        self.bins = self.expected.bins, self.found.bins
-        self.rows = self.expected.rows, self.found.rows
-        self.missing = self.expected.missing, self.found.missing
+
+    @property
+    def bins(self) -> tuple[Array, Array]:
+        return self.expected.bins, self.found.bins
+
+    @property
+    def rows(self) -> tuple[Array, Array]:
+        return self.expected.rows, self.found.rows
+
+    @property
+    def missing(self) -> tuple[Array, Array]:
+        return self.expected.missing, self.found.missing
 
     @property
     def reference(self) -> Array:

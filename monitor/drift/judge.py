@@ -14,7 +14,9 @@ from monitor.calibration import Calibration, critical_ks, critical_psi, effectiv
 from monitor.drift.base import Pair
 from monitor.drift.ks import KolmogorovSmirnov
 from monitor.drift.psi import Psi, PsiScores
+from monitor.kernels.measures import measure
 from monitor.kernels.tails import judge_columns
+from monitor.layout import Layout
 from monitor.types import AlarmRules, Array, Verdict
 
 #: An alarm ends only where p is this many times over the level.
@@ -25,7 +27,7 @@ _KS = KolmogorovSmirnov()
 #: Those of more columns are not: to make them is a tenth of such a look, and to keep them would take many MB.
 _REMEMBERED: Final = 128
 _REMEMBERED_COLUMNS: Final = 256
-_Key: TypeAlias = tuple[float, bytes, bytes]
+_Key: TypeAlias = tuple[float, bytes]
 #: Rows of the values that are told of a look.
 _TOLD: Final = 5
 
@@ -124,18 +126,53 @@ def judge(
     ``known``: what the looks of one profile under the same rules and calibration share.
     """
     low, psi = _KS.score(pair), _PSI.scores(pair)
-    if known is None or pair.expected is not pair.layout.profiled:
-        to_ks, to_psi = _thresholds(pair, psi.occupied, rules, log_level, calibration)
-    else:
-        key = log_level, pair.found.sizes.tobytes(), psi.occupied.tobytes()
-        if (found := known.get(key)) is None:
-            found = _thresholds(pair, psi.occupied, rules, log_level, calibration)
-            known.keep(key, found)
-        to_ks, to_psi = found
+    sizes = np.stack([pair.rows[1], pair.missing[1], psi.occupied])
+    to_ks, to_psi = _found_before(pair, sizes, log_level, rules, calibration, known)
     columns = len(low)
     log_p, flags, told = np.empty((2, columns)), np.empty((3, columns), bool), np.empty((_TOLD, columns), "f4")
     judge_columns(low, psi.value, to_ks.table, to_psi.table, log_p, flags, told)
     return Judgement(low, log_p[0], to_ks, psi, log_p[1], to_psi, flags[0], flags[1], flags[2], told)
+
+
+class Looker:
+    """Judges one window after another as ``judge`` does, each over what it found of the one before, so that a look
+    makes no arrays. Not thread safe.
+
+    ``rows`` of the window, and ``over``, ``quiet`` and ``told`` as ``Judgement`` has them.
+    """
+
+    def __init__(self, layout: Layout, rules: AlarmRules, calibration: Calibration, known: Known) -> None:
+        """``known``: as for ``judge``."""
+        self._held_against = rules, calibration, known
+        columns, bins = len(layout.columns), layout.bins
+        self._places = layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start
+        self._distances, self._sizes = np.empty((2, columns)), np.empty((3, columns), "i8")
+        self._ks, self._psi = self._distances
+        self.rows = self._sizes[0]
+        self._log_p, self._flags = np.empty((2, columns)), np.empty((3, columns), bool)
+        _, self.over, self.quiet = self._flags
+        self.told = np.empty((_TOLD, columns), "f4")
+
+    def look(self, pair: Pair, log_level: float) -> None:
+        """``log_level``: as for ``judge``."""
+        expected = pair.expected
+        measure(expected.running, pair.found.running, expected.bins, *self._places, self._distances, self._sizes)
+        to_ks, to_psi = _found_before(pair, self._sizes, log_level, *self._held_against)
+        judge_columns(self._ks, self._psi, to_ks.table, to_psi.table, self._log_p, self._flags, self.told)
+
+
+def _found_before(
+    pair: Pair, sizes: Array, log_level: float, rules: AlarmRules, calibration: Calibration, known: Known | None
+) -> tuple[Threshold, Threshold]:
+    """``_thresholds``, which may be known. ``sizes``: the window's rows, missing rows and occupied bins, by column."""
+    if known is None or pair.expected is not pair.layout.profiled:
+        return _thresholds(pair, sizes[2], rules, log_level, calibration)
+    key = log_level, sizes.tobytes()
+    found = known.get(key)
+    if found is None:
+        found = _thresholds(pair, sizes[2], rules, log_level, calibration)
+        known.keep(key, found)
+    return found
 
 
 def _thresholds(

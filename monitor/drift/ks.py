@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from monitor.drift.base import Pair
-from monitor.kernels.ks import ks_distance, ks_interval
+from monitor.kernels.ks import ks_interval
+from monitor.kernels.measures import ks_distance
 from monitor.types import Array
 
 

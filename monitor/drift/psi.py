@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monitor.drift.base import Pair
-from monitor.kernels.distances import psi
+from monitor.kernels.measures import psi
 from monitor.types import Array
 
 
@@ -21,7 +21,7 @@ class PsiScores:
 
 
 class Psi:
-    """Population stability index over the profile's bins, 1/2 added to every count (see ``kernels.distances``)."""
+    """Population stability index over the profile's bins, 1/2 added to every count (see ``kernels.measures``)."""
 
     name = "psi"
 

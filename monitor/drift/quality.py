@@ -141,13 +141,16 @@ class QualityJudgement:
         )
 
 
-def is_clean(checks: Checks, pair: Pair, rules: AlarmRules) -> bool:
-    """Whether ``judge_quality`` would find all checks quiet and none over, where that can be told at a glance."""
+def is_clean(checks: Checks, pair: Pair, rows: Array, rules: AlarmRules) -> bool:
+    """Whether ``judge_quality`` would find all checks quiet and none over, where that can be told at a glance.
+
+    ``rows``: of the window, per column.
+    """
     if len(checks) > len(checks.kinds) or len(checks.summed) or pair.expected is not pair.layout.profiled:
         return False
     margin = rules.clear_ratio * rules.min_rate
-    found, at = pair.found, (checks.cells, checks.before)
-    return not any_exceeds(found.running, *at, found.rows, checks.places, checks.allowed, margin)
+    at = checks.cells, checks.before
+    return not any_exceeds(pair.found.running, *at, rows, checks.places, checks.allowed, margin)
 
 
 def judge_quality(

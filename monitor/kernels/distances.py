@@ -1,4 +1,4 @@
-"""PSI, Jensen-Shannon, L-infinity and chi-square from counts of bins.
+"""Jensen-Shannon, L-infinity and chi-square from counts of bins.
 
 Column f has the bins ``start[f]:start[f + 1]`` of both samples. Every distance is NaN where one sample has no row.
 """
@@ -31,41 +31,6 @@ def _totals(reference: Array, window: Array) -> tuple[int, int, int, bool]:
         n += window[b]
         bins += reference[b] + window[b] > 0
     return m, n, bins, m > 0 and n > 0
-
-
-@kernel((_I64, _I64, _I64, types.int64, _OUT, _OUT, _OCCUPIED), brief=True)
-def psi(
-    reference: Array, window: Array, start: Array, leave_out: int, out: Array, part: Array, occupied: Array
-) -> None:
-    """``out[f]`` = sum over bins of (q - p) ln(q / p), in nats; ``part[b]`` is bin b's own summand.
-
-    p and q are shares after 1/2 was added to the counts of both sides, in the ``occupied[f]`` bins where either side
-    has any. The last ``leave_out`` bins of each column do not take part.
-    """
-    part[:] = 0.0
-    ratios = np.empty(part.size)
-    for f in range(out.size):
-        first = start[f]
-        last = start[f + 1] - leave_out
-        expected = reference[first:last]
-        found = window[first:last]
-        summand = part[first:last]
-        ratio = ratios[first:last]
-        m, n, bins, defined = _totals(expected, found)
-        occupied[f] = bins
-        if not defined:
-            out[f] = np.nan
-            continue
-        for b in range(expected.size):
-            p = (expected[b] + 0.5) / (m + 0.5 * bins)
-            q = (found[b] + 0.5) / (n + 0.5 * bins)
-            summand[b] = q - p if expected[b] + found[b] > 0 else 0.0
-            ratio[b] = q / p if expected[b] + found[b] > 0 else 1.0
-        total = 0.0
-        for b in range(expected.size):  # apart from the above, which are vector instructions
-            summand[b] *= math.log(ratio[b])
-            total += summand[b]
-        out[f] = total
 
 
 @kernel((_I64, _I64, _I64, _OUT))

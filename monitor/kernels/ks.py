@@ -1,75 +1,18 @@
-"""The two-sample Kolmogorov-Smirnov distance from counts of cells: at the ends of cells, and as a certain interval."""
+"""The two-sample Kolmogorov-Smirnov distance from counts of cells, as a certain interval."""
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numba import types
-from numpy import int32, int64
 
-from monitor.kernels._jit import helper, kernel, read_only
+from monitor.kernels._jit import kernel, read_only
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-_I64, _I32, _U16 = read_only(types.int64), read_only(types.int32), read_only(types.uint16)
-#: Products that a signed integer of 32 bits holds.
-_FEW: Final = 2.0**31
+_I64 = read_only(types.int64)
 _OUT = types.Array(types.float64, 1, "C")
-
-
-@helper
-def _largest_of_few(expected: Array, found: Array, m: int64, n: int64) -> float:
-    """The largest ``|expected n - found m|`` where m n, and with it every term, is below 2**31."""
-    m32 = int32(m)
-    n32 = int32(n)
-    top = int32(0)
-    bottom = int32(0)
-    for c in range(expected.size):
-        ahead = int32(int32(int32(expected[c]) * n32) - int32(int32(found[c]) * m32))
-        top = ahead if ahead > top else top
-        bottom = ahead if ahead < bottom else bottom
-    return max(np.float64(top), -np.float64(bottom))
-
-
-@helper
-def _largest(expected: Array, found: Array, m: float, n: float, scratch: Array) -> float:
-    """The same in doubles, exact below 2**53. The largest by halving what is left to be compared: of doubles only that
-    becomes vector instructions."""
-    distance = scratch[: expected.size]
-    for c in range(expected.size):
-        distance[c] = abs(expected[c] * n - found[c] * m)
-    left = distance.size
-    while left > 1:
-        half = left >> 1
-        lower = distance[:half]
-        upper = distance[left - half : left]
-        for c in range(half):
-            lower[c] = lower[c] if lower[c] > upper[c] else upper[c]
-        left -= half
-    return float(distance[0])
-
-
-@kernel(*[(expected, found, _I64, _OUT) for expected in (_I32, _I64) for found in (_U16, _I32, _I64)])
-def ks_distance(expected: Array, found: Array, start: Array, low: Array) -> None:
-    """``low`` of ``ks_interval`` alone, from running sums (``kernels.windows``) of the reference and of the window: for
-    every look."""
-    longest = 0
-    for f in range(low.size):
-        longest = max(longest, start[f + 1] - start[f])
-    scratch = np.empty(longest)
-    for f in range(low.size):
-        before = expected[start[f] : start[f + 1] - 1]
-        now = found[start[f] : start[f + 1] - 1]
-        m = int64(before[before.size - 1])
-        n = int64(now[now.size - 1])
-        whole = np.float64(m) * np.float64(n)
-        if whole == 0:
-            low[f] = np.nan
-        elif whole < _FEW:
-            low[f] = _largest_of_few(before, now, m, n) / whole
-        else:
-            low[f] = _largest(before, now, np.float64(m), np.float64(n), scratch) / whole
 
 
 @kernel((_I64, _I64, _I64, _OUT, _OUT))

@@ -110,7 +110,8 @@ class _Monitored:
     retired: dict[str, int] = field(default_factory=dict)
     figures: tuple[WindowFigures, ...] | None = None
     shown_rows: int = -1
-    saved_rows: int = -1
+    #: The monitor's progress when it was saved.
+    saved: dict[str, tuple[int, ...]] | None = None
 
     def count(self, name: str) -> int:
         """Rows by one of the taps' counters, of all taps there were."""
@@ -416,7 +417,7 @@ class MonitorService:
             found, alarm = self._alarms.popleft()
             found.shown_rows = -1
             # The episode is on disk before long: one that is forgotten would be raised, and be told of, again.
-            found.saved_rows = -1
+            found.saved = None
             self._save_soon()
             event = alarm_event(found.model, found.version, found.monitor.sha256, alarm, found.run)
             self._announce(event)
@@ -453,8 +454,8 @@ class MonitorService:
     def _save(self, files: StateFiles) -> None:
         for found in tuple(self._monitored):
             found.shown_rows = -1  # panes of time move on without rows
-            if (taken := found.taken()) != found.saved_rows and files.save(found.monitor):
-                found.saved_rows = taken
+            if (progress := found.monitor.progress()) != found.saved and files.save(found.monitor):
+                found.saved = progress
         self.labels.save()
 
     # --- reading -----------------------------------------------------------------------------------------------------

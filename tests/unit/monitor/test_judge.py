@@ -9,10 +9,11 @@ import pytest
 
 from monitor.calibration import Calibration
 from monitor.drift.base import Pair
-from monitor.drift.judge import Judgement, Known, judge
+from monitor.drift.judge import Judgement, Known, Looker, judge
+from monitor.judging import Judge
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
-from monitor.types import AlarmRules
+from monitor.types import AlarmRules, Settings, WindowCounts
 
 
 def judged(columns: int) -> Judgement:
@@ -69,3 +70,43 @@ def test_known_thresholds_are_bounded() -> None:
     wide = judged(300)
     known.keep((-1.0, b"", b"", b""), (wide.ks_threshold, wide.psi_threshold))
     assert known.get((-1.0, b"", b"", b"")) is None
+
+
+@pytest.mark.parametrize("columns", [3, 300])
+def test_looks_one_after_another_are_judged_as_each_alone(columns: int) -> None:
+    """Of windows that are empty or not, as counts and as sums, against the profile and against other references."""
+    rng = np.random.default_rng(columns)
+    values = rng.standard_normal((500, columns))
+    values[:, 1] = rng.integers(0, 4, 500)
+    layout = Layout(ReferenceProfile.from_arrays({"x": values}, kinds={"x[1]": "categorical"}))
+    none, rules, said = Calibration.none(layout), AlarmRules(min_rows=1), []
+    looker = Looker(layout, rules, none, Known())
+    for look in range(200 if columns == 3 else 6):
+        window = np.tile(rng.standard_normal((int(rng.choice([0, 20, 200])), 1)), columns) * rng.choice([0.1, 1.0])
+        window[rng.random(window.shape) < rng.choice([0.0, 0.3])] = np.nan
+        counts = np.zeros(layout.cells, "i4")
+        layout.count([window], counts)
+        pair = Pair(layout, layout.reference if look % 3 else layout.reference * 2, counts)
+        level = float(rng.choice([-9.5, -4.0]))
+        looker.look(pair, level)
+        alone = judge(Pair(layout, pair.reference, counts), rules, level, none)
+        said.append(looker.over.copy())
+        for name in ("over", "quiet", "told"):
+            assert np.array_equal(getattr(looker, name), getattr(alone, name), equal_nan=True)
+        assert looker.rows.tolist() == [len(window)] * columns
+    assert 0 < np.mean(said) < 1
+
+
+def test_another_reference_is_held_against_and_the_first_again() -> None:
+    """What is made of a reference is kept only while the same one is given."""
+    rng = np.random.default_rng(4)
+    layout = Layout(ReferenceProfile.from_arrays({"x": rng.standard_normal((500, 3))}))
+    settings = Settings()
+    near, far, window = (np.zeros(layout.cells, "i4") for _ in range(3))
+    for counts, shift in ((near, 0.0), (far, 1.0), (window, 0.0)):
+        layout.count([rng.standard_normal((1000, 3)) + shift], counts)
+    held = WindowCounts(settings.windows[0].name, 1000, 0, 1, 2, 2, True, window.astype("i8"))
+    one = Judge(layout, settings)
+    for reference in (near, near, far, None, near, far):
+        assert one.window_report("a", held, reference) == Judge(layout, settings).window_report("a", held, reference)
+    assert one.window_report("a", held, near) != one.window_report("a", held, far)

@@ -23,8 +23,8 @@ from monitor.drift.wasserstein import Wasserstein
 from monitor.kernels._jit import compile_all
 from monitor.kernels.codes import find_cells
 from monitor.kernels.distances import add_chi_square, chi_square
-from monitor.kernels.folding import fold, tally
-from monitor.kernels.ks import ks_distance, ks_interval
+from monitor.kernels.ks import ks_interval
+from monitor.kernels.measures import fold, ks_distance, measure, tally
 from monitor.kernels.shares import any_exceeds
 from monitor.kernels.tails import judge_columns, kolmogorov_log_tail
 from monitor.kernels.windows import close_pane, enter, run_columns, span
@@ -334,6 +334,34 @@ def test_what_is_told_of_a_sample(dtype: str) -> None:
     assert bins.tolist() == [9, 3, 60_006]
     assert rows.tolist() == [12, 60_006]
     assert missing.tolist() == [5, 60_000]
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
+@pytest.mark.parametrize("reference", ["i8", "i4"])
+def test_a_look_measures_what_each_kernel_does(reference: str, dtype: str) -> None:
+    """Columns of every kind of values, one of which is discrete, and one that the window lacks."""
+    rng = np.random.default_rng(9)
+    before, after = (np.stack([make(rng, size).astype("f4") for make in ODD.values()], axis=1) for size in (900, 300))
+    place = list(ODD).index("five levels")
+    layout = Layout(ReferenceProfile.from_arrays({"x": before}, kinds={f"x[{place}]": "categorical"}))
+    after[:, 0] = np.nan
+    counts = np.zeros(layout.cells, "i4")
+    layout.count([after], counts)
+    found, bins = Pair(layout, layout.reference, counts), layout.bins
+    distances, sizes = np.full((2, len(ODD)), 99.0), np.full((3, len(ODD)), 99)
+    measure(
+        found.expected.running.astype(reference),
+        found.found.running.astype(dtype),
+        found.expected.bins,
+        *(layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start, distances, sizes),
+    )
+    psi = Psi().scores(found)
+    assert np.array_equal(distances, [KolmogorovSmirnov().score(found), psi.value], equal_nan=True)
+    assert sizes.tolist() == [found.rows[1].tolist(), found.missing[1].tolist(), psi.occupied.tolist()]
+    assert np.flatnonzero(np.isnan(distances[0])).tolist() == [0, place, list(ODD).index("all missing")]
+    for f in range(1, len(ODD)):
+        own = slice(layout.bin_start[f], layout.bin_start[f + 1])
+        assert distances[1, f] == pytest.approx(naive.psi(*[side[own].tolist() for side in found.bins]), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])

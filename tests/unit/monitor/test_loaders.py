@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 from pathlib import Path
@@ -97,6 +98,22 @@ def test_absent_column_is_named(tmp_path: Path) -> None:
         read_table(tmp_path / "t.csv", ["a", "z"])
 
 
+def test_compressed_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    """Also where the damage is in what is compressed, or makes a file say that it is encrypted."""
+    table = tmp_path / "t.npz"
+    values = np.random.default_rng(0).integers(0, 9, 400)
+    np.savez_compressed(table, x=values)
+    text = tmp_path / "t.csv.gz"
+    text.write_bytes(gzip.compress(("x\n" + "\n".join(map(str, values.tolist()))).encode()))
+    for path in (table, text):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            for bit in (0, 2, 7):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                with contextlib.suppress(ProfileError, OSError):
+                    read_table(path)
+
+
 READERS = [name for name in ("pyarrow", "duckdb") if importlib.util.find_spec(name) is not None]
 
 
@@ -136,3 +153,32 @@ def test_what_parquet_has_no_value_for_is_missing(tmp_path: Path, reader: str, m
     assert [column.rows - column.present for column in profile.columns] == [1, 1]
     for name, wanted in (("n", [1, np.nan, 3]), ("flag", [1, np.nan, 0]), ("x", [0.5, np.nan, 1.5])):
         np.testing.assert_array_equal(table[name].astype("f8"), wanted)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_parquet_calls_blobs_are_byte_strings(
+    tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with duckdb.connect() as connection:
+        connection.sql(r"SELECT * FROM (VALUES ('\xFF'::BLOB), (NULL), ('a'::BLOB)) AS t(b)").write_parquet(
+            str(tmp_path / "t.parquet")
+        )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == reader or None)
+    table = read_table(tmp_path / "t.parquet")
+    assert table["b"].tolist() == [b"\xff", None, b"a"]
+    profile = ReferenceProfile.from_table(table, [Column("b", "b", datatype="BYTES", kind="bytes")])
+    assert profile.columns[0].categories == (b"a", b"\xff")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_dates_do_not_become_numbers_where_some_are_missing(
+    tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with duckdb.connect() as connection:
+        rows = "(VALUES (TIMESTAMP '2024-05-01 12:00:00'), (NULL)) AS t(moment)"
+        connection.sql("FROM " + rows).write_parquet(str(tmp_path / "t.parquet"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == reader or None)
+    table = read_table(tmp_path / "t.parquet")
+    assert np.isnat(table["moment"]).tolist() == [False, True]
+    with pytest.raises(ProfileError, match="datetime64"):
+        ReferenceProfile.from_table(table, [Column("moment", "moment", datatype="FP64")])

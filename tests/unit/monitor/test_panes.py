@@ -259,9 +259,37 @@ def test_states_of_several_processes_go_on_in_one() -> None:
     assert (store.state().window(window).cells == expected).all()
 
 
+@pytest.mark.parametrize("later", [54, 90, 4000])
+def test_one_process_goes_on_where_another_had_ended(later: int) -> None:
+    """Nobody was there in the panes between, which are no part of a window that is shorter than that."""
+    one, windows = layout(), [time_window(20, 2), time_window(60, 2)]
+    first, second, whole = (PaneStore(one, windows) for _ in range(3))
+    for store, seconds in ((first, range(40)), (second, range(later, later + 6))):
+        for now in seconds:
+            for counting in (store, whole):
+                counting.add(matrix([now % 50]), 1, now * SECOND_NS)
+    first.tick(50 * SECOND_NS)
+    second.tick((later + 8) * SECOND_NS)
+    whole.tick((later + 8) * SECOND_NS)
+    merged = PaneStore(one, windows)
+    merged.restore(merge_arms([second.state(), first.state()]))
+    for now in range(later + 8, later + 80, 3):
+        for store in (merged, whole):
+            store.tick(now * SECOND_NS)
+        for window in windows:
+            expected = whole.windows()[window.name]
+            for found in (merged.windows()[window.name], merged.state().window(window)):
+                assert (found.cells == expected.cells).all()
+                assert (found.rows, found.start_ns, found.end_ns) == (expected.rows, expected.start_ns, expected.end_ns)
+
+
 def test_states_of_other_windows_are_refused() -> None:
     one = layout()
     state = PaneStore(one, [rows_window(4, 2)]).state()
+    more = PaneStore(one, [rows_window(4, 2), time_window(20, 2)]).state()
+    for states in ([state, more], [more, state]):
+        with pytest.raises(StateError, match="other windows"):
+            merge_arms(states)
     with pytest.raises(StateError, match="other windows"):
         PaneStore(one, [rows_window(4, 1)]).restore(state)
     with pytest.raises(StateError, match="other windows"):

@@ -16,7 +16,8 @@ import structlog
 
 from monitor.outcomes import LabelRules, LabelSettings
 from monitor.profile import ReferenceProfile
-from monitor.types import AlarmRules, ColumnRule, Settings, rows_window
+from monitor.state import MonitorState
+from monitor.types import AlarmRules, ColumnRule, Settings, rows_window, time_window
 from server.batching.batcher import Batcher, Work
 from server.errors import ModelLoadError, NotFound
 from server.monitoring.labels import LabelWatch
@@ -565,3 +566,41 @@ def test_what_could_not_be_saved_is_tried_again_without_new_rows(tmp_path: Path,
         folder.unlink()
         until(lambda: list(folder.glob("m/1-*.state")) != [])
         rig.service.close()
+
+
+def saved_state(folder: Path, version: str) -> MonitorState | None:
+    """What is on disk of a version."""
+    files = list((folder / "m").glob(f"{version}-*.state"))
+    return MonitorState.from_bytes(files[0].read_bytes()) if files else None
+
+
+def test_rows_are_on_disk_when_their_pane_is_over_though_no_more_come(tmp_path: Path, profile: Path) -> None:
+    """So a crash long after the last row loses none."""
+    rig = Rig(tmp_path / "monitors", timing=replace(QUICK, save_s=0.01))
+    engine = rig.load(Watch(profile, replace(SETTINGS, windows=(time_window(600, 0.5),))))
+    rig.follow(engine)
+    serve(engine, normal(100, 2))
+    rig.settled(100)
+
+    def kept() -> int:
+        state = saved_state(tmp_path / "monitors", "1")
+        return int(state.arms["stable"].series[0].rows.sum()) if state is not None and state.arms else 0
+
+    until(lambda: kept() == 100)
+    rig.service.close()
+
+
+def test_rows_of_a_mirrored_arm_are_saved_though_the_version_itself_gets_none(tmp_path: Path, profile: Path) -> None:
+    rig = Rig(tmp_path / "monitors", timing=replace(QUICK, save_s=0.01))
+    stable = rig.load(Watch(profile, SETTINGS))
+    canary = rig.load(Watch(profile, SETTINGS), version="2")
+    rig.follow(stable, canary, mirrors=(Mirror("m", "2", "1", "candidate"),))
+    until(lambda: rig.service._mirrored != {} and saved_state(tmp_path / "monitors", "1") is not None)
+    serve(canary, normal(400, 3), arm="candidate")
+
+    def kept() -> int:
+        state = saved_state(tmp_path / "monitors", "1")
+        return state.arms["candidate"].rows if state is not None and "candidate" in state.arms else 0
+
+    until(lambda: kept() == 400)
+    rig.service.close()
