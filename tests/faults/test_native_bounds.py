@@ -322,6 +322,54 @@ def app_of(server: Running, app: ASGIApp) -> Iterator[tuple[str, int]]:
     server.run(own.drain(0.1))
 
 
+def test_a_message_does_not_wait_for_the_reader_of_another_stream() -> None:
+    """The oldest stream has messages that wait while its answers are not taken: over the limit another goes on."""
+    raw = echoed(20_000)
+    bounds = Http2Settings(max_gathered_bytes=3 * MIB, max_in_flight_per_stream=1)
+    with (
+        running(transport="native", http2=bounds) as server,
+        Http2Wire(server.grpc, {http2.INITIAL_WINDOW_SIZE: 0}) as wire,
+    ):
+        wire.send(opened(1, path=http2.STREAM_INFER))
+        for _ in range(80):
+            wire.upload(1, raw, end=False)
+        wire.settled()
+        (connection,) = cast("NativeServer", server.grpc_server).live
+        until = time.monotonic() + http2.PATIENCE_S
+        while server.call(connection.session.queued) < MIB:
+            assert time.monotonic() < until
+        wire.send(opened(3) + http2.window(3, 2**30))
+        wire.upload(3, echoed(5_000_000))
+        assert wire.answer(3).status == "0"
+
+
+def test_a_message_goes_on_when_the_one_before_it_waits_for_its_reader() -> None:
+    """Watch reads one message. While half of a second one is there it goes on alone; what is there as a whole waits."""
+    raw, second, sent = echoed(3_500_000), http2.grpc_message(bytes(100)), 0
+    bounds = Http2Settings(max_gathered_bytes=2 * MIB)
+    with running(transport="native", http2=bounds) as server, Http2Wire(server.grpc) as wire:
+        wire.send(opened(1, path="/grpc.health.v1.Health/Watch"))
+        wire.send(frame(DATA, 0, 1, http2.grpc_message(b"") + second[:50]) + opened(3))
+        wire.settled()
+
+        def room() -> int:
+            return min(wire.own_settings[http2.INITIAL_WINDOW_SIZE] + wire.windows.get(3, 0) - sent, 16_384)
+
+        while size := room():
+            wire.send(frame(DATA, 0, 3, raw[sent : sent + size]))
+            sent += size
+            wire.settled()
+        assert sent < len(raw)
+        wire.send(frame(DATA, 0, 1, second[50:]))
+        while sent < len(raw):
+            if size := room():
+                wire.send(frame(DATA, END_STREAM * (sent + size >= len(raw)), 3, raw[sent : sent + size]))
+                sent += size
+            else:
+                assert wire.read_frame() is not None
+        assert wire.answer(3).status == "0"
+
+
 def test_a_body_that_is_not_read_holds_its_window(server: Running) -> None:
     over = server.call(asyncio.Event)
 

@@ -99,6 +99,9 @@ class AsgiStream:
     def full(self) -> bool:
         return self._unread > _UNREAD_BYTES
 
+    def unread(self) -> bool:
+        return self._unread > 0
+
     def overdue(self, now: float) -> bool:
         """The app has limits of its own for bodies."""
         return False

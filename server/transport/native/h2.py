@@ -104,6 +104,10 @@ class Stream(Protocol):
         """Nothing more of the body is wanted until what came was read."""
         ...
 
+    def unread(self) -> bool:
+        """Some of the body waits for a reader of its own, who goes on without more of it."""
+        ...
+
     def overdue(self, now: float) -> bool:
         """More of the body is waited for, and it did not come in time. ``now`` is the server's clock."""
         ...
@@ -136,7 +140,7 @@ class Http2Connection(asyncio.Protocol):
         self._silent = 0  # bytes since the last event
         #: Answered in full while the peer still sends: see ``end_early``. With it, whether windows hold nothing back.
         self._early: dict[int, bool] = {}
-        self.windows = ReceiveWindows(self.session.consumed, self._full, server.http2.max_gathered_bytes)
+        self.windows = ReceiveWindows(self.session.consumed, self._full, self._unread, server.http2.max_gathered_bytes)
         #: Tasks of the ASGI app that still run, whether their streams are gone or not.
         self.tasks: set[asyncio.Task[None]] = set()
         self._answered_bytes = 0  # handed to the session
@@ -313,6 +317,10 @@ class Http2Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         return stream is not None and stream.full()
 
+    def _unread(self, stream_id: int) -> bool:
+        stream = self.streams.get(stream_id)
+        return stream is not None and stream.unread()
+
     def used(self, stream_id: int, size: int) -> None:
         """A stream has used so much of its body."""
         self.windows.used(stream_id, size)
@@ -436,6 +444,7 @@ class Http2Connection(asyncio.Protocol):
             return
         for stream in [s for s in self.streams.values() if s.overdue(now)]:
             self._guard(stream, stream.give_up)
+        self.windows.let_go()
         self._check_progress(now)
         self._check_alive(now)
         age = self.server.http2.max_age_s

@@ -37,6 +37,8 @@ from server.types import Port, RequestLimits, Unsent
 
 _HEADER_OVERHEAD: Final = 32
 _TICK_S: Final = 0.5
+#: So much of the time between two looks at the clock counts at most.
+_STEP_S: Final = 4 * _TICK_S
 _INFER: Final = f"/{SERVICE}/ModelInfer".encode()
 
 
@@ -90,7 +92,9 @@ class NativeServer(HttpServer):
         self.infer = served.infer
         self.http2 = http2 or Http2Settings()
         self._grpc = served.grpc
+        #: The connections' clock, of which only differences mean something.
         self.now = 0.0
+        self._swept = 0.0
         #: Stands where requests that nobody awaits keep an event.
         self.no_event = asyncio.Event()
         self.status_ok = b""
@@ -121,6 +125,7 @@ class NativeServer(HttpServer):
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         loop = asyncio.get_running_loop()
+        self._swept = loop.time()
         self._sweep(loop)
         if self._tls is None:
             return await super().start(host, port)
@@ -146,8 +151,10 @@ class NativeServer(HttpServer):
         self.status_ok = b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in self.default_headers])
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The server's clock, and the timers of all connections."""
-        self.now = loop.time()
+        """The connections' clock, and their timers. Where the process itself stood still, no peer was late."""
+        moment = loop.time()
+        self.now += min(moment - self._swept, _STEP_S)
+        self._swept = moment
         self._sweeper = loop.call_later(_TICK_S, self._sweep, loop)
         for connection in tuple(self.live):
             try:

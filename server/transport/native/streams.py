@@ -112,6 +112,9 @@ class StreamCall:
     def full(self) -> bool:
         return self._unread > _UNREAD_BYTES
 
+    def unread(self) -> bool:
+        return self._unread > 0
+
     def overdue(self, now: float) -> bool:
         if self._ended or not self._deframer.size or self.full():
             return False

@@ -217,6 +217,9 @@ class UnaryCall:
     def full(self) -> bool:
         return False
 
+    def unread(self) -> bool:
+        return False
+
     def overdue(self, now: float) -> bool:
         if self._ended:
             return False

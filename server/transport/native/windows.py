@@ -10,14 +10,22 @@ class ReceiveWindows:
 
     A stream's window is given back as its bytes come, unless the stream is ``full`` (its reader is slow) or the
     connection has over ``limit`` unused bytes. Then only the stream that has waited longest goes on: if all of them
-    waited, they would wait for each other.
+    waited, they would wait for each other. Those with something ``unread`` wait for their readers and are passed over,
+    or all would wait for a slow one; not over twice the limit, since each that goes on may come to wait so as well.
     """
 
-    __slots__ = ("_full", "_give_back", "_held", "_limit", "_unused", "total")
+    __slots__ = ("_full", "_give_back", "_held", "_limit", "_unread", "_unused", "total")
 
-    def __init__(self, give_back: Callable[[int, int], None], full: Callable[[int], bool], limit: int) -> None:
+    def __init__(
+        self,
+        give_back: Callable[[int, int], None],
+        full: Callable[[int], bool],
+        unread: Callable[[int], bool],
+        limit: int,
+    ) -> None:
         self._give_back = give_back
         self._full = full
+        self._unread = unread
         self._limit = limit
         self._unused: dict[int, int] = {}  # oldest first
         self._held: dict[int, int] = {}  # those of them that were not given back
@@ -40,7 +48,7 @@ class ReceiveWindows:
             self.total -= size
         else:
             self.total -= self._unused.pop(stream_id, 0)
-        self._let_go()
+        self.let_go()
 
     def forget(self, stream_id: int) -> None:
         """All of it was used or thrown away, and no more comes."""
@@ -50,14 +58,26 @@ class ReceiveWindows:
         held = self._held.pop(stream_id, 0)
         if held:
             self._give_back(stream_id, held)
-        self._let_go()
+        self.let_go()
 
     def _may_go_on(self, stream_id: int) -> bool:
         if self._full(stream_id):
             return False
-        return self.total <= self._limit or stream_id == next(iter(self._unused), stream_id)
+        return self.total <= self._limit or stream_id == self._first()
 
-    def _let_go(self) -> None:
+    def _first(self) -> int:
+        """Over the limit: who goes on, unless it is full. 0: nobody."""
+        if self.total > 2 * self._limit:
+            return next(iter(self._unused), 0)
+        for stream_id in self._unused:
+            if not self._unread(stream_id):
+                return stream_id
+        return 0
+
+    def let_go(self) -> None:
+        """Give back what may be. Also for now and then: nobody says when a message begins to wait for its reader."""
         if self._held:
-            for stream_id in [held for held in self._held if self._may_go_on(held)]:
-                self._give_back(stream_id, self._held.pop(stream_id))
+            over = self.total > self._limit
+            for stream_id in [self._first()] if over else list(self._held):
+                if stream_id in self._held and not self._full(stream_id):
+                    self._give_back(stream_id, self._held.pop(stream_id))

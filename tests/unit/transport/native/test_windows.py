@@ -13,8 +13,9 @@ class Book:
 
     def __init__(self, limit: int) -> None:
         self.full: set[int] = set()
+        self.unread: set[int] = set()
         self.given: Counter[int] = Counter()
-        self.windows = ReceiveWindows(self._give, self.full.__contains__, limit)
+        self.windows = ReceiveWindows(self._give, self.full.__contains__, self.unread.__contains__, limit)
 
     def _give(self, stream_id: int, size: int) -> None:
         self.given[stream_id] += size
@@ -51,6 +52,28 @@ def test_a_full_stream_waits_for_its_reader() -> None:
     assert book.given == {3: 30, 1: 30}
 
 
+def test_over_the_limit_who_waits_for_a_reader_is_passed_over() -> None:
+    """Else all would wait for that reader. Each that goes on may come to wait so, and so there is an end to it."""
+    book = Book(100)
+    book.windows.came(1, 70)
+    book.unread.add(1)
+    book.windows.came(3, 40)
+    book.windows.came(5, 30)
+    assert book.given == {1: 70, 3: 40}
+    book.unread.add(3)
+    book.windows.used(1, 10)
+    assert book.given == {1: 70, 3: 40, 5: 30}
+    book.windows.came(5, 80)
+    assert book.windows.total == 210
+    assert book.given == {1: 70, 3: 40, 5: 30}
+    book.windows.used(1, 20)
+    assert book.given == {1: 70, 3: 40, 5: 110}
+    book.windows.came(7, 5)
+    book.unread.add(5)
+    book.windows.let_go()
+    assert book.given == {1: 70, 3: 40, 5: 110, 7: 5}
+
+
 def test_a_long_stream_that_is_read_counts_what_is_unread_only() -> None:
     """Else a busy stream would look like one that hoards, and its neighbours would wait."""
     book = Book(100)
@@ -85,7 +108,7 @@ def test_nothing_is_lost_or_given_twice() -> None:
                     unread[stream_id] = 0
                     book.windows.forget(stream_id)
                 case _:
-                    book.full ^= {stream_id}
+                    rng.choice((book.full, book.unread)).__ixor__({stream_id})
             assert book.windows.total == unread.total()
             assert all(book.given[i] <= came[i] for i in came)
         book.full.clear()
