@@ -418,20 +418,30 @@ def test_a_storm_of_cancels_spares_the_neighbours(gathering: Server) -> None:
 
 
 def test_deadlines_drop_queued_work(server: Server, channel: grpc.Channel) -> None:
-    """Behind calls that take long whatever the machine is doing: they are still at it when the last deadline passes."""
+    """Behind calls that are still at it when the last deadline passes.
+
+    Where this process stood still for as long as they took, nothing was shown, and it is tried again with more of them.
+    """
+    assert any(queued_behind(server, channel, 10 * 2**i) for i in range(4)), "the calls in front were too short"
+
+
+def queued_behind(server: Server, channel: grpc.Channel, count: int) -> bool:
+    """Late calls behind ``count`` others: they end, and are not run. False where the others had ended before."""
     infer = channel.unary_unary(SERVICE + "ModelInfer")
     before = executed(server, "slower", "execution_count")
-    front = [infer.future(good(i, "slower", 1).SerializeToString(), timeout=60) for i in range(10)]
+    front = [infer.future(good(i, "slower", 1).SerializeToString(), timeout=60) for i in range(count)]
     until = time.monotonic() + PATIENCE_S
-    while total(server, "tidegate_pending_requests") < 2:
+    while total(server, "tidegate_pending_requests") < 2 and not front[-1].done():
         assert time.monotonic() < until
     late = [infer.future(good(i, "slower", 1).SerializeToString(), timeout=0.05) for i in range(50)]
     codes = {future.code() for future in late}
-    assert not front[-1].done(), "the calls in front were too short to show anything"
-    assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert [values(future.result()) for future in front] == [[float(i)] for i in range(10)]
+    shown = not front[-1].done()
+    assert [values(future.result()) for future in front] == [[float(i)] for i in range(count)]
     wait_total(server, "tidegate_pending_requests", 0)
-    assert executed(server, "slower", "execution_count") - before == 10, "late calls were run"
+    if shown:
+        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert executed(server, "slower", "execution_count") - before == count, "late calls were run"
+    return shown
 
 
 @pytest.mark.parametrize("timeout", [1e-9, 1e-4, 1e-3])

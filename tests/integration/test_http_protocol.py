@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -872,20 +872,39 @@ def test_early_close_and_reset(server: Running, cut: int) -> None:
 # --- time and connection limits ---
 
 
+IMPATIENT = HttpSettings(
+    body_idle_s=0.2,
+    body_total_s=0.6,
+    head_s=2.0,
+    keep_alive_s=0.5,
+    write_stall_s=0.3,
+    discard_s=0.3,
+    discard_bytes=100_000,
+    drain_idle_s=0.1,
+)
+
+
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def impatient(request: pytest.FixtureRequest) -> Iterator[Running]:
-    times = HttpSettings(
-        body_idle_s=0.2,
-        body_total_s=0.6,
-        head_s=2.0,  # no caller that does its part is that slow, on whatever machine
-        keep_alive_s=0.5,
-        write_stall_s=0.3,
-        discard_s=0.3,
-        discard_bytes=100_000,
-        drain_idle_s=0.1,
-    )
-    with running(http=times, transport=request.param) as started:
+    with running(http=IMPATIENT, transport=request.param) as started:
         yield started
+
+
+@contextmanager
+def begun(impatient: Running, first: bytes) -> Iterator[socket.socket]:
+    """A connection whose first bytes were there long before it could be taken for one that says nothing.
+
+    Where the machine was late with them, another one is tried.
+    """
+    for _ in range(20):
+        before = time.monotonic()
+        with connect(impatient) as sock:
+            with suppress(OSError):  # it was late, or is answered before all is sent
+                sock.sendall(first)
+            if time.monotonic() - before < IMPATIENT.head_s / 2:
+                yield sock
+                return
+    raise AssertionError("the machine stands still too often")
 
 
 def test_malformed_requests_whose_sender_waits(impatient: Running) -> None:
@@ -894,13 +913,13 @@ def test_malformed_requests_whose_sender_waits(impatient: Running) -> None:
             sock.sendall(raw)
             answers = read_all(sock)
         assert all(200 <= status < 500 for status in statuses_of(answers)), (raw, answers)
-    assert status_of(exchange(impatient, post())) == 200  # in one piece: no body is waited for
+    with begun(impatient, post()) as sock:
+        assert status_of(read_answer(sock)) == 200  # in one piece: no body is waited for
     assert settled(impatient)
 
 
 def test_slow_body_is_answered_408(impatient: Running) -> None:
-    with connect(impatient) as sock:
-        sock.sendall(post()[:-5])
+    with begun(impatient, post()[:-5]) as sock:
         answer = read_all(sock)
     assert status_of(answer) == 408
     assert b"did not arrive in time" in answer
@@ -924,14 +943,12 @@ def test_trickled_body_is_bounded_in_all(impatient: Running) -> None:
 
 
 def test_deadline_while_the_body_is_awaited(impatient: Running) -> None:
-    with connect(impatient) as sock:
-        sock.sendall(post(b"", "x-tidegate-timeout-ms: 50", length="10"))
+    with begun(impatient, post(b"", "x-tidegate-timeout-ms: 50", length="10")) as sock:
         assert status_of(read_answer(sock)) == 504
 
 
 def test_slow_head_is_answered_408(impatient: Running) -> None:
-    with connect(impatient) as sock:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHo")
+    with begun(impatient, b"GET /v2 HTTP/1.1\r\nHo") as sock:
         answer = read_all(sock)
     assert status_of(answer) == 408
     assert b"headers did not arrive" in answer
@@ -947,8 +964,7 @@ def test_idle_connections_are_closed(impatient: Running, start: bytes) -> None:
 
 def test_empty_lines_do_not_keep_a_connection(impatient: Running) -> None:
     waiter = threading.Event()
-    with connect(impatient) as sock:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+    with begun(impatient, b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n") as sock:
         assert status_of(read_answer(sock)) == 200
         for _ in range(400):
             try:
@@ -986,8 +1002,7 @@ def test_unwanted_body_is_discarded_within_bounds(impatient: Running) -> None:
             pass
         else:
             read_all(sock)
-    with connect(impatient) as sock:
-        sock.sendall(post(b"x", path="/nothing", length="100"))
+    with begun(impatient, post(b"x", path="/nothing", length="100")) as sock:
         assert status_of(read_all(sock)) == 404
 
 

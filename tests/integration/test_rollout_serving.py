@@ -16,7 +16,6 @@ from tests.support.cli import cli, quickly
 from tests.support.climbing import (
     GATES,
     STANDING,
-    Callers,
     audited,
     defaults,
     order,
@@ -58,10 +57,6 @@ def test_a_good_candidate_climbs_and_stays_promoted_over_a_restart(place: Place)
         assert status_of(place, again)["state"] == "promoted"
 
 
-def answered(callers: Callers) -> int:
-    return callers.versions["1"] + callers.versions["2"]
-
-
 def test_orders_of_people(place: Place) -> None:
     write(place, section(STANDING))
     with place.serve() as server, traffic(server) as callers:
@@ -75,11 +70,12 @@ def test_orders_of_people(place: Place) -> None:
         assert order(place, server, "resume", If_Match=str(revision))[0] == 200
         assert order(place, server, "fly")[0] == 404
         assert order(place, server, "pause", rollout="nobody")[0] == 404
-        before = answered(callers)
+        before = callers.versions["2"]
         status, found = order(place, server, "abort", x_tidegate_actor="ada", x_tidegate_reason="enough")
         assert (status, found["state"], found["weight"]) == (200, "aborted", 0)
-        assert answered(callers) - before < 200  # a fraction of a second, on a machine that has nothing else to do
         assert {ask(server, f"v{n}")[0] for n in range(50)} == {"1"}
+        # A fraction of a second, on a machine that has nothing else to do; the disk may take longer than that.
+        assert callers.versions["2"] - before < 100
         assert order(place, server, "abort")[0] == 409
         eventually(lambda: audited(place, server)[-1]["action"] == "rollout.aborted")
         last = next(event for event in reversed(audited(place, server)) if event["actor"] == "ada")

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.ports import reserved_port
+
 Rows: TypeAlias = npt.NDArray[np.float32]
 #: The bytes of an answer to these rows; b"" ends the connection without one.
 Behave: TypeAlias = Callable[[Rows], bytes]
@@ -51,7 +53,8 @@ class Upstream:
         self._width = width
         self.asked: list[tuple[float, Rows]] = []
         self._config = {"name": "m", "max_batch_size": max_batch_size}
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        # Nobody else is given the port while tests find it closed.
+        self._listener = socket.create_server(("127.0.0.1", reserved_port()), backlog=64)
         self._open: set[socket.socket] = set()
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._accepting = threading.Thread(target=self._accept, daemon=True)

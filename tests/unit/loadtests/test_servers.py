@@ -9,6 +9,7 @@ import pytest
 
 from loadtests.servers import Target, check_reachable, parse_target
 from server.errors import InvalidArgument
+from tests.support.ports import reserved_port
 
 
 def test_a_peer() -> None:
@@ -39,10 +40,9 @@ def test_what_is_no_peer(text: str) -> None:
 
 
 def test_a_server_that_does_not_listen_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as other:
+    with socket.create_server(("127.0.0.1", 0)) as there:
         up = f"127.0.0.1:{there.getsockname()[1]}"
         check_reachable(Target("one", up, up))
-        gone = f"127.0.0.1:{other.getsockname()[1]}"
-        other.close()
+        gone = f"127.0.0.1:{reserved_port()}"
         with pytest.raises(ConnectionError, match=f"one: nobody answers at {gone}: .*refused"):
             check_reachable(Target("one", up, gone))
