@@ -68,8 +68,8 @@ class Judge:
         self._levels: dict[tuple[str, int], float] = {}
         self._known = Known()
         self._looker = Looker(layout, settings.rules, self.calibration, self._known)
-        #: By segment, empty for the whole: the latest reference, and what was made of it.
-        self._references: dict[str, tuple[Array, Sample]] = {}
+        #: The latest reference that was not the profile's, and what was made of it.
+        self._season: tuple[Array, Sample] | None = None
         #: By (arm, segment); the segment is empty for the whole arm.
         self._books: dict[tuple[str, str], AlarmBook] = {}
         self._quality: dict[str, AlarmBook] = {}
@@ -171,8 +171,10 @@ class Judge:
     def window_report(
         self, arm: str, counts: WindowCounts, reference: Array | None = None, inflation: Array | None = None
     ) -> WindowReport:
-        """All statistics of one window, the strongest evidence first. Changes nothing."""
-        pair = self._pair(counts, reference)
+        """All statistics of one window, the strongest evidence first. ``reference``: as of ``look``."""
+        return self._report(arm, counts, self._pair(counts, reference), inflation)
+
+    def _report(self, arm: str, counts: WindowCounts, pair: Pair, inflation: Array | None = None) -> WindowReport:
         judged = self._judge(pair, counts)
         known = self.calibration.ks if inflation is None else np.maximum(self.calibration.ks, inflation)
         scores = score_columns(pair, judged, known)
@@ -330,7 +332,7 @@ class Judge:
 
     def compare(self, counts: WindowCounts, other: WindowCounts, arm: str) -> WindowReport:
         """The arm's window held against another arm's: a two-sample test on the same cells."""
-        return self.window_report(arm, counts, other.cells[: self.layout.cells])
+        return self._report(arm, counts, Pair(self.layout, Sample.of(self.layout, other.cells), counts))
 
     def warnings(self, inflation: Mapping[str, Array]) -> tuple[str, ...]:
         """Sentences about what the p-values cannot be trusted for."""
@@ -375,19 +377,15 @@ class Judge:
     def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
         if reference is None or reference is self.layout.reference:
             return Pair(self.layout, self.layout.profiled, counts)
-        return Pair(self.layout, self._sample("", reference), counts)
+        season = self._season
+        if season is None or season[0] is not reference:
+            season = self._season = reference, Sample.of(self.layout, reference)
+        return Pair(self.layout, season[1], counts)
 
     def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
         if self.cutter is None:
             raise StateError(f"the monitor has no segments, got '{segment}'")
-        return Pair(self.layout, self._sample(segment, self.cutter.references[segment]), counts)
-
-    def _sample(self, segment: str, reference: Array) -> Sample:
-        """Of a reference, which is not changed while the same one is given: a season's for an hour."""
-        known = self._references.get(segment)
-        if known is None or known[0] is not reference:
-            known = self._references[segment] = reference, Sample.of(self.layout, reference)
-        return known[1]
+        return Pair(self.layout, Sample.of(self.layout, self.cutter.references[segment]), counts)
 
     def _judge(self, pair: Pair, counts: WindowCounts) -> Judgement:
         return judge(pair, self.settings.rules, self._log_level(counts), self.calibration, self._known)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import importlib
 import importlib.util
+import lzma
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -21,6 +22,10 @@ from monitor.types import Array
 MISSING_TEXTS: Final = frozenset({"", "na", "nan", "null", "none", "n/a"})
 #: How the names of text files end, lower case.
 TEXT_FILES: Final = (".csv", ".csv.gz")
+#: What reading an archive raises that is damaged, encrypted or none.
+_NO_ARCHIVE: Final = (
+    ValueError, OverflowError, EOFError, RuntimeError, OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+)  # fmt: skip
 _BOOLEANS: Final = {"true": True, "false": False}
 
 
@@ -102,11 +107,12 @@ def _strings(texts: list[str]) -> Array:
 
 
 def _read_npz(path: Path, columns: Collection[str] | None) -> dict[str, Array]:
-    try:
-        with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
-            table = {name: file[name] for name in file.files if columns is None or name in columns}
-    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as failure:  # or it is encrypted
-        raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None
+    with path.open("rb") as raw:
+        try:
+            with np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
+                table = {name: file[name] for name in file.files if columns is None or name in columns}
+        except _NO_ARCHIVE as failure:
+            raise ProfileError(f"{path.name}: not a readable npz file ({failure})") from None
     for name, values in table.items():
         if not isinstance(values, np.ndarray):  # the bytes of a file that is no array
             raise ProfileError(f"{path.name}: '{name}' is no array")

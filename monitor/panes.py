@@ -61,6 +61,10 @@ class SeriesState:
     end_ns: Array
     counts: Array
 
+    def span(self) -> int:
+        """Panes from the first to the last, with those between in which nobody was there."""
+        return int(self.index[-1] - self.index[0]) + 1 if len(self.index) else 0
+
     def window(self, window: Window) -> WindowCounts:
         """The newest panes of a window together, empty when there are none."""
         newest = int(self.index[-1]) if len(self.index) else 0
@@ -140,7 +144,7 @@ def _count_types(windows: Sequence[Window]) -> tuple[np.dtype[Any], np.dtype[Any
 def merge_arms(states: Sequence[ArmState]) -> ArmState:
     """The counts of several processes together: sums of integers, the same in any order and grouping.
 
-    Raises StateError for those of other windows.
+    Raises StateError for those of other panes.
     """
     if len({len(state.series) for state in states}) > 1:
         raise StateError(_OTHER_WINDOWS)
@@ -181,6 +185,7 @@ def _merge_series(parts: Sequence[SeriesState]) -> SeriesState:
         merged.end_ns[held] = np.maximum(merged.end_ns[held], part.end_ns[part.rows > 0])
         merged.counts[at] += part.counts
     merged.start_ns[merged.rows == 0] = merged.end_ns[merged.rows == 0] = 0
+    merged.closed = max(merged.closed, merged.span())  # as of one process that was there throughout
     return merged
 
 
@@ -196,6 +201,7 @@ class _Series:
         self.windows = windows
         self.capacity = windows[-1].panes
         self.closed = 0
+        self.filled = 0  # panes that had rows, or dropped some, when they were closed
         self.rows = 0  # of the open pane
         self.index = -1  # of the open pane; -1: no row or tick has come
         self.start_ns = 0
@@ -234,6 +240,7 @@ class _Series:
         facts[slot, 0], facts[slot, 1] = self.rows, self._dropped  # a fraction of what a tuple takes
         facts[slot, 2], facts[slot, 3], facts[slot, 4] = self.start_ns, self.end_ns, self.index
         self.closed += 1
+        self.filled += self.rows + self._dropped > 0
         self.index += 1
         self.rows = self._dropped = self.start_ns = self.end_ns = 0
         return np.asarray(self._panes[slot])
@@ -296,7 +303,8 @@ class _Series:
         return SeriesState(self.unit, self.pane, self.closed, index.copy(), rows, dropped, start, end, counts)
 
     def restore(self, state: SeriesState) -> None:
-        if len(state.rows) < min(state.closed, self.capacity):
+        """For a series that has counted nothing."""
+        if state.span() < min(state.closed, self.capacity):
             raise StateError("the state has fewer panes than its windows need")
         if self.unit == "rows" and state.rows.max(initial=0) > self.pane:  # merged: of several processes
             self._panes, self._sums = self._panes.astype("i4"), self._sums.astype("i8")
@@ -487,8 +495,8 @@ class PaneStore:
         return max([series.newest_ns() for series in self._series])
 
     def progress(self) -> tuple[int, ...]:
-        """Another one when rows came, or a pane was closed that has any."""
-        return (self.rows, self.dropped, self.refused, *[series.newest_ns() for series in self._series])
+        """Another one when rows came or were dropped, or a pane was closed for which they did."""
+        return (self.rows, self.dropped, self.refused, *[series.filled for series in self._series])
 
     def state(self) -> ArmState:
         """A copy of all counts but those of open panes; ``total`` and the rows have everything."""

@@ -428,7 +428,7 @@ class Monitor:
         )
 
     def progress(self) -> dict[str, tuple[int, ...]]:
-        """Another one when a snapshot would hold more than before."""
+        """Another one when a snapshot would hold more rows than before."""
         with self._lock:
             return {name: arm.store.progress() for name, arm in self._arms.items()}
 

@@ -370,6 +370,24 @@ def test_a_message_goes_on_when_the_one_before_it_waits_for_its_reader() -> None
         assert wire.answer(3).status == "0"
 
 
+def test_what_a_stream_throws_away_holds_nobody_up() -> None:
+    """Watch has half of a second message, which is given up: neither that nor what follows counts as waiting."""
+    with (
+        running(transport="native", http=HttpSettings(body_idle_s=0.5)) as server,
+        Http2Wire(server.grpc) as wire,
+    ):
+        wire.send(opened(1, path="/grpc.health.v1.Health/Watch"))
+        wire.send(frame(DATA, 0, 1, http2.grpc_message(b"") + http2.grpc_message(bytes(100))[:50]))
+        wire.settled()
+        (connection,) = cast("NativeServer", server.grpc_server).live
+        until = time.monotonic() + http2.PATIENCE_S
+        while server.call(lambda: connection.windows.total):
+            assert time.monotonic() < until
+        wire.send(frame(DATA, 0, 1, bytes(1000)))
+        wire.settled()
+        assert server.call(lambda: connection.windows.total) == 0
+
+
 def test_a_body_that_is_not_read_holds_its_window(server: Running) -> None:
     over = server.call(asyncio.Event)
 

@@ -326,6 +326,11 @@ class Http2Connection(asyncio.Protocol):
         self.windows.used(stream_id, size)
         self.flush_soon()
 
+    def kept(self, stream_id: int, size: int) -> None:
+        """A stream has thrown its body away, but for so much that it will use."""
+        self.windows.keep(stream_id, size)
+        self.flush_soon()
+
     # --- answers ---------------------------------------------------------------------------------------------
 
     def done(self, stream_id: int, size: int = 0) -> None:

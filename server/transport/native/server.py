@@ -37,7 +37,8 @@ from server.types import Port, RequestLimits, Unsent
 
 _HEADER_OVERHEAD: Final = 32
 _TICK_S: Final = 0.5
-#: So much of the time between two looks at the clock counts at most.
+#: So much of the time between two looks at the clock counts at most: nobody who is allowed more than that was late
+#: while the process itself stood still.
 _STEP_S: Final = 4 * _TICK_S
 _INFER: Final = f"/{SERVICE}/ModelInfer".encode()
 
@@ -151,7 +152,7 @@ class NativeServer(HttpServer):
         self.status_ok = b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in self.default_headers])
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The connections' clock, and their timers. Where the process itself stood still, no peer was late."""
+        """The connections' clock, and their timers."""
         moment = loop.time()
         self.now += min(moment - self._swept, _STEP_S)
         self._swept = moment

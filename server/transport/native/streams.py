@@ -67,6 +67,7 @@ class StreamCall:
     def data(self, data: bytes, end: bool) -> None:
         self._peer_ended = end
         if self._ended:
+            self._drop_rest()
             return
         deframer = self._deframer
         self._seen = self.connection.server.now
@@ -100,7 +101,12 @@ class StreamCall:
         """Nothing more is read than what came whole; then ``error`` is raised."""
         self._error, self._ended = error, True
         self._deframer.clear()
+        self._drop_rest()
         self._came.set()
+
+    def _drop_rest(self) -> None:
+        """What is no whole message holds nobody up."""
+        self.connection.kept(self._id, self._unread - len(self._messages) * (_OVERHEAD_BYTES - wire.PREFIX_BYTES))
 
     def gone(self) -> None:
         self._task.cancel()

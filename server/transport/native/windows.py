@@ -11,7 +11,8 @@ class ReceiveWindows:
     A stream's window is given back as its bytes come, unless the stream is ``full`` (its reader is slow) or the
     connection has over ``limit`` unused bytes. Then only the stream that has waited longest goes on: if all of them
     waited, they would wait for each other. Those with something ``unread`` wait for their readers and are passed over,
-    or all would wait for a slow one; not over twice the limit, since each that goes on may come to wait so as well.
+    or all would wait for a slow one; and where nobody else is, one of which nothing is unused goes on. Neither over
+    twice the limit, since each that goes on may come to wait so as well.
     """
 
     __slots__ = ("_full", "_give_back", "_held", "_limit", "_unread", "_unused", "total")
@@ -28,7 +29,7 @@ class ReceiveWindows:
         self._unread = unread
         self._limit = limit
         self._unused: dict[int, int] = {}  # oldest first
-        self._held: dict[int, int] = {}  # those of them that were not given back
+        self._held: dict[int, int] = {}  # what was not given back, whether it was used or not
         self.total = 0
 
     def came(self, stream_id: int, size: int) -> None:
@@ -49,6 +50,12 @@ class ReceiveWindows:
         else:
             self.total -= self._unused.pop(stream_id, 0)
         self.let_go()
+
+    def keep(self, stream_id: int, size: int) -> None:
+        """So much of it is still to be used, and the rest was thrown away."""
+        thrown = self._unused.get(stream_id, 0) - size
+        if thrown > 0:
+            self.used(stream_id, thrown)
 
     def forget(self, stream_id: int) -> None:
         """All of it was used or thrown away, and no more comes."""
@@ -71,6 +78,9 @@ class ReceiveWindows:
             return next(iter(self._unused), 0)
         for stream_id in self._unused:
             if not self._unread(stream_id):
+                return stream_id
+        for stream_id in self._held:
+            if stream_id not in self._unused:
                 return stream_id
         return 0
 

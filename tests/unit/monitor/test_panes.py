@@ -271,8 +271,10 @@ def test_one_process_goes_on_where_another_had_ended(later: int) -> None:
     first.tick(50 * SECOND_NS)
     second.tick((later + 8) * SECOND_NS)
     whole.tick((later + 8) * SECOND_NS)
-    merged = PaneStore(one, windows)
-    merged.restore(merge_arms([second.state(), first.state()]))
+    merged, both = PaneStore(one, windows), merge_arms([second.state(), first.state()])
+    for window in windows:
+        assert both.window(window).full == whole.windows()[window.name].full
+    merged.restore(both)
     for now in range(later + 8, later + 80, 3):
         for store in (merged, whole):
             store.tick(now * SECOND_NS)
@@ -281,6 +283,30 @@ def test_one_process_goes_on_where_another_had_ended(later: int) -> None:
             for found in (merged.windows()[window.name], merged.state().window(window)):
                 assert (found.cells == expected.cells).all()
                 assert (found.rows, found.start_ns, found.end_ns) == (expected.rows, expected.start_ns, expected.end_ns)
+                assert found.full == expected.full
+
+
+def test_progress_is_made_with_rows_and_with_panes_that_have_some() -> None:
+    """Also where the clock was set back meanwhile, and where all rows of a pane were dropped; not by time alone."""
+    store = PaneStore(layout(), [time_window(60, 10)])
+    store.add(matrix([1.0] * 5), 5, 10_000 * SECOND_NS)
+    store.tick(10_011 * SECOND_NS)
+    store.add(matrix([1.0] * 3), 3, 10_015 * SECOND_NS)
+    store.follow_clock(5_005 * SECOND_NS)
+    seen = [store.progress()]
+
+    def at(seconds: int) -> bool:
+        store.tick(seconds * SECOND_NS)
+        seen.append(store.progress())
+        return seen[-1] != seen[-2]
+
+    assert not at(5_006)
+    assert at(5_021)
+    assert not at(5_041)
+    store.drop(7)
+    assert at(5_042)
+    assert at(5_051)
+    assert not at(5_100)
 
 
 def test_states_of_other_windows_are_refused() -> None:

@@ -74,6 +74,33 @@ def test_over_the_limit_who_waits_for_a_reader_is_passed_over() -> None:
     assert book.given == {1: 70, 3: 40, 5: 110, 7: 5}
 
 
+def test_over_the_limit_one_with_nothing_unused_does_not_wait_for_readers() -> None:
+    book = Book(100)
+    book.windows.came(1, 60)
+    book.unread.add(1)
+    book.windows.came(3, 50)
+    book.windows.came(5, 30)
+    book.windows.used(5, 30)
+    assert book.given == {1: 60, 3: 50}
+    book.unread.add(3)
+    book.windows.let_go()
+    assert book.given == {1: 60, 3: 50, 5: 30}
+
+
+def test_what_was_thrown_away_holds_nobody_up() -> None:
+    book = Book(100)
+    book.windows.came(1, 90)
+    book.windows.came(3, 40)
+    assert book.given == {1: 90}
+    book.windows.keep(1, 95)
+    book.windows.keep(5, 10)
+    assert (book.windows.total, book.given) == (130, {1: 90})
+    book.windows.keep(1, 20)
+    assert (book.windows.total, book.given) == (60, {1: 90, 3: 40})
+    book.windows.keep(1, 0)
+    assert book.windows.total == 40
+
+
 def test_a_long_stream_that_is_read_counts_what_is_unread_only() -> None:
     """Else a busy stream would look like one that hoards, and its neighbours would wait."""
     book = Book(100)
