@@ -332,7 +332,9 @@ class Judge:
 
     def compare(self, counts: WindowCounts, other: WindowCounts, arm: str) -> WindowReport:
         """The arm's window held against another arm's: a two-sample test on the same cells."""
-        return self._report(arm, counts, Pair(self.layout, Sample.of(self.layout, other.cells), counts))
+        return self._report(
+            arm, counts, Pair(self.layout, Sample.of(self.layout, other.cells[: self.layout.cells]), counts)
+        )
 
     def warnings(self, inflation: Mapping[str, Array]) -> tuple[str, ...]:
         """Sentences about what the p-values cannot be trusted for."""
