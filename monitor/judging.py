@@ -332,9 +332,7 @@ class Judge:
 
     def compare(self, counts: WindowCounts, other: WindowCounts, arm: str) -> WindowReport:
         """The arm's window held against another arm's: a two-sample test on the same cells."""
-        return self._report(
-            arm, counts, Pair(self.layout, Sample.of(self.layout, other.cells[: self.layout.cells]), counts)
-        )
+        return self._report(arm, counts, Pair(self.layout, other.cells[: self.layout.cells], counts))
 
     def warnings(self, inflation: Mapping[str, Array]) -> tuple[str, ...]:
         """Sentences about what the p-values cannot be trusted for."""
@@ -377,7 +375,7 @@ class Judge:
     # --- ingredients -----------------------------------------------------------------------------------------------
 
     def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
-        if reference is None or reference is self.layout.reference:
+        if reference is None:
             return Pair(self.layout, self.layout.profiled, counts)
         season = self._season
         if season is None or season[0] is not reference:
@@ -387,7 +385,7 @@ class Judge:
     def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
         if self.cutter is None:
             raise StateError(f"the monitor has no segments, got '{segment}'")
-        return Pair(self.layout, Sample.of(self.layout, self.cutter.references[segment]), counts)
+        return Pair(self.layout, self.cutter.references[segment], counts)
 
     def _judge(self, pair: Pair, counts: WindowCounts) -> Judgement:
         return judge(pair, self.settings.rules, self._log_level(counts), self.calibration, self._known)

@@ -85,7 +85,7 @@ class ReceiveWindows:
         return 0
 
     def let_go(self) -> None:
-        """Give back what may be. Also for now and then: nobody says when a message begins to wait for its reader."""
+        """Give back what may be. To be called at times too: who begins to wait for a reader makes way for another."""
         if self._held:
             over = self.total > self._limit
             for stream_id in [self._first()] if over else list(self._held):
