@@ -6,11 +6,11 @@ Both serve the same model (30 floats in, 2 out) and are asked over gRPC by calle
 the processor time of the whole server process per request, as the operating system counts it: drain thread, looks,
 gauges and saves are in it.
 
-**Rounds.** The servers are asked in turn, in rounds of a quarter of a second whose order changes: a machine whose speed
-wanders does so over seconds, and then both alike. Before the first round each server has answered more rows than the
-longest window holds, so that every look is made. Time is read before the first and after the last round, when no row
-waits in the tap any more: rows that are counted, and saves that are made, while the other server is asked are charged
-to the one whose they are.
+**Rounds.** The servers are asked in turn, in rounds of a twentieth of a second whose order changes: a machine whose
+speed wanders does so over longer times, and then for both alike. Before the first round each server has answered more
+rows than the longest window holds, so that every look is made. Time is read before the first and after the last round,
+when no row waits in the tap any more: rows that are counted, and saves that are made, while the other server is asked
+are charged to the one whose they are.
 
 **Starts.** Two processes of the same program differ by some percent as long as they live (where things lie in memory).
 More rounds do not help against that; so both servers are started anew several times, each start gives one ratio, and
@@ -49,7 +49,7 @@ from server.monitoring.service import Timing
 
 REFERENCE_ROWS = 50_000
 WARM_SECONDS = 1.0
-ROUND_SECONDS = 0.25
+ROUND_SECONDS = 0.05
 #: Longer than rows wait to be counted.
 SETTLE_SECONDS = Timing().drain_s + 0.1
 #: Over the longest window by some panes.

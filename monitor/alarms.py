@@ -47,24 +47,16 @@ class AlarmBook:
         self._looks = dict.fromkeys(windows, 0)
         #: Looks with nothing over and all quiet that are not in the three above yet: most are of that kind.
         self._uneventful = dict.fromkeys(windows, 0)
-        self._active = np.zeros(columns, bool)
-        self._alarmed = False
+        #: bool per column. Not to be changed; a change of alarms makes another.
+        self.active = np.zeros(columns, bool)
+        #: Whether any column is in alarm.
+        self.alarmed = False
         self._episodes = np.zeros(columns, "i8")
-
-    @property
-    def active(self) -> Array:
-        """bool per column. Not to be changed; a change of alarms makes another."""
-        return self._active
-
-    @property
-    def alarmed(self) -> bool:
-        """Whether any column is in alarm."""
-        return self._alarmed
 
     def look(self, window: str, over: Array, quiet: Array) -> list[Change]:
         """One look of one window: bool per column. What changed, in the columns' order."""
         eventful = bool(np.count_nonzero(over))
-        if not (eventful or self._alarmed) and np.count_nonzero(quiet) == len(quiet):
+        if not (eventful or self.alarmed) and np.count_nonzero(quiet) == len(quiet):
             self.pass_by(window)
             return []
         self._catch_up()
@@ -75,7 +67,7 @@ class AlarmBook:
         calm += 1
         calm *= quiet.astype("i8")
         self._looks[window] += 1
-        return self._changes(window, over) if eventful or self._alarmed else []
+        return self._changes(window, over) if eventful or self.alarmed else []
 
     def pass_by(self, window: str) -> None:
         """One look at which nothing is over and all is quiet, of a book without alarms."""
@@ -93,16 +85,16 @@ class AlarmBook:
                 self._uneventful[name] = 0
 
     def _changes(self, window: str, over: Array) -> list[Change]:
-        raised = over & ~self._active & (np.bitwise_count(self._history[window]) >= self._rules.k)
-        cleared = self._active & self._all_calm() if self._alarmed else np.zeros_like(self._active)
+        raised = over & ~self.active & (np.bitwise_count(self._history[window]) >= self._rules.k)
+        cleared = self.active & self._all_calm() if self.alarmed else np.zeros_like(self.active)
         self._episodes[raised] += 1
-        self._set_active((self._active | raised) & ~cleared)
+        self._set_active((self.active | raised) & ~cleared)
         changed = np.flatnonzero(raised | cleared)
         return [Change(int(place), bool(raised[place]), window, int(self._episodes[place])) for place in changed]
 
     def _set_active(self, active: Array) -> None:
-        self._active = active
-        self._alarmed = bool(active.any())
+        self.active = active
+        self.alarmed = bool(active.any())
 
     def _all_calm(self) -> Array:
         looked = [self._calm[name] for name, looks in self._looks.items() if looks]
@@ -114,7 +106,7 @@ class AlarmBook:
             self._history[name][:] = 0
             self._calm[name][:] = 0
             self._looks[name] = self._uneventful[name] = 0
-        self._set_active(np.zeros_like(self._active))
+        self._set_active(np.zeros_like(self.active))
 
     def to_dict(self) -> dict[str, Any]:
         self._catch_up()
@@ -122,7 +114,7 @@ class AlarmBook:
             "history": {name: values.tolist() for name, values in self._history.items()},
             "calm": {name: values.tolist() for name, values in self._calm.items()},
             "looks": dict(self._looks),
-            "active": self._active.tolist(),
+            "active": self.active.tolist(),
             "episodes": self._episodes.tolist(),
         }
 
@@ -131,8 +123,8 @@ class AlarmBook:
         self._catch_up()
         try:
             active, episodes = np.array(found["active"], bool), np.array(found["episodes"], "i8")
-            if active.shape != self._active.shape or episodes.shape != self._episodes.shape:
-                raise StateError(f"the state has alarms of {active.size} columns, wanted {self._active.size}")
+            if active.shape != self.active.shape or episodes.shape != self._episodes.shape:
+                raise StateError(f"the state has alarms of {active.size} columns, wanted {self.active.size}")
             for name in set(self._history) & set(found["history"]):
                 self._history[name][:] = np.array(found["history"][name], "u8") & self._mask
                 self._calm[name][:] = np.array(found["calm"][name], "i8")

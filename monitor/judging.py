@@ -7,16 +7,17 @@ uses one on its own windows; whoever adds up several processes uses one on the m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from monitor.alarms import AlarmBook, Change
 from monitor.calibration import INFLATION_LIMIT, Calibration, log_level
-from monitor.drift.base import Pair
+from monitor.drift.base import Pair, running_in
 from monitor.drift.contribution import contributions, distributions, order_of
 from monitor.drift.judge import Judgement, Known, Looker, judge
-from monitor.drift.quality import Checks, QualityJudgement, checks_of, is_clean, judge_quality
+from monitor.drift.quality import Checks, Glance, QualityJudgement, checks_of, judge_quality
 from monitor.drift.rates import rates
 from monitor.drift.scores import score_columns
 from monitor.errors import ProfileMismatch, StateError
@@ -43,6 +44,17 @@ from monitor.types import (
 _STRONGEST: Final = 5
 
 
+@dataclass(slots=True, eq=False)
+class _View:
+    """Where the looks of one window of an arm find all that they need."""
+
+    arm: str
+    book: AlarmBook
+    quality: AlarmBook
+    history: History
+    looker: Looker
+
+
 class Judge:
     """Looks at windows of any arm. Not thread safe.
 
@@ -67,13 +79,17 @@ class Judge:
         #: By window and number of tests, where the level is the same for all looks.
         self._levels: dict[tuple[str, int], float] = {}
         self._known = Known()
-        self._looker = Looker(layout, settings.rules, self.calibration, self._known)
+        self._glance = Glance(layout, self.checks, settings.rules)
+        #: For windows of segments; those of arms have their own.
+        self._looker = self._new_looker()
         #: The latest reference that was not the profile's, and what was made of it.
         self._season: tuple[Array, Sample] | None = None
         #: By (arm, segment); the segment is empty for the whole arm.
         self._books: dict[tuple[str, str], AlarmBook] = {}
         self._quality: dict[str, AlarmBook] = {}
         self._history: dict[tuple[str, str], History] = {}
+        #: By (arm, window).
+        self._views: dict[tuple[str, str], _View] = {}
 
     @property
     def rule_names(self) -> tuple[str, ...]:
@@ -87,35 +103,43 @@ class Judge:
 
         ``reference``: int64 counts, the profile's when None. One that is given again is taken to be as it was.
         """
-        return self._look(arm, counts, self._pair(counts, reference))
+        view, expected = self._view(arm, counts.window), self._expected(reference)
+        return self._look(view, counts, expected, running_in(self.layout, counts))
 
     def look_at_all(self, arm: str, counts: WindowCounts, reference: Array | None = None) -> list[Alarm]:
         """The same, and what quality alarms changed: missing, out of range and new values, the rules of the schema."""
-        pair = self._pair(counts, reference)
-        return [*self._look(arm, counts, pair), *self._look_quality(arm, counts, pair)]
+        view, expected = self._view(arm, counts.window), self._expected(reference)
+        found = running_in(self.layout, counts)
+        alarms = self._look(view, counts, expected, found)
+        if not view.quality.alarmed and self._glance.is_clean(expected, found, view.looker.rows):
+            view.quality.pass_by(counts.window)
+            return alarms
+        return [*alarms, *self._look_quality(view, counts, expected)]
 
-    def _look(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
-        level, looker, book = self._log_level(counts), self._looker, self.book(arm)
-        looker.look(pair, level)
-        changes = book.look(counts.window, looker.over, looker.quiet)
-        self._remember(arm, counts, level, looker.told, book.active)
-        return self._drift_alarms(arm, "", counts, pair, changes) if changes else []
-
-    def _look_quality(self, arm: str, counts: WindowCounts, pair: Pair) -> list[Alarm]:
-        """After ``_look``, whose findings the looker still holds."""
-        book = self._quality_book(arm)
-        if not book.alarmed and is_clean(self.checks, pair, self._looker.rows, self.settings.rules):
+    def _look(self, view: _View, counts: WindowCounts, expected: Sample, found: Array) -> list[Alarm]:
+        """``found``: the running sums of the window."""
+        level, looker, book = self._log_level(counts), view.looker, view.book
+        changes: list[Change] = []
+        if looker.look(expected, found, level) and not book.alarmed:
             book.pass_by(counts.window)
+        else:
+            changes = book.look(counts.window, looker.over, looker.quiet)
+        view.history.add(counts.end_ns, counts.rows, level, looker.told, book.active)
+        if not changes:
             return []
+        return self._drift_alarms(view.arm, "", counts, Pair(self.layout, expected, counts), changes)
+
+    def _look_quality(self, view: _View, counts: WindowCounts, expected: Sample) -> list[Alarm]:
+        pair = Pair(self.layout, expected, counts)
         judged = self._judge_quality(pair, counts)
-        changes = book.look(counts.window, judged.over, judged.quiet)
+        changes = view.quality.look(counts.window, judged.over, judged.quiet)
         if not changes:
             return []
         scores = self._scores(pair, counts)
         return [
             _alarm(
                 change,
-                arm,
+                view.arm,
                 counts,
                 judged.verdict(self.checks, change.column),
                 scores[int(self.checks.places[change.column])],
@@ -128,7 +152,7 @@ class Judge:
     def look_segment(self, arm: str, segment: str, counts: WindowCounts) -> list[Alarm]:
         """One look of a segment's window, held against the segment's own reference."""
         pair, looker = self._segment_pair(segment, counts), self._looker
-        looker.look(pair, self._log_level(counts))
+        looker.look(pair.expected, pair.found.running, self._log_level(counts))
         changes = self.book(arm, segment).look(counts.window, looker.over, looker.quiet)
         return self._drift_alarms(arm, segment, counts, pair, changes) if changes else []
 
@@ -143,11 +167,20 @@ class Judge:
             for change in changes
         ]
 
-    def _remember(self, arm: str, counts: WindowCounts, level: float, told: Array, active: Array) -> None:
-        history = self._history.get((arm, counts.window))
-        if history is None:
-            history = self._history[arm, counts.window] = History(len(self.layout.columns), self.settings.history_looks)
-        history.add(counts.end_ns, counts.rows, level, told, active)
+    def _view(self, arm: str, window: str) -> _View:
+        """Made at the first look, and what it is made of."""
+        found = self._views.get((arm, window))
+        if found is None:
+            history = self._history.get((arm, window))
+            if history is None:
+                history = History(len(self.layout.columns), self.settings.history_looks)
+                self._history[arm, window] = history
+            found = _View(arm, self.book(arm), self._quality_book(arm), history, self._new_looker())
+            self._views[arm, window] = found
+        return found
+
+    def _new_looker(self) -> Looker:
+        return Looker(self.layout, self.settings.rules, self.calibration, self._known)
 
     def book(self, arm: str, segment: str = "") -> AlarmBook:
         """The alarms of an arm, or of one of its segments; made at the first look."""
@@ -375,12 +408,15 @@ class Judge:
     # --- ingredients -----------------------------------------------------------------------------------------------
 
     def _pair(self, counts: WindowCounts, reference: Array | None) -> Pair:
+        return Pair(self.layout, self._expected(reference), counts)
+
+    def _expected(self, reference: Array | None) -> Sample:
         if reference is None:
-            return Pair(self.layout, self.layout.profiled, counts)
+            return self.layout.profiled
         season = self._season
         if season is None or season[0] is not reference:
             season = self._season = reference, Sample.of(self.layout, reference)
-        return Pair(self.layout, season[1], counts)
+        return season[1]
 
     def _segment_pair(self, segment: str, counts: WindowCounts) -> Pair:
         if self.cutter is None:
@@ -444,6 +480,7 @@ class Judge:
                 kept = History(len(self.layout.columns), self.settings.history_looks)
                 kept.restore(state)
                 self._history[arm, window] = kept
+        self._views.clear()
 
     def restart(self, arm: str) -> None:
         """Begin the arm's alarms and history anew."""
@@ -453,6 +490,7 @@ class Judge:
         if arm in self._quality:
             self._quality[arm].restart()
         self._history = {key: kept for key, kept in self._history.items() if key[0] != arm}
+        self._views.clear()
 
 
 def _alarm(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -200,6 +201,7 @@ class _Series:
         self.pane = pane
         self.windows = windows
         self.capacity = windows[-1].panes
+        self.limit = pane if unit == "rows" else _MOST_ROWS  # rows of a pane
         self.closed = 0
         self.filled = 0  # panes that had rows, or dropped some, when they were closed
         self.rows = 0  # of the open pane
@@ -209,20 +211,26 @@ class _Series:
         self._dropped = 0
         self.opened = np.zeros(cells, "i4")
         of_pane, of_window = _count_types(windows)
-        self._panes = np.zeros((self.capacity, cells), of_pane)
         #: Per pane of the ring: rows, dropped, start, end, index.
         self._facts = np.zeros((self.capacity, 5), "i8")
-        self._sums = np.zeros((len(windows), cells), of_window)
         self._lengths = np.array([window.panes for window in self.windows])
+        #: Per window, what ``span`` tells.
+        self._spans = np.zeros((len(windows), 4), "i8")
+        self._span = partial(span, self._facts, self._lengths, self._spans)
+        self._hold(np.zeros((self.capacity, cells), of_pane), np.zeros((len(windows), cells), of_window))
 
-    def room(self) -> int:
-        """Rows that fit into the open pane."""
-        return (self.pane if self.unit == "rows" else _MOST_ROWS) - self.rows
+    def _hold(self, panes: Array, sums: Array) -> None:
+        """Have these as the ring of closed panes, and as the windows."""
+        self._panes, self._sums = panes, sums
+        self._held = [(own.name, own.panes, total) for own, total in zip(self.windows, sums, strict=True)]
+        self._move = partial(close_pane, self.opened, self._start, panes, self._lengths, sums)
 
-    def begin(self, rows: int, first_ns: int, now_ns: int) -> None:
+    def begin(self, rows: int, first_ns: int, now_ns: int) -> bool:
+        """Rows came, not more than there is room for. Whether they close the open pane."""
         self.start_ns = min(self.start_ns, first_ns) if self.rows else first_ns
         self.end_ns = max(self.end_ns, now_ns)
         self.rows += rows
+        return self.rows == self.limit and self.unit == "rows"
 
     def drop(self, rows: int) -> None:
         self._dropped += rows
@@ -232,27 +240,26 @@ class _Series:
 
         The rows ``first`` <= i < ``last`` of ``cells`` (``Layout.search``) are its last, and not in ``opened``.
         """
-        slot = self.closed % self.capacity
-        empty = self.rows == last - first
-        places = (self._start, self._panes, self.closed, self._lengths, self._sums)
-        close_pane(cells, first, last, self.opened, empty, *places)
-        facts = self._facts
-        facts[slot, 0], facts[slot, 1] = self.rows, self._dropped  # a fraction of what a tuple takes
+        closed, rows, facts = self.closed, self.rows, self._facts
+        self._move(closed, rows == last - first, cells, first, last)
+        slot = closed % self.capacity
+        facts[slot, 0], facts[slot, 1] = rows, self._dropped  # a fraction of what a tuple takes
         facts[slot, 2], facts[slot, 3], facts[slot, 4] = self.start_ns, self.end_ns, self.index
-        self.closed += 1
-        self.filled += self.rows + self._dropped > 0
+        self.closed = closed + 1
+        self.filled += rows + self._dropped > 0
         self.index += 1
         self.rows = self._dropped = self.start_ns = self.end_ns = 0
-        return np.asarray(self._panes[slot])
+        pane: Array = self._panes[slot]
+        return pane
 
     def looks(self) -> list[WindowCounts]:
         """The windows as they are now; what they hold are views that the next close changes."""
-        return [self._counts(window, total) for window, total in zip(self.windows, self._sums, strict=True)]
-
-    def _counts(self, window: Window, total: Array) -> WindowCounts:
-        rows, dropped, start, end = span(self._facts, self.closed, window.panes)
-        full = self.closed >= window.panes
-        return WindowCounts(window.name, rows, dropped, start, end, self.closed, full, total, self._start)
+        closed, start = self.closed, self._start
+        self._span(closed)
+        return [
+            WindowCounts(name, rows, dropped, first, last, closed, closed >= panes, total, start)
+            for (name, panes, total), (rows, dropped, first, last) in zip(self._held, self._spans.tolist(), strict=True)
+        ]
 
     def newest(self, panes: int) -> Array:
         """Running sums of the newest closed panes, at most ``capacity``, together. Not to be changed."""
@@ -307,7 +314,7 @@ class _Series:
         if state.span() < min(state.closed, self.capacity):
             raise StateError("the state has fewer panes than its windows need")
         if self.unit == "rows" and state.rows.max(initial=0) > self.pane:  # merged: of several processes
-            self._panes, self._sums = self._panes.astype("i4"), self._sums.astype("i8")
+            self._hold(self._panes.astype("i4"), self._sums.astype("i8"))
         if state.rows.max(initial=0) > _MOST_ROWS:
             raise StateError(f"a pane of the state has {state.rows.max()} rows, over the limit of {_MOST_ROWS}")
         newest = int(state.index[-1]) if len(state.index) else 0
@@ -351,6 +358,7 @@ class PaneStore:
         self._on_pane = on_pane
         self._on_fresh = on_fresh
         self._now_ns = 0
+        self._restored_ns = 0  # no row, and no pane's beginning, is later than both
         #: Each mark is a column of one cell.
         start = np.append(layout.start, np.arange(layout.cells + 1, self._size + 1))
         self._series = [_Series(*key, own, start) for key, own in _by_series(windows).items()]
@@ -387,17 +395,18 @@ class PaneStore:
         """``cells``: of each row, as ``Layout.search`` gives them."""
         done, rows = 0, cells.shape[1]
         while done < rows:
-            end = min(rows, *[done + series.room() for series in self._series])
-            if end == done:  # a pane of time is full, and does not end before its time
+            new = rows - done
+            for series in self._series:
+                new = min(new, series.limit - series.rows)
+            if not new:  # a pane of time is full, and does not end before its time
                 self.drop(rows - done)
                 return
+            end = done + new
             if marks is not None:
                 self._fresh[self.layout.cells :] += marks[done:end].sum(axis=0, dtype="i4")
-            self.rows += end - done
-            self._fresh_rows += end - done
-            for series in self._series:
-                series.begin(end - done, first_ns, now_ns)
-            due = [series for series in self._series if series.unit == "rows" and series.room() == 0]
+            self.rows += new
+            self._fresh_rows += new
+            due = [series for series in self._series if series.begin(new, first_ns, now_ns)]
             if self._alone and due:  # what closes a pane goes into it at once
                 self._close(due, cells, done, end)
             else:
@@ -429,12 +438,16 @@ class PaneStore:
 
         What they hold stays in its order, as if it had come just before now.
         """
-        if max([self._now_ns, *[series.latest_ns() for series in self._series]]) <= now_ns + SET_BACK_NS:
+        by = now_ns + SET_BACK_NS
+        if self._now_ns <= by and (self._restored_ns <= by or self._latest_ns() <= by):
             return
         self.flush()
         for series in self._series:
             series.set_back(now_ns)
         self._now_ns = now_ns
+
+    def _latest_ns(self) -> int:
+        return max([series.latest_ns() for series in self._series])
 
     def _pass_time(self, series: _Series, index: int) -> None:
         if series.index < 0:
@@ -460,14 +473,10 @@ class PaneStore:
             pane = one.close(cells, first, last)
             if self._on_pane is not None and one is self._series[0]:
                 self._on_pane(pane_rows, pane)
-            self._look(one)
-
-    def _look(self, series: _Series) -> None:
-        if self._on_look is None:
-            return
-        for counts in series.looks():
-            if counts.rows >= self._min_rows and (counts.full or series.unit == "time"):
-                self._on_look(counts)
+            if self._on_look is not None:
+                for counts in one.looks():
+                    if counts.rows >= self._min_rows and (counts.full or one.unit == "time"):
+                        self._on_look(counts)
 
     def _settle(self) -> None:
         """Add to the total what it lacks of the closed panes, before the ring forgets them."""
@@ -516,6 +525,7 @@ class PaneStore:
         self._total = running_of(state.total, self._start)
         for series, saved in zip(self._series, state.series, strict=True):
             series.restore(saved)
+        self._restored_ns = self._latest_ns()
         self._settled = self._series[0].closed
 
 

@@ -258,7 +258,7 @@ def counts_of(running: Array, start: Array) -> Array:
     return out
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class WindowCounts:
     """What a window holds. ``dropped`` rows were offered but not counted.
 

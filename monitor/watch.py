@@ -205,7 +205,7 @@ class Monitor:
             first, last = min(batches.times) + offset_ns, max(batches.times) + offset_ns
             if first // self._quantum_ns != last // self._quantum_ns:
                 return False
-        return sum(batches.rows) <= BLOCK_ROWS
+        return sum(batches.rows) - batches.rows[-1] < BLOCK_ROWS
 
     def _count(self, name: str, order: Sequence[int], run: Batches, offset_ns: int) -> int:
         rows = sum(run.rows)

@@ -24,7 +24,10 @@ class Pair:
             self.expected = reference
         else:
             self.expected = layout.profiled if reference is layout.reference else Sample.of(layout, reference)
-        self.found = _sample(layout, window) if isinstance(window, WindowCounts) else Sample.of(layout, window)
+        if isinstance(window, WindowCounts):
+            self.found = Sample(layout, running_in(layout, window))
+        else:
+            self.found = Sample.of(layout, window)
 
     @property
     def bins(self) -> tuple[Array, Array]:
@@ -54,10 +57,10 @@ class Pair:
         return self.expected.levels, self.found.levels
 
 
-def _sample(layout: Layout, window: WindowCounts) -> Sample:
-    """What a window holds, without the marks behind the cells."""
+def running_in(layout: Layout, window: WindowCounts) -> Array:
+    """Running sums of the cells that a window holds, without the marks behind them."""
     own = window.held[: layout.cells]
-    return Sample(layout, own) if window.start is not None else Sample.of(layout, own)
+    return own if window.start is not None else Sample.of(layout, own).running
 
 
 class DriftStatistic(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ from monitor.drift.ks import KolmogorovSmirnov
 from monitor.drift.psi import Psi, PsiScores
 from monitor.kernels.measures import measure
 from monitor.kernels.tails import judge_columns
-from monitor.layout import Layout
+from monitor.layout import Layout, Sample
 from monitor.types import AlarmRules, Array, Verdict
 
 #: An alarm ends only where p is this many times over the level.
@@ -127,7 +127,7 @@ def judge(
     """
     low, psi = _KS.score(pair), _PSI.scores(pair)
     sizes = np.stack([pair.rows[1], pair.missing[1], psi.occupied])
-    to_ks, to_psi = _found_before(pair, sizes, log_level, rules, calibration, known)
+    to_ks, to_psi = _found_before(pair.layout, pair.expected, sizes, log_level, rules, calibration, known)
     columns = len(low)
     log_p, flags, told = np.empty((2, columns)), np.empty((3, columns), bool), np.empty((_TOLD, columns), "f4")
     judge_columns(low, psi.value, to_ks.table, to_psi.table, log_p, flags, told)
@@ -136,52 +136,78 @@ def judge(
 
 class Looker:
     """Judges one window after another as ``judge`` does, each over what it found of the one before, so that a look
-    makes no arrays. Not thread safe.
+    makes no arrays. Windows of equal size, one after the other, are held against the same. Not thread safe.
 
     ``rows`` of the window, and ``over``, ``quiet`` and ``told`` as ``Judgement`` has them.
     """
 
     def __init__(self, layout: Layout, rules: AlarmRules, calibration: Calibration, known: Known) -> None:
         """``known``: as for ``judge``."""
-        self._held_against = rules, calibration, known
+        self._layout = layout
+        self._known = rules, calibration, known
         columns, bins = len(layout.columns), layout.bins
-        self._places = layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start
+        places = layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start
         self._distances, self._sizes = np.empty((2, columns)), np.empty((3, columns), "i8")
         self._ks, self._psi = self._distances
         self.rows = self._sizes[0]
         self._log_p, self._flags = np.empty((2, columns)), np.empty((3, columns), bool)
         _, self.over, self.quiet = self._flags
         self.told = np.empty((_TOLD, columns), "f4")
+        #: What the latest look was held against. A call that is given less is the cheaper one.
+        self._expected: Sample | None = None
+        self._log_level = math.nan
+        self._measured = partial(measure, *places, self._distances, self._sizes)
+        self._measure: partial[bool]
+        self._judge: partial[bool]
 
-    def look(self, pair: Pair, log_level: float) -> None:
-        """``log_level``: as for ``judge``."""
-        expected = pair.expected
-        measure(expected.running, pair.found.running, expected.bins, *self._places, self._distances, self._sizes)
-        to_ks, to_psi = _found_before(pair, self._sizes, log_level, *self._held_against)
-        judge_columns(self._ks, self._psi, to_ks.table, to_psi.table, self._log_p, self._flags, self.told)
+    def look(self, expected: Sample, found: Array, log_level: float) -> bool:
+        """Hold the running sums ``found`` against a reference. Whether no column is over and all are quiet.
+
+        ``log_level``: as for ``judge``.
+        """
+        if expected is not self._expected:
+            self._measure = partial(self._measured, expected.running, expected.bins)
+            self._expected, self._log_level = expected, math.nan
+        same_sizes = self._measure(found)
+        if not same_sizes or log_level != self._log_level:
+            self._log_level = math.nan  # there is none until all went well
+            ks, psi = _found_before(self._layout, expected, self._sizes, log_level, *self._known)
+            filled = self._log_p, self._flags, self.told
+            self._judge = partial(judge_columns, self._ks, self._psi, ks.table, psi.table, *filled)
+            self._log_level = log_level
+        return self._judge()
 
 
 def _found_before(
-    pair: Pair, sizes: Array, log_level: float, rules: AlarmRules, calibration: Calibration, known: Known | None
+    layout: Layout,
+    expected: Sample,
+    sizes: Array,
+    log_level: float,
+    rules: AlarmRules,
+    calibration: Calibration,
+    known: Known | None,
 ) -> tuple[Threshold, Threshold]:
-    """``_thresholds``, which may be known. ``sizes``: the window's rows, missing rows and occupied bins, by column."""
-    if known is None or pair.expected is not pair.layout.profiled:
-        return _thresholds(pair, sizes[2], rules, log_level, calibration)
+    """``_thresholds``, which may be known."""
+    if known is None or expected is not layout.profiled:
+        return _thresholds(layout, expected, sizes, rules, log_level, calibration)
     key = log_level, sizes.tobytes()
     found = known.get(key)
     if found is None:
-        found = _thresholds(pair, sizes[2], rules, log_level, calibration)
+        found = _thresholds(layout, expected, sizes, rules, log_level, calibration)
         known.keep(key, found)
     return found
 
 
 def _thresholds(
-    pair: Pair, occupied: Array, rules: AlarmRules, log_level: float, calibration: Calibration
+    layout: Layout, expected: Sample, sizes: Array, rules: AlarmRules, log_level: float, calibration: Calibration
 ) -> tuple[Threshold, Threshold]:
-    """(KS, PSI). A column with an order has two tests, each at half the level."""
-    (m, n), (missing_m, missing_n) = pair.rows, pair.missing
-    ordered = pair.layout.ordered.tobytes()
-    present = (m - missing_m).tobytes(), (n - missing_n).tobytes()
+    """(KS, PSI). A column with an order has two tests, each at half the level.
+
+    ``sizes``: the window's rows, missing rows and occupied bins, by column.
+    """
+    m, (n, missing, occupied) = expected.rows, sizes
+    ordered = layout.ordered.tobytes()
+    present = (m - expected.missing).tobytes(), (n - missing).tobytes()
     bins = occupied.tobytes(), _floats(calibration.psi), _floats(calibration.psi_degrees)
     few = len(m) <= _REMEMBERED_COLUMNS
     of_ks = _ks_threshold if few else _ks_threshold.__wrapped__

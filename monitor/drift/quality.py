@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -141,16 +142,18 @@ class QualityJudgement:
         )
 
 
-def is_clean(checks: Checks, pair: Pair, rows: Array, rules: AlarmRules) -> bool:
-    """Whether ``judge_quality`` would find all checks quiet and none over, where that can be told at a glance.
+class Glance:
+    """Whether ``judge_quality`` would find all checks quiet and none over, where that can be told at a glance."""
 
-    ``rows``: of the window, per column.
-    """
-    if len(checks) > len(checks.kinds) or len(checks.summed) or pair.expected is not pair.layout.profiled:
-        return False
-    margin = rules.clear_ratio * rules.min_rate
-    at = checks.cells, checks.before
-    return not any_exceeds(pair.found.running, *at, rows, checks.places, checks.allowed, margin)
+    def __init__(self, layout: Layout, checks: Checks, rules: AlarmRules) -> None:
+        margin = rules.clear_ratio * rules.min_rate
+        self._any_exceeds = partial(any_exceeds, checks.cells, checks.before, checks.places, checks.allowed, margin)
+        told = len(checks) == len(checks.kinds) and not len(checks.summed)
+        self._profiled = layout.profiled if told else None
+
+    def is_clean(self, expected: Sample, found: Array, rows: Array) -> bool:
+        """The running sums ``found`` against a reference. ``rows``: of the window, per column."""
+        return expected is self._profiled and not self._any_exceeds(found, rows)
 
 
 def judge_quality(

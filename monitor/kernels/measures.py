@@ -195,11 +195,11 @@ def psi(
 _DISTANCES, _SIZES = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
 
 
-@kernel(*[(*sides, _I64, _I64, _FLAGS, _I64, _I32, _I64, _I64, _DISTANCES, _SIZES) for sides in _SIDES])
+_PLACES = (_I64, _FLAGS, _I64, _I32, _I64, _I64)
+
+
+@kernel(*[(*_PLACES, _DISTANCES, _SIZES, expected, _I64, found) for expected, found in _SIDES])
 def measure(
-    expected: Array,
-    found: Array,
-    reference: Array,
     start: Array,
     discrete: Array,
     last: Array,
@@ -208,9 +208,13 @@ def measure(
     bin_start: Array,
     distances: Array,
     sizes: Array,
-) -> None:
+    expected: Array,
+    reference: Array,
+    found: Array,
+) -> bool:
     """What ``ks_distance``, ``tally`` and ``psi`` find, for every look: ``distances`` are KS (NaN for ``discrete``
-    columns) and PSI, ``sizes`` the window's rows, its missing ones and the occupied bins, each by column.
+    columns) and PSI, ``sizes`` the window's rows, its missing ones and the occupied bins, each by column. Whether all
+    sizes are what they were before.
 
     ``expected`` and ``found`` are running sums of the reference and of the window, ``reference`` counts of its bins.
     """
@@ -220,5 +224,11 @@ def measure(
         low[f] = np.nan if discrete[f] else low[f]
     bins = np.empty_like(reference)
     _fold(found, last, bin_of, run_start, bins)
+    before = sizes.copy()
     _sizes(found, start[1:] - 1, sizes[0], sizes[1])
     _psi(reference, bins, bin_start, 0, distances[1], np.empty(bins.size), sizes[2])
+    same = True
+    for f in range(low.size):
+        for k in range(sizes.shape[0]):
+            same = same and sizes[k, f] == before[k, f]
+    return same

@@ -17,13 +17,13 @@ _I64, _F64 = read_only(types.int64), read_only(types.float64)
 
 @kernel(
     *[
-        (read_only(summed), _I64, _I64, _I64, _I64, _F64, types.float64)
+        (_I64, _I64, _I64, _F64, types.float64, read_only(summed), _I64)
         for summed in (types.int64, types.int32, types.uint16)
     ],
     brief=True,
 )
 def any_exceeds(
-    running: Array, at: Array, before: Array, rows: Array, column: Array, allowed: Array, margin: float
+    at: Array, before: Array, column: Array, allowed: Array, margin: float, running: Array, rows: Array
 ) -> bool:
     """Whether some check's share of its column's rows, in cell ``at[i]``, is over ``allowed[i]`` by ``margin`` or more.
 

@@ -108,9 +108,10 @@ def chi_square_log_tail(x: Array, degrees: Array, out: Array) -> None:
 @kernel((_F64, _F64, _TABLE, _TABLE, _LOG_P, _FLAGS, _TOLD), brief=True)
 def judge_columns(
     distance: Array, index: Array, ks: Array, psi: Array, log_p: Array, flags: Array, told: Array
-) -> None:
+) -> bool:
     """Both tests of every column: ``log_p`` (KS, PSI), ``flags`` (real, over, quiet) and what is ``told`` of a look
-    (PSI, its critical value, KS, its critical value, log10 of the smaller p), each by column.
+    (PSI, its critical value, KS, its critical value, log10 of the smaller p), each by column. Whether no column is over
+    and all are quiet.
 
     KS ``distance`` and PSI ``index``. The table of each test has rows by column: size, log level, log p over which it
     is quiet, the least effect to be over, the effect below which it is quiet, and the critical value; that of PSI then
@@ -118,6 +119,7 @@ def judge_columns(
     """
     known = 0.0
     log_gamma = 0.0
+    calm = True
     for f in range(distance.size):
         if psi[7, f] != known:  # most columns have as many bins as the one before
             known = psi[7, f]
@@ -132,8 +134,10 @@ def judge_columns(
         flags[1, f] = (ks_real and distance[f] >= ks[3, f]) or (psi_real and index[f] >= psi[3, f])
         ks_quiet = ks_log_p > ks[2, f] or distance[f] < ks[4, f]
         flags[2, f] = ks_quiet and (psi_log_p > psi[2, f] or index[f] < psi[4, f])
+        calm = calm and flags[2, f] and not flags[1, f]
         told[0, f] = index[f]
         told[1, f] = psi[5, f]
         told[2, f] = distance[f]
         told[3, f] = ks[5, f]
         told[4, f] = min(psi_log_p, ks_log_p) / _LN_10
+    return calm

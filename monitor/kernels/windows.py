@@ -22,6 +22,7 @@ _CELLS = types.Array(types.uint32, 2, "C", readonly=True)
 _OPENED = types.Array(types.int32, 1, "C")
 _SUMS = types.Array(types.int64, 1, "C")
 _FACTS = types.Array(types.int64, 2, "C", readonly=True)
+_SPANS = types.Array(types.int64, 2, "C")
 
 
 @helper
@@ -67,8 +68,8 @@ def _run(counts: Array, out: Array) -> None:
 
 
 def _arguments(pane: Any, window: Any) -> tuple[Any, ...]:
-    opened = (_CELLS, types.int64, types.int64, _OPENED, types.boolean, _I64)
-    return (*opened, types.Array(pane, 2, "C"), types.int64, _I64, types.Array(window, 2, "C"))
+    rings = (_I64, types.Array(pane, 2, "C"), _I64, types.Array(window, 2, "C"))
+    return (_OPENED, *rings, types.int64, types.boolean, _CELLS, types.int64, types.int64)
 
 
 @kernel(
@@ -77,16 +78,16 @@ def _arguments(pane: Any, window: Any) -> tuple[Any, ...]:
     _arguments(types.uint16, types.uint16),
 )
 def close_pane(
+    opened: Array,
+    start: Array,
+    panes: Array,
+    lengths: Array,
+    sums: Array,
+    closed: int,
+    empty: bool,
     cells: Array,
     first: int,
     last: int,
-    opened: Array,
-    empty: bool,
-    start: Array,
-    panes: Array,
-    closed: int,
-    lengths: Array,
-    sums: Array,
 ) -> None:
     """The running sums of ``opened`` and of its last rows enter every window and the ring ``panes``; ``opened`` begins
     anew, with zeros.
@@ -140,21 +141,26 @@ def run_columns(counts: Array, start: Array, out: Array) -> None:
             out[c] = total
 
 
-@kernel((_FACTS, types.int64, types.int64), brief=True)
-def span(facts: Array, closed: int, panes: int) -> tuple[int, int, int, int]:
-    """(rows, dropped, first ns, last ns) of the newest ``panes`` of ``closed`` panes; the times are 0 without rows.
+@kernel((_FACTS, _I64, _SPANS, types.int64), brief=True)
+def span(facts: Array, lengths: Array, spans: Array, closed: int) -> None:
+    """``spans[w]`` = (rows, dropped, first ns, last ns) of the newest ``lengths[w]`` of ``closed`` panes; the times are
+    0 without rows.
 
     ``facts[k % capacity]`` are rows, dropped, start, end (ns) and more of pane k; one without rows has no times.
     """
-    rows = 0
-    dropped = 0
-    start = 0
-    end = 0
-    for k in range(max(0, closed - panes), closed):
-        fact = facts[k % facts.shape[0]]
-        if fact[0] > 0:
-            start = min(start, fact[2]) if rows > 0 else fact[2]
-            end = max(end, fact[3]) if rows > 0 else fact[3]
-        rows += fact[0]
-        dropped += fact[1]
-    return int(rows), int(dropped), int(start), int(end)
+    for w in range(lengths.size):
+        rows = 0
+        dropped = 0
+        start = 0
+        end = 0
+        for k in range(max(0, closed - lengths[w]), closed):
+            fact = facts[k % facts.shape[0]]
+            if fact[0] > 0:
+                start = min(start, fact[2]) if rows > 0 else fact[2]
+                end = max(end, fact[3]) if rows > 0 else fact[3]
+            rows += fact[0]
+            dropped += fact[1]
+        spans[w, 0] = rows
+        spans[w, 1] = dropped
+        spans[w, 2] = start
+        spans[w, 3] = end

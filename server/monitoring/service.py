@@ -362,6 +362,8 @@ class MonitorService:
 
     def _set_mirrors(self, monitors: MonitorSet) -> None:
         """Mirrors as the table wants them, between the monitors of the versions that serve now."""
+        if not self._mirrors and not self._mirrored:
+            return
         serving, names = self._serving, {(one.model, one.version): one.monitor for one in self._all()}
         wanted = {
             mirror: (source, target)

@@ -89,6 +89,41 @@ def test_a_shift_is_seen_soon_and_in_the_right_column(monitors: MonitorSet, alar
     json.dumps(report.to_dict())
 
 
+def test_batches_through_a_tap_count_as_they_do_one_by_one(monitors: MonitorSet) -> None:
+    """However many wait, and whichever arms, panes of time and strange batches are among them."""
+    rng = np.random.default_rng(17)
+    settings = replace(ROWS_ONLY, windows=(rows_window(1000), time_window(10, 1)))
+    monitor, tap = attach(monitors, settings)
+    other = Monitor("m", "1", monitor.layout.profile, settings)
+    now = 10**18
+    strange = 0
+    for step in range(3000):
+        now += int(rng.exponential(2e7))
+        rows = int(rng.choice([1, 3, 8, 60, 900], p=[0.5, 0.25, 0.15, 0.08, 0.02]))
+        arm = "canary" if step % 500 > 400 else "stable"
+        x, scores = normal(step, rows).tobytes(), rng.random(rows).tobytes()
+        if step % 83 == 0:
+            scores, strange = scores[:-1], strange + rows
+        parts: list[Any] = [x] if step % 3 else [memoryview(x)[:8], x[8:]]
+        assert tap.offer(rows, [parts], [Output(scores)], now, arm)
+        other.ingest(tap.keys, [Item(now, arm, rows, 0, [[x], [scores]])])
+        if rng.random() < 0.01:
+            monitors.drain(now)
+            other.tick(now)
+    monitors.drain(now)
+    other.tick(now)
+    found, wanted = monitor.state(), other.state()
+    assert list(found.arms) == list(wanted.arms) == ["stable", "canary"]
+    for got, want in zip(found.arms.values(), wanted.arms.values(), strict=True):
+        assert (got.rows, got.refused) == (want.rows, want.refused)
+        np.testing.assert_array_equal(got.total, want.total)
+        for one, series in zip(got.series, want.series, strict=True):
+            assert one.closed == series.closed > 10
+            for field in ("index", "rows", "counts"):
+                np.testing.assert_array_equal(getattr(one, field), getattr(series, field))
+    assert sum(one.refused for one in found.arms.values()) == strange > 0
+
+
 def test_alarm_ends_when_traffic_is_as_before(monitors: MonitorSet, alarms: list[Alarm]) -> None:
     _, tap = attach(monitors, replace(ROWS_ONLY, windows=(rows_window(1000),)))
     for batch in range(60):

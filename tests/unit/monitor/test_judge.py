@@ -88,9 +88,10 @@ def test_looks_one_after_another_are_judged_as_each_alone(columns: int) -> None:
         layout.count([window], counts)
         pair = Pair(layout, layout.reference if look % 3 else layout.reference * 2, counts)
         level = float(rng.choice([-9.5, -4.0]))
-        looker.look(pair, level)
+        calm = looker.look(pair.expected, pair.found.running, level)
         alone = judge(Pair(layout, pair.reference, counts), rules, level, none)
         said.append(looker.over.copy())
+        assert calm == (not alone.over.any() and bool(alone.quiet.all()))
         for name in ("over", "quiet", "told"):
             assert np.array_equal(getattr(looker, name), getattr(alone, name), equal_nan=True)
         assert looker.rows.tolist() == [len(window)] * columns
@@ -110,3 +111,25 @@ def test_another_reference_is_held_against_and_the_first_again() -> None:
     for reference in (near, near, far, None, near, far):
         assert one.window_report("a", held, reference) == Judge(layout, settings).window_report("a", held, reference)
     assert one.window_report("a", held, near) != one.window_report("a", held, far)
+
+
+def test_looks_go_on_in_the_history_that_is_in_force() -> None:
+    """After a restart in a new one, after a restore in what was restored."""
+    rng = np.random.default_rng(6)
+    layout = Layout(ReferenceProfile.from_arrays({"x": rng.standard_normal((500, 3))}))
+    settings = Settings()
+    window = settings.windows[0].name
+    one, other = Judge(layout, settings), Judge(layout, settings)
+
+    def times(judge: Judge, *ends: int) -> list[int]:
+        for end_ns in ends:
+            judge.look_at_all("a", WindowCounts(window, 500, 0, 1, end_ns, 2, True, layout.reference))
+        found: list[int] = judge.history_state()["a", window]["facts"][:, 0].tolist()
+        return found
+
+    assert times(one, 10, 20) == [10, 20]
+    one.restart("a")
+    assert times(one, 30) == [30]
+    assert times(other, 1, 2, 3) == [1, 2, 3]
+    one.restore_history(other.history_state())
+    assert times(one, 40) == [1, 2, 3, 40]

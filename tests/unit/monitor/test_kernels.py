@@ -300,7 +300,8 @@ def test_both_tests_of_every_column() -> None:
     ks += [np.full(size, 0.05), np.full(size, 0.04), critical[0]]
     psi += [np.full(size, 0.02), np.full(size, 0.016), critical[1]]
     log_p, flags, told = np.empty((2, size)), np.empty((3, size), bool), np.empty((5, size), "f4")
-    judge_columns(distance, index, np.stack(ks), np.stack([*psi, inflation, degrees]), log_p, flags, told)
+    tables = np.stack(ks), np.stack([*psi, inflation, degrees])
+    assert not judge_columns(distance, index, *tables, log_p, flags, told)
     assert log_p[0].tolist() == log_tail_kolmogorov(distance * ks[0]).tolist()
     assert log_p[1].tolist() == log_tail_chi_square(index * psi[0] / inflation, degrees).tolist()
     by_ks, by_psi = log_p[0] < ks[1], log_p[1] < psi[1]
@@ -311,6 +312,12 @@ def test_both_tests_of_every_column() -> None:
     assert all(0 < found.sum() < size for found in flags)
     wanted = [index, critical[1], distance, critical[0], log_p.min(axis=0) / math.log(10.0)]
     assert np.array_equal(told, np.array(wanted, "f4"), equal_nan=True)
+    for over, quiet in np.unique(flags[1:], axis=1).T.tolist():  # one column of each kind, and those before it calm
+        like, calm = (int(((flags[1] == kind[0]) & (flags[2] == kind[1])).argmax()) for kind in ((over, quiet), (0, 1)))
+        own = [calm, calm, like]
+        few = [np.ascontiguousarray(table[:, own]) for table in tables]
+        out = np.empty((2, 3)), np.empty((3, 3), bool), np.empty((5, 3), "f4")
+        assert judge_columns(distance[own], index[own], few[0], few[1], *out) == (quiet and not over)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "i4", "u2"])
@@ -349,12 +356,15 @@ def test_a_look_measures_what_each_kernel_does(reference: str, dtype: str) -> No
     layout.count([after], counts)
     found, bins = Pair(layout, layout.reference, counts), layout.bins
     distances, sizes = np.full((2, len(ODD)), 99.0), np.full((3, len(ODD)), 99)
-    measure(
-        found.expected.running.astype(reference),
-        found.found.running.astype(dtype),
-        found.expected.bins,
-        *(layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start, distances, sizes),
-    )
+    places = layout.start, layout.discrete, bins.last, bins.bin_of, bins.start, layout.bin_start
+    expected = found.expected.running.astype(reference), found.expected.bins
+    arguments = *places, distances, sizes, *expected, found.found.running.astype(dtype)
+    assert not measure(*arguments)
+    assert measure(*arguments)
+    for which in np.ndindex(*sizes.shape):
+        sizes[which] += 1
+        assert not measure(*arguments)
+        assert measure(*arguments)
     psi = Psi().scores(found)
     assert np.array_equal(distances, [KolmogorovSmirnov().score(found), psi.value], equal_nan=True)
     assert sizes.tolist() == [found.rows[1].tolist(), found.missing[1].tolist(), psi.occupied.tolist()]
@@ -369,12 +379,13 @@ def test_is_any_share_over_what_is_allowed(dtype: str) -> None:
     compile_all()
     running, rows, columns = np.array([5, 5, 15], dtype), np.array([100, 0]), np.array([0, 1, 0])
     at, before, allowed = np.array([0, 1, 2]), np.array([-1, 0, 1]), np.array([0.0, 0.0, 0.06])
-    assert not any_exceeds(running, at, before, rows, columns, allowed, 0.0501)
-    assert any_exceeds(running, at, before, rows, columns, allowed, 0.05)  # the first, just so
-    assert not any_exceeds(running, at[1:], before[1:], rows, columns[1:], allowed[1:], 0.0401)
-    assert any_exceeds(running, at[1:], before[1:], rows, columns[1:], allowed[1:], 0.0399)  # 10 of 100, less 0.06
-    assert not any_exceeds(running, at[:0], before, rows, columns, allowed, -1.0)
-    assert any_exceeds(running, at[1:2], before[1:], rows, columns[1:], allowed, 0.0)  # without rows: a share of 0
+    found = running, rows
+    assert not any_exceeds(at, before, columns, allowed, 0.0501, *found)
+    assert any_exceeds(at, before, columns, allowed, 0.05, *found)  # the first, just so
+    assert not any_exceeds(at[1:], before[1:], columns[1:], allowed[1:], 0.0401, *found)
+    assert any_exceeds(at[1:], before[1:], columns[1:], allowed[1:], 0.0399, *found)  # 10 of 100, less 0.06
+    assert not any_exceeds(at[:0], before, columns, allowed, -1.0, *found)
+    assert any_exceeds(at[1:2], before[1:], columns[1:], allowed, 0.0, *found)  # without rows: a share of 0
 
 
 @pytest.mark.parametrize("dtype", ["u2", "i4", "i8"])
@@ -457,7 +468,7 @@ def test_a_pane_enters_all_windows_and_the_oldest_leaves_each(pane: str, window:
         for own, first in zip(found, start[:-1], strict=False):
             np.add.at(counted, first + own[2:7], 1)
         past.append(np.concatenate([np.cumsum(counted[first:last], dtype="i8") for first, last in pairwise(start)]))
-        close_pane(found, 2, 7, opened, empty, start, panes, closed, lengths, sums)
+        close_pane(opened, start, panes, lengths, sums, closed, empty, found, 2, 7)
         assert not opened.any()
         assert (panes[closed % 5] == past[-1]).all()
         for length, total in zip(lengths, sums, strict=True):
@@ -486,12 +497,16 @@ def test_chi_square_of_neighbours_is_added_where_both_have_rows() -> None:
 def test_what_spans_the_panes_of_a_window() -> None:
     compile_all()
     facts = np.array([[3, 1, 50, 70, 0], [0, 2, 0, 0, 1], [4, 0, 40, 60, 2]])
-    assert span(facts, 0, 2) == (0, 0, 0, 0)
-    assert span(facts, 2, 2) == (3, 3, 50, 70)
-    assert span(facts, 2, 1) == (0, 2, 0, 0)
-    assert span(facts, 3, 2) == (4, 2, 40, 60)
-    assert span(facts, 3, 3) == (7, 3, 40, 70)
-    assert span(facts, 4, 2) == (7, 1, 40, 70)  # the place of pane 0 holds pane 3 now
+    spans = np.full((3, 4), 99)
+
+    def spanned(closed: int) -> list[list[int]]:
+        span(facts, np.array([1, 2, 3]), spans, closed)
+        return spans.tolist()
+
+    assert spanned(0) == [[0, 0, 0, 0]] * 3
+    assert spanned(2) == [[0, 2, 0, 0], [3, 3, 50, 70], [3, 3, 50, 70]]
+    assert spanned(3) == [[4, 0, 40, 60], [4, 2, 40, 60], [7, 3, 40, 70]]
+    assert spanned(4)[1] == [7, 1, 40, 70]  # the place of pane 0 holds pane 3 now
 
 
 @pytest.mark.skipif(INTERPRETED, reason="plain Python keeps the GIL")

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from monitor.drift.base import Pair
-from monitor.drift.quality import QualityJudgement, checks_of, is_clean, judge_quality
+from monitor.drift.quality import Glance, QualityJudgement, checks_of, judge_quality
 from monitor.layout import Layout
 from monitor.profile import ReferenceProfile
 from monitor.types import AlarmRules, Array, Column
@@ -109,21 +109,26 @@ def test_a_clean_window_is_one_in_which_all_is_quiet_and_nothing_over() -> None:
         layout.count([window], counts)
         pair = Pair(layout, layout.reference, counts)
         found = judge_quality(checks, pair, np.zeros(0), rules, math.log(1e-6), np.ones(3))
-        clean = is_clean(checks, pair, pair.rows[1], rules)
+        clean = Glance(layout, checks, rules).is_clean(pair.expected, pair.found.running, pair.rows[1])
         assert clean == bool((found.share - found.allowed < rules.clear_ratio * rules.min_rate).all())
         assert not clean or (found.quiet.all() and not found.over.any())
         seen.add(clean)
     assert seen == {True, False}
 
 
+def is_clean(pair: Pair, *rules: tuple[int, str, float]) -> bool:
+    glance = Glance(pair.layout, checks_of(pair.layout, rules), AlarmRules())
+    return glance.is_clean(pair.expected, pair.found.running, pair.rows[1])
+
+
 def test_what_cannot_be_told_at_a_glance_is_not_clean() -> None:
     numbers = np.arange(100.0)
     layout = Layout(ReferenceProfile.from_arrays({"x": numbers}))
     own, other = (Pair(layout, reference, layout.reference) for reference in (layout.reference, layout.reference + 0))
-    assert is_clean(checks_of(layout, []), own, own.rows[1], AlarmRules())
-    assert not is_clean(checks_of(layout, []), other, other.rows[1], AlarmRules())
-    assert not is_clean(checks_of(layout, [(0, "rule max", 0.0)]), own, own.rows[1], AlarmRules())
+    assert is_clean(own)
+    assert not is_clean(other)
+    assert not is_clean(own, (0, "rule max", 0.0))
     column = Column("x", "x", kind="categorical")
     layout = Layout(ReferenceProfile.from_table({"x": numbers % 3}, (column,)))
     discrete = Pair(layout, layout.reference, layout.reference)
-    assert not is_clean(checks_of(layout, []), discrete, discrete.rows[1], AlarmRules())
+    assert not is_clean(discrete)
