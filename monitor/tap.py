@@ -18,14 +18,11 @@ from monitor.types import STABLE, HasData, Parts, Source
 
 #: A monitored tensor.
 Key: TypeAlias = tuple[Source, str]
-#: Of pieces that are bytes or views of bytes.
-_join: Final[Callable[[Any], bytes]] = b"".join
 #: What a string of a BYTES tensor costs beside its contents.
 _STRING_OVERHEAD: Final = 40
-#: Entries of the queue before a batch's contents: when, which arm, rows, bytes.
-_FIELDS: Final = 4
+#: Entries of the queue before a batch's contents: when, which arm, rows.
+_FIELDS: Final = 3
 _ROWS: Final = 2
-_SIZE: Final = 3
 
 #: What batches hold of one key: a tensor's bytes, or a BYTES tensor's strings in pieces, or None where an optional
 #: input was absent.
@@ -83,10 +80,23 @@ class Batches(NamedTuple):
         )
 
 
+def _join(pieces: Any) -> bytes:
+    """Of pieces that are bytes or views of bytes."""
+    return b"".join(pieces)
+
+
 def _whole(pieces: list[Any] | None) -> Contents:
     if pieces is None or (pieces and isinstance(pieces[0], list)):
         return pieces
     return _join(pieces)
+
+
+def _size(contents: Contents) -> int:
+    if contents is None:
+        return 0
+    if isinstance(contents, bytes):
+        return len(contents)
+    return sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in contents])
 
 
 class Tap:
@@ -194,20 +204,25 @@ class Tap:
                 self.dropped += count
                 self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
                 return False
+        queue = self._queue
         try:
-            if self._only >= 0 and (parts := inputs[self._only]) is not None:
+            if self._only >= 0 and isinstance(inputs, list) and (parts := inputs[self._only]) is not None:
                 joined = _join(parts)
                 size = len(joined)
-                entry = [now_ns, arm, count, size, joined]
+                queue.append(now_ns)  # one by one costs less than a list that is copied
+                queue.append(arm)
+                queue.append(count)
+                queue.append(joined)
             else:
-                entry = [now_ns, arm, count, 0]
+                entry: list[Any] = [now_ns, arm, count]
                 size = self._copy_general(entry, inputs, outputs) if self._texts else self._copy(entry, inputs, outputs)
-                entry[_SIZE] = size
+                queue.extend(entry)
         except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
             self._refused += count
+            if begun := len(queue) % self._stride:  # counted from the end: the consumer may be at the beginning
+                del queue[-begun:]
             return False
         self._bytes_in += size
-        self._queue.extend(entry)  # at once, as the consumer sees it
         if waiting > self._half and self._wake is not None:
             self._wake()
         return True
@@ -244,7 +259,7 @@ class Tap:
                 entry.append(None)
             elif text:
                 lists = cast("list[list[bytes]]", list(parts))
-                size += sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in lists])
+                size += _size(lists)
                 entry.append(lists)
             else:
                 joined = _join(parts)
@@ -256,13 +271,16 @@ class Tap:
         """The oldest batches, until ``max_rows`` rows are reached; empty when none wait."""
         queue, stride = self._queue, self._stride
         # A batch has a row at least: no more have to be looked at. What comes from here on is left for the next time.
-        end = min(len(queue), max_rows * stride)
+        end = min(len(queue) // stride, max_rows) * stride
         if self.waiting > max_rows:
             reached = list(accumulate(queue[_ROWS:end:stride]))
             end = min(end, (bisect_left(reached, max_rows) + 1) * stride)
         taken = queue[:end]
         del queue[:end]
-        times, arms, rows, sizes, *data = [taken[field::stride] for field in range(stride)]
+        times, arms, rows, *data = [taken[field::stride] for field in range(stride)]
+        sizes = [_size(contents) for contents in data[0]]
+        for column in data[1:]:
+            sizes = [size + _size(contents) for size, contents in zip(sizes, column, strict=True)]
         self._taken += sum(rows)
         self._bytes_out += sum(sizes)
         return Batches(times, arms, rows, sizes, data)

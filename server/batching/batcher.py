@@ -18,7 +18,7 @@ a batch and the wake its thread reads the members' inputs and sets their outputs
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import structlog
 
+from monitor.tap import Tap
 from server.batching.assemble import Layout
 from server.batching.planner import GONE, TAKEN, WAITING, Action, Full, Member, Planner, Reason, Run, WakeAt, limits_for
 from server.errors import (
@@ -40,7 +41,7 @@ from server.errors import (
     TidegateError,
 )
 from server.runtime.base import BatchingOptions, Engine
-from server.types import Buffer, Clock, Tensor
+from server.types import Clock, Tensor
 
 #: A batch this short (ns) costs less on the loop than the hand-off to a thread and back.
 INLINE_NS: Final = 300_000
@@ -66,19 +67,6 @@ _log: Any = structlog.get_logger(__name__)
 
 class TimerHandle(Protocol):
     def cancel(self) -> object: ...
-
-
-class BatchTap(Protocol):
-    """Where the batches of one engine instance are offered to the drift monitor: cheap, never blocks, never raises."""
-
-    def offer(
-        self,
-        rows: int,
-        inputs: Sequence[Sequence[Buffer | list[bytes]] | None],
-        outputs: Sequence[Tensor],
-        now_ns: int,
-        arm: str,
-    ) -> object: ...
 
 
 CallSoon: TypeAlias = Callable[..., object]
@@ -242,7 +230,7 @@ class Batcher:
         self._on_batch = on_batch
         self.on_idle = on_idle
         #: One tap per engine instance, whose batches follow each other, on whichever thread; None: nobody watches.
-        self.taps: Sequence[BatchTap] | None = None
+        self.taps: tuple[Tap, ...] | None = None
         #: What its batches are counted as: the version's part in the routing table.
         self.arm = "stable"
         self._layout = Layout(engine.spec, options)

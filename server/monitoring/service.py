@@ -33,7 +33,6 @@ from monitor.profile import ReferenceProfile
 from monitor.tap import Tap
 from monitor.types import Alarm, WindowFigures
 from monitor.worker import DrainThread
-from server.batching.batcher import BatchTap
 from server.errors import ModelLoadError, NotFound
 from server.monitoring.events import alarm_event, drift_row, label_event
 from server.monitoring.gauges import Watched, drift_families
@@ -86,7 +85,7 @@ class Timing:
     many rows as for few. A tap in which a block of rows waits does not wait for its round.
     """
 
-    drain_s: float = 0.5
+    drain_s: float = 1.0
     gauges_s: float = 5.0
     save_s: float = 30.0
     save_again_s: float = 1.0
@@ -310,7 +309,7 @@ class MonitorService:
 
     # --- from the loop -----------------------------------------------------------------------------------------------
 
-    def follow(self, serving: Iterable[Sequence[BatchTap]], mirrors: Iterable[Mirror]) -> None:
+    def follow(self, serving: Iterable[Sequence[Tap]], mirrors: Iterable[Mirror]) -> None:
         """The routing table changed: whose batches serve, and which mirrors there are to be from now on."""
         self._serving = frozenset([tap for taps in serving for tap in taps])
         self._mirrors = frozenset(mirrors)

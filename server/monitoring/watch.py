@@ -7,7 +7,7 @@ loaded, the profile always is the version's own, and a promotion or a rollback s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class Lease(Protocol):
     """One engine's part in a monitor: a tap for each of its instances, and what its requests pass by."""
 
     @property
-    def taps(self) -> Sequence[Tap]: ...
+    def taps(self) -> tuple[Tap, ...]: ...
     @property
     def rules(self) -> RequestRules | None: ...
     @property
@@ -77,10 +77,10 @@ class WatchedEngine:
         self.instances = engine.instances
         self.run_ns = engine.run_ns
         self.memory_bytes = engine.memory_bytes
-        self._run = engine.run
+        self.run: Callable[[int, Batch], list[Tensor]] = engine.run  # of each batch: nothing between
 
     @property
-    def taps(self) -> Sequence[Tap]:
+    def taps(self) -> tuple[Tap, ...]:
         """One for each instance; none when only labels are joined."""
         return self._lease.taps
 
@@ -93,9 +93,6 @@ class WatchedEngine:
     def labels(self) -> LabelTap | None:
         """Where answers are remembered until their labels come."""
         return self._lease.labels
-
-    def run(self, instance: int, batch: Batch) -> list[Tensor]:
-        return self._run(instance, batch)
 
     def close(self) -> None:
         self._engine.close()
@@ -130,7 +127,7 @@ class MonitoredRuntime:
         return self._runtime.describe()
 
 
-def taps_of(engine: Engine) -> Sequence[Tap] | None:
+def taps_of(engine: Engine) -> tuple[Tap, ...] | None:
     """What a batcher of this engine offers its batches to; None: nobody watches."""
     return (engine.taps or None) if isinstance(engine, WatchedEngine) else None
 

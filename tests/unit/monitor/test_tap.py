@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,16 @@ def test_a_batch_that_is_refused_midway_leaves_nothing_behind() -> None:
     assert one.take(5) == Batches([2], ["stable"], [1], [3], [[b"X"], [b"Y"], [b"Z"]])
 
 
+def test_a_batch_of_which_not_all_is_there_yet_waits() -> None:
+    one = Tap([("x", 0, False)], [], max_rows=100, max_bytes=1000)
+    assert one.offer(1, [[b"x"]], [], 1)
+    one._queue.extend([2, "canary"])
+    assert one.take(5) == Batches([1], ["stable"], [1], [1], [[b"x"]])
+    assert one.take(5).rows == []
+    one._queue.extend([3, b"y"])
+    assert one.take(5) == Batches([2], ["canary"], [3], [1], [[b"y"]])
+
+
 def test_batches_in_parts() -> None:
     some = Batches([1, 2, 3], ["a", "b", "a"], [4, 5, 6], [7, 8, 9], [[b"p", None, b"q"]])
     assert some.part(1, 3) == Batches([2, 3], ["b", "a"], [5, 6], [8, 9], [[None, b"q"]])
@@ -171,8 +182,9 @@ def test_room_and_wakes_are_by_what_waits_at_each_offer(only: bool) -> None:
     assert min(dropped, refused, len(woken)) > 0
 
 
-def test_counters_are_exact_with_a_consumer_beside() -> None:
-    one = tap(max_rows=64)
+@pytest.mark.parametrize("only", [True, False], ids=["one input", "more tensors"])
+def test_counters_are_exact_with_a_consumer_beside(only: bool) -> None:
+    one = Tap([("x", 1, False)], [] if only else [("y", 0, False)], max_rows=64, max_bytes=1 << 20)
     done = threading.Event()
     seen: list[int] = []
 
@@ -183,10 +195,16 @@ def test_counters_are_exact_with_a_consumer_beside() -> None:
             )
 
     thread = threading.Thread(target=consume)
-    thread.start()
-    accepted = [i for i in range(20_000) if one.offer(1, [None, [np.int64(i).tobytes()]], [Output(b"")], i)]
-    done.set()
-    thread.join(30)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # also between two fields of one batch
+    try:
+        thread.start()
+        accepted = [i for i in range(20_000) if one.offer(1, [None, [np.int64(i).tobytes()]], [Output(b"")], i)]
+        done.set()
+        thread.join(30)
+    finally:
+        done.set()
+        sys.setswitchinterval(usual)
     assert seen == accepted
     assert one.offered == 20_000
     assert one.taken == len(accepted)
