@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -27,13 +27,17 @@ MAX_ARRAY_BYTES: Final = 8 * 1024**3
 _DTYPES: Final = {"u1": "|u1", "i4": "<i4", "i8": "<i8", "f4": "<f4", "f8": "<f8"}
 
 
-def pack(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
-    """The file's bytes. Arrays are of dtype u1, i4, i8, f4 or f8; NaN in the header is refused."""
+def pack(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array], dense: Collection[str] = ()) -> bytes:
+    """The file's bytes. Arrays are of dtype u1, i4, i8, f4 or f8; NaN in the header is refused.
+
+    ``dense``: those that would hardly become smaller, and are stored as they are.
+    """
     raws = {name: _raw(array) for name, array in sorted(arrays.items())}
     shapes = {name: [array.dtype.str[1:], list(array.shape)] for name, array in arrays.items()}
     content = _canonical({"kind": kind, "header": header, "arrays": shapes})
     # Counts become a tenth of their size; measured values hardly change, at the same cost.
-    stored = {name: zlib.compress(raw, 0 if arrays[name].dtype.kind == "f" else 1) for name, raw in raws.items()}
+    as_is = {name for name, array in arrays.items() if array.dtype.kind == "f"}.union(dense)
+    stored = {name: zlib.compress(raw, 0 if name in as_is else 1) for name, raw in raws.items()}
     sizes = _canonical({name: len(blob) for name, blob in stored.items()})
     head = _canonical([content.decode(), sizes.decode()])
     digest = _digest(content, raws)

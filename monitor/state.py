@@ -21,7 +21,15 @@ from monitor.panes import ArmState, SeriesState, merge_arms
 from monitor.types import Array
 
 _KIND: Final = "monitor state"
-_SCHEMA: Final = 2
+_SCHEMA: Final = 3
+#: What can be read: builds before stored all counts in bytes or words of their own.
+_KNOWN: Final = (2, 3)
+#: The least count that is not in half a byte.
+_MANY: Final = 15
+#: Where more of all counts than this are as large, each has as much room as the largest needs.
+_MOST_LARGE: Final = 1 / 16
+#: Of counts, that fit an int32.
+_PLACES: Final = 2**31
 _FACTS: Final = ("index", "rows", "dropped", "start_ns", "end_ns")
 
 
@@ -71,14 +79,14 @@ class MonitorState:
             "history": [{"arm": arm, "window": window} for arm, window in self.history],
             "past": None if self.past is None else self.past.stored("/past/", arrays),
         }
-        return sealed.pack(_KIND, header, arrays)
+        return sealed.pack(_KIND, header, arrays, [name for name in arrays if name.endswith("/few")])
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "monitor state") -> MonitorState:
         """Raises StateError when the bytes are damaged or of another schema."""
         header, arrays, _ = sealed.unpack(data, _KIND, StateError, what)
         try:
-            if header["schema"] != _SCHEMA:
+            if header["schema"] not in _KNOWN:
                 raise StateError(f"{what}: schema {header['schema']} is not known, wanted {_SCHEMA}")
             arms = {arm: _arm(arm, found, arrays) for arm, found in header["arms"].items()}
             names = [f"/seasonal/{name}" for name in ("slots", "rows", "written")]
@@ -104,18 +112,47 @@ class MonitorState:
 def _stored(key: str, state: ArmState, arrays: dict[str, Array]) -> dict[str, Any]:
     """The header's entry of one arm; its arrays go into ``arrays``."""
     series = []
-    arrays[f"{key}/total"] = state.total
+    fits = state.total.size > 0 and state.total.max() <= np.iinfo("i4").max
+    arrays[f"{key}/total"] = state.total.astype("i4") if fits else state.total
     for place, one in enumerate(state.series):
         series.append({"unit": one.unit, "pane": one.pane, "closed": one.closed})
         arrays[f"{key}/{place}/facts"] = np.stack([getattr(one, name) for name in _FACTS])
-        arrays[f"{key}/{place}/counts"] = _narrowed(one.counts)
+        arrays |= {f"{key}/{place}/{name}": stored for name, stored in _stored_counts(one.counts).items()}
     return {"rows": state.rows, "dropped": state.dropped, "refused": state.refused, "series": series}
 
 
-def _narrowed(counts: Array) -> Array:
-    """In a byte each where all fit: they are most of a state, and packing them most of the work of saving it."""
-    fit = counts.size > 0 and counts.min() >= 0 and counts.max() <= np.iinfo("u1").max
-    return counts.astype("u1") if fit else counts
+def _stored_counts(counts: Array) -> dict[str, Array]:
+    """Counts of panes (panes, cells), which are most of a state; compressing them would be most of the work of saving.
+
+    Of a pane's rows few are in one cell. So ``few`` (uint8) has two counts in a byte, pane by pane, the first in its
+    lower half; where that is ``_MANY`` the count is this or more, and in ``many`` (int32): its place among all
+    counts, and itself. ``counts``, each with as much room as the largest needs, where many are large.
+    """
+    panes, cells = counts.shape
+    large = np.flatnonzero(counts >= _MANY)
+    if not counts.size or counts.min() < 0:
+        return {"counts": counts}
+    if len(large) > _MOST_LARGE * counts.size or counts.size > _PLACES:
+        return {"counts": counts.astype("u1") if counts.max() <= np.iinfo("u1").max else counts}
+    halves = np.zeros((panes, cells + cells % 2), "u1")
+    halves[:, :cells] = np.minimum(counts, _MANY)
+    few = halves[:, ::2] | halves[:, 1::2] << 4
+    return {"few": few, "many": np.stack([large, counts.ravel()[large]]).astype("i4")}
+
+
+def _read_counts(key: str, arrays: dict[str, Array], cells: int) -> Array:
+    """int32 or wider (panes, cells); KeyError or ValueError where they are not as ``_stored_counts`` has them."""
+    if f"{key}/counts" in arrays:
+        counts = arrays[f"{key}/counts"]
+        return counts.astype("i4") if counts.dtype == "u1" else counts
+    few, (places, many) = arrays[f"{key}/few"], arrays[f"{key}/many"]
+    if few.dtype != "u1" or few.ndim != 2 or few.shape[1] != (cells + 1) // 2 or places.min(initial=0) < 0:
+        raise ValueError("counts")
+    halves = np.empty((len(few), 2 * few.shape[1]), "i4")
+    halves[:, ::2], halves[:, 1::2] = few & 0xF, few >> 4
+    counts = np.ascontiguousarray(halves[:, :cells])
+    counts.ravel()[places] = many
+    return counts
 
 
 def _segments(entries: Sequence[dict[str, Any]], arrays: dict[str, Array]) -> dict[str, dict[str, ArmState]]:
@@ -138,15 +175,16 @@ def _history(entries: Sequence[dict[str, Any]], arrays: dict[str, Array]) -> dic
 
 def _arm(arm: str, found: dict[str, Any], arrays: dict[str, Array]) -> ArmState:
     series = []
+    total = arrays[f"{arm}/total"].astype("i8", copy=False)
     for place, entry in enumerate(found["series"]):
-        facts, counts = arrays[f"{arm}/{place}/facts"], arrays[f"{arm}/{place}/counts"]
+        facts = arrays[f"{arm}/{place}/facts"]
+        counts = _read_counts(f"{arm}/{place}", arrays, len(total))
         if facts.shape != (len(_FACTS), len(counts)) or counts.ndim != 2 or entry["unit"] not in ("rows", "time"):
             raise ValueError("series")
         index, rows, dropped, start_ns, end_ns = (np.ascontiguousarray(fact) for fact in facts)
         pane, closed = int(entry["pane"]), int(entry["closed"])
-        wide = counts.astype("i4") if counts.dtype == "u1" else counts
-        series.append(SeriesState(entry["unit"], pane, closed, index, rows, dropped, start_ns, end_ns, wide))
-    return ArmState(int(found["rows"]), int(found["dropped"]), int(found["refused"]), arrays[f"{arm}/total"], series)
+        series.append(SeriesState(entry["unit"], pane, closed, index, rows, dropped, start_ns, end_ns, counts))
+    return ArmState(int(found["rows"]), int(found["dropped"]), int(found["refused"]), total, series)
 
 
 def merge(states: Sequence[MonitorState]) -> MonitorState:
