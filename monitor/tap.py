@@ -178,6 +178,11 @@ class Tap:
         return self._refused + self._failed
 
     @property
+    def taken_bytes(self) -> int:
+        """Bytes taken from the queue since the tap was made."""
+        return self._bytes_out
+
+    @property
     def waiting(self) -> int:
         """Rows in the queue."""
         return self.offered - self._taken - self.dropped - self._refused
