@@ -76,18 +76,14 @@ class _Feed:
     def __init__(self, monitor: Monitor, tap: Tap) -> None:
         self.monitor, self.tap = monitor, tap
         self.targets: list[tuple[Monitor, str | None]] = [(monitor, None)]
-        #: Share of the ring's bytes that the latest ``drain`` took.
-        self.filled = 0.0
         self._dropped: dict[str, int] = {}
 
     def drain(self, wall_offset_ns: int, failures: list[Exception]) -> int:
         """Count what waits, for one turn; rows counted. What goes wrong is added to ``failures``, and stops nothing."""
         counted = taken = 0
-        before = self.tap.taken_bytes
         while taken < TURN_ROWS and (rows := sum((batches := self.tap.take(BLOCK_ROWS)).rows)):
             taken += rows
             counted += self._count(batches, rows, wall_offset_ns, failures)
-        self.filled = (self.tap.taken_bytes - before) / self.monitor.settings.ring_bytes
         self._report_drops()
         return counted
 
@@ -364,10 +360,6 @@ class MonitorSet:
         if failures:
             raise ExceptionGroup("monitors failed", failures)
         return counted
-
-    def filled(self) -> float:
-        """How full with bytes the fullest ring was at the latest ``drain``: a share of what it may hold."""
-        return max([feed.filled for feed in self._feeds], default=0.0)
 
     def gauges(self) -> dict[str, Any]:
         """Rows offered, taken, dropped and refused since the start, and waiting, over all taps."""

@@ -72,6 +72,11 @@ class TensorPlan:
         self._tables = _tables(profiles, self.carrier, self.read_columns)
         self._lookups = [_lookup(found) for found in profiles] if self.datatype == BYTES else []
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes; 0 of BYTES, of which each has its own."""
+        return 0 if self.datatype == BYTES else self.width * self._dtype.itemsize
+
     def _read_columns(self) -> Array:
         if self.datatype == BYTES or self._dtype != self.carrier:
             return np.arange(len(self.columns), dtype="i8")

@@ -35,7 +35,7 @@ def pack(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array], dens
     raws = {name: _raw(array) for name, array in sorted(arrays.items())}
     shapes = {name: [array.dtype.str[1:], list(array.shape)] for name, array in arrays.items()}
     content = _canonical({"kind": kind, "header": header, "arrays": shapes})
-    # Counts become a tenth of their size; measured values hardly change, at the same cost.
+    # Most counts become a tenth of their size; measured values hardly change, at the same cost.
     as_is = {name for name, array in arrays.items() if array.dtype.kind == "f"}.union(dense)
     stored = {name: zlib.compress(raw, 0 if name in as_is else 1) for name, raw in raws.items()}
     sizes = _canonical({name: len(blob) for name, blob in stored.items()})

@@ -28,8 +28,6 @@ _KNOWN: Final = (2, 3)
 _MANY: Final = 15
 #: Where more of all counts than this are as large, each has as much room as the largest needs.
 _MOST_LARGE: Final = 1 / 16
-#: Of counts, that fit an int32.
-_PLACES: Final = 2**31
 _FACTS: Final = ("index", "rows", "dropped", "start_ns", "end_ns")
 
 
@@ -112,7 +110,7 @@ class MonitorState:
 def _stored(key: str, state: ArmState, arrays: dict[str, Array]) -> dict[str, Any]:
     """The header's entry of one arm; its arrays go into ``arrays``."""
     series = []
-    fits = state.total.size > 0 and state.total.max() <= np.iinfo("i4").max
+    fits = np.abs(state.total).max(initial=0) <= np.iinfo("i4").max
     arrays[f"{key}/total"] = state.total.astype("i4") if fits else state.total
     for place, one in enumerate(state.series):
         series.append({"unit": one.unit, "pane": one.pane, "closed": one.closed})
@@ -132,8 +130,9 @@ def _stored_counts(counts: Array) -> dict[str, Array]:
     large = np.flatnonzero(counts >= _MANY)
     if not counts.size or counts.min() < 0:
         return {"counts": counts}
-    if len(large) > _MOST_LARGE * counts.size or counts.size > _PLACES:
-        return {"counts": counts.astype("u1") if counts.max() <= np.iinfo("u1").max else counts}
+    most = counts.max()
+    if len(large) > _MOST_LARGE * counts.size or max(int(most), counts.size) > np.iinfo("i4").max:
+        return {"counts": counts.astype("u1") if most <= np.iinfo("u1").max else counts}
     halves = np.zeros((panes, cells + cells % 2), "u1")
     halves[:, :cells] = np.minimum(counts, _MANY)
     few = halves[:, ::2] | halves[:, 1::2] << 4
@@ -148,9 +147,9 @@ def _read_counts(key: str, arrays: dict[str, Array], cells: int) -> Array:
     few, (places, many) = arrays[f"{key}/few"], arrays[f"{key}/many"]
     if few.dtype != "u1" or few.ndim != 2 or few.shape[1] != (cells + 1) // 2 or places.min(initial=0) < 0:
         raise ValueError("counts")
-    halves = np.empty((len(few), 2 * few.shape[1]), "i4")
-    halves[:, ::2], halves[:, 1::2] = few & 0xF, few >> 4
-    counts = np.ascontiguousarray(halves[:, :cells])
+    counts = np.empty((len(few), cells), "i4")
+    counts[:, ::2] = few & 0xF
+    counts[:, 1::2] = few[:, : cells // 2] >> 4
     counts.ravel()[places] = many
     return counts
 

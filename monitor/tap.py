@@ -4,7 +4,7 @@ One producer and one consumer per tap: give every thread that runs batches a tap
 writer, so they are exact without a lock: ``offered == taken + waiting + dropped + refused`` at rest.
 
 Contents are copied (one join per tensor), because the buffers of a request are the transport's again once it was
-answered. Strings of BYTES tensors are immutable and only referred to.
+answered. Strings of BYTES tensors are immutable and only referred to; nobody changes the lists that they come in.
 """
 
 from __future__ import annotations
@@ -136,11 +136,13 @@ class Tap:
         *,
         max_rows: int,
         max_bytes: int,
+        row_bytes: int = 0,
         wake: Callable[[], object] | None = None,
     ) -> None:
         """``inputs`` and ``outputs``: (name, place in the model's order, is it BYTES) of the monitored tensors.
 
-        ``wake`` is called when the queue becomes half full: it must be cheap and must not raise.
+        ``wake`` is called when the queue becomes half full of rows, or of rows that have ``row_bytes`` each: it must be
+        cheap and must not raise.
         """
         self.keys: tuple[Key, ...] = (*[("input", n) for n, _, _ in inputs], *[("output", n) for n, _, _ in outputs])
         self._inputs = [place for _, place, text in inputs if not text]
@@ -153,10 +155,10 @@ class Tap:
             else []
         )
         self._max_rows, self._max_bytes, self._wake = max_rows, max_bytes, wake
-        self._half = max_rows // 2
+        self._half = min(max_rows, max_bytes // row_bytes if row_bytes else max_rows) // 2
         #: Of the one tensor that is monitored, where that is an input and not BYTES: its place; else -1.
         self._only = self._inputs[0] if len(texts) == 1 and self._inputs else -1
-        #: Batch after batch: the four fields and the contents of each key. One flat list, so that what waits gives the
+        #: Batch after batch: the three fields and the contents of each key. One flat list, so that what waits gives the
         #: garbage collector nothing to look at, and its fields can be had by slices.
         self._queue: list[Any] = []
         self._stride = _FIELDS + len(self.keys)
@@ -176,11 +178,6 @@ class Tap:
     def refused(self) -> int:
         """Rows that could not be read when they were offered, or not be counted when they were taken."""
         return self._refused + self._failed
-
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes taken from the queue since the tap was made."""
-        return self._bytes_out
 
     @property
     def waiting(self) -> int:
@@ -222,10 +219,12 @@ class Tap:
                 entry: list[Any] = [now_ns, arm, count]
                 size = self._copy_general(entry, inputs, outputs) if self._texts else self._copy(entry, inputs, outputs)
                 queue.extend(entry)
-        except Exception:  # noqa: BLE001 - the request path's boundary: a strange batch is refused, not raised about
+        except BaseException as error:  # the request path's boundary: a strange batch is refused, not raised about
             self._refused += count
             if begun := len(queue) % self._stride:  # counted from the end: the consumer may be at the beginning
                 del queue[-begun:]
+            if not isinstance(error, Exception):
+                raise
             return False
         self._bytes_in += size
         if waiting > self._half and self._wake is not None:
@@ -280,15 +279,15 @@ class Tap:
         if self.waiting > max_rows:
             reached = list(accumulate(queue[_ROWS:end:stride]))
             end = min(end, (bisect_left(reached, max_rows) + 1) * stride)
-        taken = queue[:end]
-        del queue[:end]
-        times, arms, rows, *data = [taken[field::stride] for field in range(stride)]
-        sizes = [_size(contents) for contents in data[0]]
-        for column in data[1:]:
+        times, arms, rows, *data = [queue[field:end:stride] for field in range(stride)]
+        sizes = [0] * len(rows)
+        for column in data:
             sizes = [size + _size(contents) for size, contents in zip(sizes, column, strict=True)]
-        self._taken += sum(rows)
-        self._bytes_out += sum(sizes)
-        return Batches(times, arms, rows, sizes, data)
+        taken = Batches(times, arms, rows, sizes, data)
+        rows_out, bytes_out = self._taken + sum(rows), self._bytes_out + sum(sizes)
+        del queue[:end]  # what may fail came before
+        self._taken, self._bytes_out = rows_out, bytes_out
+        return taken
 
     def fail(self, rows: int) -> None:
         """Rows that were taken could not be counted: they are refused. For the thread that takes."""

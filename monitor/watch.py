@@ -130,7 +130,8 @@ class Monitor:
                     f"model's {plan.source}s are {', '.join(places[plan.source]) or 'none'}"
                 )
             chosen[plan.source].append((plan.name, place, plan.datatype == BYTES))
-        bounds = {"max_rows": self.settings.ring_rows, "max_bytes": self.settings.ring_bytes}
+        settings, row_bytes = self.settings, sum([plan.row_bytes for plan in self.layout.tensors])
+        bounds = {"max_rows": settings.ring_rows, "max_bytes": settings.ring_bytes, "row_bytes": row_bytes}
         return Tap(chosen["input"], chosen["output"], **bounds, wake=wake)
 
     def ingest(self, keys: Sequence[Key], items: Sequence[Item]) -> int:

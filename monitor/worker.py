@@ -9,8 +9,7 @@ from collections.abc import Callable
 class DrainThread:
     """Calls ``drain`` every ``interval_s`` seconds, and at once after ``wake``. ``drain`` runs on this thread only.
 
-    ``drain`` may change ``interval_s``. An exception of it goes to ``on_error`` and the thread goes on: the monitor may
-    fail, serving may not.
+    An exception of ``drain`` goes to ``on_error`` and the thread goes on: the monitor may fail, serving may not.
     """
 
     def __init__(
@@ -22,7 +21,7 @@ class DrainThread:
         name: str = "tidegate-monitor",
     ) -> None:
         self._drain = drain
-        self.interval_s = interval_s
+        self._interval_s = interval_s
         self._on_error = on_error
         self._stopping = False
         self._event = threading.Event()
@@ -46,7 +45,7 @@ class DrainThread:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._event.wait(self.interval_s)
+            self._event.wait(self._interval_s)
             self._event.clear()
             self._drain_once()
         self._drain_once()

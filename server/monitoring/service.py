@@ -52,9 +52,6 @@ log: Any = structlog.get_logger("monitor")
 _NS: Final = 1_000_000_000
 #: The wall clock was set when it is off by this much from where the monotonic clock has it.
 _CLOCK_SET_NS: Final = _NS
-#: Rings are to be this full with bytes at most when they are drained; rounds are not closer than this.
-_FULL: Final = 0.25
-_LEAST_S: Final = 0.01
 _MODEL: Final = ("model", "version")
 _COUNTERS: Final[dict[str, tuple[str, str, Kind]]] = {
     "offered": ("tidegate_monitor_rows_total", "Rows offered to the drift monitor.", "counter"),
@@ -85,8 +82,7 @@ class Timing:
     """How often what is done: seconds.
 
     Each round of counting wakes a thread and reads the tables of every column into the cache, which costs the same for
-    many rows as for few. A tap that is half full of rows does not wait for its round, and where rows are so large that
-    a quarter of a tap's bytes comes in less than ``drain_s``, rounds are as close as that.
+    many rows as for few. A tap that is half full does not wait for its round.
     """
 
     drain_s: float = 1.0
@@ -194,7 +190,7 @@ class MonitorService:
         self._mirrored_taps: frozenset[object] = frozenset()
         self._families: tuple[FamilySnapshot, ...] = ()
         self._failing = self._failed_now = False
-        self._gauges_at = self._save_at = self._saved_at = self._counted_at = 0.0
+        self._gauges_at = self._save_at = self._saved_at = 0.0
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
@@ -330,7 +326,6 @@ class MonitorService:
         self._failed_now = False
         now_ns = time.time_ns()
         self._count(monitors.drain, now_ns)
-        self._set_pace(monitors.filled())
         self._count(self.labels.drain, now_ns)
         self._end_leases(monitors, files)
         self._tell()
@@ -351,14 +346,6 @@ class MonitorService:
             drain(now_ns)
         except ExceptionGroup as error:
             self._failed(error)
-
-    def _set_pace(self, filled: float) -> None:
-        """When the next round is to be, if as many bytes come as did since the one before."""
-        now = time.monotonic()
-        since_s, self._counted_at = now - self._counted_at, now
-        if self._thread is not None:
-            wanted_s = since_s * _FULL / filled if filled else self._timing.drain_s
-            self._thread.interval_s = min(max(wanted_s, _LEAST_S), self._timing.drain_s)
 
     def _failed(self, error: Exception) -> None:
         self._failed_now = True

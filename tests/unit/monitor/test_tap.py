@@ -148,6 +148,28 @@ def test_wakes_when_half_full() -> None:
     assert woken == [60, 70, 80]
 
 
+def test_wakes_when_half_full_of_bytes() -> None:
+    woken: list[int] = []
+    bounds: dict[str, Any] = {"max_rows": 100, "max_bytes": 1000, "row_bytes": 100}
+    one = Tap([("x", 0, False)], [], **bounds, wake=lambda: woken.append(one.waiting))
+    for _ in range(8):
+        one.offer(1, [[b"x" * 100]], [], 0)
+    assert woken == [6, 7, 8]
+
+
+def test_what_cannot_be_taken_stays() -> None:
+    one = Tap([("s", 0, True)], [], max_rows=100, max_bytes=1000)
+    strings: list[Any] = [b"a", b"b"]
+    assert one.offer(2, [[strings]], [], 0)
+    strings[1] = None
+    with pytest.raises(TypeError):
+        one.take(5)
+    assert (one.waiting, one.taken) == (2, 0)
+    strings[1] = b"b"
+    assert one.take(5).data == [[[[b"a", b"b"]]]]
+    assert (one.waiting, one.taken) == (0, 2)
+
+
 @pytest.mark.parametrize("only", [True, False], ids=["one input", "more tensors"])
 def test_room_and_wakes_are_by_what_waits_at_each_offer(only: bool) -> None:
     """However much comes and goes between: also a batch larger than all room, and one whose input is absent."""

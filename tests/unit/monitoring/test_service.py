@@ -211,18 +211,15 @@ def test_a_stalled_drain_drops_exactly_and_changes_no_answer(profile: Path) -> N
         rig.service.close()
 
 
-def test_rounds_are_closer_where_many_bytes_come(profile: Path) -> None:
-    rounds: list[None] = []
-    rig = Rig(None, on_drain=lambda: rounds.append(None), timing=replace(QUICK, drain_s=3600.0))
-    engine = rig.load(Watch(profile, replace(SETTINGS, ring_rows=1000, ring_bytes=10_000)))
+def test_a_ring_half_full_of_bytes_does_not_wait_for_its_round(profile: Path) -> None:
+    rig = Rig(None, timing=replace(QUICK, drain_s=3600.0))
+    engine = rig.load(Watch(profile, replace(SETTINGS, ring_bytes=10_000)))
     rig.follow(engine)
     taps = taps_of(engine)
     assert taps is not None
     try:
-        for time_of_day in (1, 2):  # each is more than half the rows of a ring, which wakes once
-            assert taps[0].offer(600, [[normal(600, 2).tobytes()]], [], time_of_day)
-            rig.settled(600 * time_of_day)
-        until(lambda: len(rounds) >= 3)
+        assert taps[0].offer(400, [[normal(400, 2).tobytes()]], [], 1)  # of 625 that have room
+        assert rig.settled(400)["dropped"] == 0
     finally:
         engine.close()
         rig.service.close()
