@@ -94,7 +94,9 @@ class _Feed:
                 # A mirror leaves out the copies that a shadow was given: nobody was answered with those.
                 own = batches if arm is None else batches.without(SHADOW)
                 found = monitor.count(self.tap.keys, own, arm, offset_ns)
-                counted += found if arm is None else 0
+                if arm is None:
+                    counted += found
+                    self.tap.fail(rows - found)
             except Exception as error:  # noqa: BLE001 - the boundary of one monitor: the others go on
                 failures.append(error)
                 if arm is None:

@@ -73,9 +73,9 @@ class TensorPlan:
         self._lookups = [_lookup(found) for found in profiles] if self.datatype == BYTES else []
 
     @property
-    def row_bytes(self) -> int:
-        """What a row takes; 0 of BYTES, of which each has its own."""
-        return 0 if self.datatype == BYTES else self.width * self._dtype.itemsize
+    def row_size(self) -> int:
+        """Bytes of a row, of a BYTES tensor its strings."""
+        return self.width if self.datatype == BYTES else self.width * self._dtype.itemsize
 
     def _read_columns(self) -> Array:
         if self.datatype == BYTES or self._dtype != self.carrier:

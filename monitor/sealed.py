@@ -59,7 +59,7 @@ def unpack(
         refuse("the file is cut short or damaged")
     try:
         content, sizes = json.loads(data[12:end])
-        described, lengths = json.loads(content), json.loads(sizes)
+        described, lengths, content = json.loads(content), json.loads(sizes), content.encode()
         if described["kind"] != kind:
             refuse(f"wanted a {kind}, got a {described['kind']}")
         arrays: dict[str, Array] = {}
@@ -69,7 +69,7 @@ def unpack(
             end += lengths[name]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as failure:
         raise error(f"{what}: the file is damaged ({type(failure).__name__})") from None
-    digest = _digest(content.encode(), {name: _raw(array) for name, array in arrays.items()})
+    digest = _digest(content, {name: _raw(array) for name, array in arrays.items()})
     if data[end:] != digest:
         refuse("the contents do not match the checksum")
     return described["header"], arrays, digest.hex()

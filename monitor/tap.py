@@ -20,6 +20,8 @@ from monitor.types import STABLE, HasData, Parts, Source
 Key: TypeAlias = tuple[Source, str]
 #: What a string of a BYTES tensor costs beside its contents.
 _STRING_OVERHEAD: Final = 40
+#: More bytes than ever wait.
+_NEVER: Final = 1 << 60
 #: Entries of the queue before a batch's contents: when, which arm, rows.
 _FIELDS: Final = 3
 _ROWS: Final = 2
@@ -99,6 +101,17 @@ def _size(contents: Contents) -> int:
     return sum([sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) for strings in contents])
 
 
+def are_whole(column: Sequence[Contents], rows: Sequence[int], width: int) -> bool:
+    """Whether each batch has ``width`` bytes, or strings, for each of its rows, unless it is absent."""
+    for contents, count in zip(column, rows, strict=True):
+        if contents is None:
+            continue
+        found = len(contents) if isinstance(contents, bytes) else sum([len(strings) for strings in contents])
+        if found != count * width:
+            return False
+    return True
+
+
 class Tap:
     """Made by ``Monitor.tap``. ``offer`` is for one thread, ``take`` for one other; counters may be read by anyone.
 
@@ -123,6 +136,7 @@ class Tap:
         "_taken",
         "_texts",
         "_wake",
+        "_wake_bytes",
         "dropped",
         "dropped_by_arm",
         "keys",
@@ -136,13 +150,13 @@ class Tap:
         *,
         max_rows: int,
         max_bytes: int,
-        row_bytes: int = 0,
+        wake_bytes: int = 0,
         wake: Callable[[], object] | None = None,
     ) -> None:
         """``inputs`` and ``outputs``: (name, place in the model's order, is it BYTES) of the monitored tensors.
 
-        ``wake`` is called when the queue becomes half full of rows, or of rows that have ``row_bytes`` each: it must be
-        cheap and must not raise.
+        ``wake`` is called when the queue becomes half full of rows, or when more than ``wake_bytes`` wait (0: however
+        many): it must be cheap and must not raise.
         """
         self.keys: tuple[Key, ...] = (*[("input", n) for n, _, _ in inputs], *[("output", n) for n, _, _ in outputs])
         self._inputs = [place for _, place, text in inputs if not text]
@@ -155,7 +169,7 @@ class Tap:
             else []
         )
         self._max_rows, self._max_bytes, self._wake = max_rows, max_bytes, wake
-        self._half = min(max_rows, max_bytes // row_bytes if row_bytes else max_rows) // 2
+        self._half, self._wake_bytes = max_rows // 2, wake_bytes or _NEVER
         #: Of the one tensor that is monitored, where that is an input and not BYTES: its place; else -1.
         self._only = self._inputs[0] if len(texts) == 1 and self._inputs else -1
         #: Batch after batch: the three fields and the contents of each key. One flat list, so that what waits gives the
@@ -165,7 +179,7 @@ class Tap:
         self._bytes_in = self._bytes_out = 0
         #: As long as ``offered`` and ``_bytes_in`` are not over these, there is room and nobody is to be woken: what is
         #: taken meanwhile only makes more room.
-        self._easy_rows, self._easy_bytes = self._half, max_bytes
+        self._easy_rows, self._easy_bytes = self._half, min(max_bytes, self._wake_bytes)
         self.offered = self.dropped = self._taken = self._refused = self._failed = 0
         self.dropped_by_arm: dict[str, int] = {}
 
@@ -199,10 +213,10 @@ class Tap:
         """
         count = rows or 1
         offered = self.offered = self.offered + count
-        waiting = 0
+        many = False
         if offered > self._easy_rows or self._bytes_in > self._easy_bytes:
-            waiting = self._measure(offered)
-            if waiting < 0:
+            full, many = self._measure(offered)
+            if full:
                 self.dropped += count
                 self.dropped_by_arm[arm] = self.dropped_by_arm.get(arm, 0) + count
                 return False
@@ -227,16 +241,20 @@ class Tap:
                 raise
             return False
         self._bytes_in += size
-        if waiting > self._half and self._wake is not None:
-            self._wake()
+        if many or self._bytes_in > self._easy_bytes:
+            self._tell(many)
         return True
 
-    def _measure(self, offered: int) -> int:
-        """How many rows wait, this batch among them; -1 when there is no room for it."""
-        gone = self._taken + self.dropped + self._refused
-        self._easy_rows, self._easy_bytes = gone + self._half, self._bytes_out + self._max_bytes
-        full = offered - gone > self._max_rows or self._bytes_in > self._easy_bytes
-        return -1 if full else offered - gone
+    def _measure(self, offered: int) -> tuple[bool, bool]:
+        """Whether there is no room for a batch, and whether the queue is half full of rows with it."""
+        gone, bytes_out = self._taken + self.dropped + self._refused, self._bytes_out
+        waiting, held = offered - gone, self._bytes_in - bytes_out
+        self._easy_rows, self._easy_bytes = gone + self._half, bytes_out + min(self._max_bytes, self._wake_bytes)
+        return waiting > self._max_rows or held > self._max_bytes, waiting > self._half
+
+    def _tell(self, many_rows: bool) -> None:
+        if self._wake is not None and (many_rows or self._bytes_in - self._bytes_out > self._wake_bytes):
+            self._wake()
 
     def _copy(self, entry: list[Any], inputs: Sequence[Parts | None], outputs: Sequence[HasData]) -> int:
         """Append the contents of each key; their bytes."""

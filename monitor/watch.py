@@ -26,7 +26,7 @@ from monitor.profile import ReferenceProfile
 from monitor.sample import RowSample
 from monitor.schema import marks
 from monitor.state import MonitorState
-from monitor.tap import Batches, Contents, Item, Key, Tap
+from monitor.tap import Batches, Contents, Item, Key, Tap, are_whole
 from monitor.types import (
     BYTES,
     STABLE,
@@ -130,9 +130,10 @@ class Monitor:
                     f"model's {plan.source}s are {', '.join(places[plan.source]) or 'none'}"
                 )
             chosen[plan.source].append((plan.name, place, plan.datatype == BYTES))
-        settings, row_bytes = self.settings, sum([plan.row_bytes for plan in self.layout.tensors])
-        bounds = {"max_rows": settings.ring_rows, "max_bytes": settings.ring_bytes, "row_bytes": row_bytes}
-        return Tap(chosen["input"], chosen["output"], **bounds, wake=wake)
+        rows, size = self.settings.ring_rows, self.settings.ring_bytes
+        return Tap(
+            chosen["input"], chosen["output"], max_rows=rows, max_bytes=size, wake_bytes=(size + 1) // 2, wake=wake
+        )
 
     def ingest(self, keys: Sequence[Key], items: Sequence[Item]) -> int:
         """``count`` of batches that come from no tap."""
@@ -156,7 +157,7 @@ class Monitor:
                     failed += self._refuse(name, sum(run.rows))
         if cause is not None:
             what = f"{failed} rows of {self.model}:{self.version} were not counted: {cause}"
-            raise NotCounted(what, failed) from cause
+            raise NotCounted(what, sum(batches.rows) - counted) from cause
         return counted
 
     def _refuse(self, name: str, rows: int) -> int:
@@ -215,7 +216,7 @@ class Monitor:
             self.refused_arms += rows
             return 0
         contents = _contents(order, run.data)
-        read = self.layout.read(contents, rows) if contents is not None else None
+        read = self.layout.read(contents, rows) if contents is not None and self._is_whole(order, run) else None
         if read is not None:
             self._add(arm, read, run, offset_ns)
             return rows
@@ -223,6 +224,11 @@ class Monitor:
             arm.store.refuse(rows)
             return 0
         return sum([self._count(name, order, run.part(k, k + 1), offset_ns) for k in range(len(run.rows))])
+
+    def _is_whole(self, order: Sequence[int], run: Batches) -> bool:
+        """Whether every batch has the contents of its rows: too many in one must not make up for too few in another."""
+        plans = zip(self.layout.tensors, order, strict=True)
+        return all(are_whole(run.data[place], run.rows, plan.row_size) for plan, place in plans)
 
     def _add(self, arm: _Arm, block: Block, run: Batches, offset_ns: int) -> None:
         first_ns, last_ns = min(run.times) + offset_ns, max(run.times) + offset_ns

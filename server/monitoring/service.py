@@ -311,8 +311,10 @@ class MonitorService:
 
     def follow(self, serving: Iterable[Sequence[Tap]], mirrors: Iterable[Mirror]) -> None:
         """The routing table changed: whose batches serve, and which mirrors there are to be from now on."""
+        before, self._mirrors = self._mirrors, frozenset(mirrors)
         self._serving = frozenset([tap for taps in serving for tap in taps])
-        self._mirrors = frozenset(mirrors)
+        if self._thread is not None and (before or self._mirrors):
+            self._thread.wake()  # a mirror begins and ends with the next round
 
     # --- the drain thread --------------------------------------------------------------------------------------------
 
@@ -322,9 +324,9 @@ class MonitorService:
             return
         self._on_drain()
         self._follow_clock(monitors)
-        self._set_mirrors(monitors)
         self._failed_now = False
         now_ns = time.time_ns()
+        self._set_mirrors(monitors, now_ns)
         self._count(monitors.drain, now_ns)
         self._count(self.labels.drain, now_ns)
         self._end_leases(monitors, files)
@@ -359,8 +361,11 @@ class MonitorService:
         if abs(offset_ns - monitors.wall_offset_ns) > _CLOCK_SET_NS:
             monitors.wall_offset_ns = offset_ns
 
-    def _set_mirrors(self, monitors: MonitorSet) -> None:
-        """Mirrors as the table wants them, between the monitors of the versions that serve now."""
+    def _set_mirrors(self, monitors: MonitorSet, now_ns: int) -> None:
+        """Mirrors as the table wants them, between the monitors of the versions that serve now.
+
+        What waits was answered under those of before, and is counted first.
+        """
         if not self._mirrors and not self._mirrored:
             return
         serving, names = self._serving, {(one.model, one.version): one.monitor for one in self._all()}
@@ -372,6 +377,7 @@ class MonitorService:
         }
         if wanted == self._mirrored and serving == self._mirrored_taps:
             return
+        self._count(monitors.drain, now_ns)
         for mirror, (source, target) in self._mirrored.items():
             if wanted.get(mirror) != (source, target):
                 monitors.unmirror(mirror.model, source.version, target.version)

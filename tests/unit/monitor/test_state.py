@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_a_schema_that_is_to_come_is_refused() -> None:
     header, arrays = arrays_of(state(rare(5, 301, 200)))
     with pytest.raises(StateError, match="schema 4 is not known, wanted 3"):
         MonitorState.from_bytes(sealed.pack(KIND, header | {"schema": 4}, arrays))
+
+
+def test_a_header_that_is_no_text_is_told_of() -> None:
+    data = state(rare(5, 301, 200)).to_bytes()
+    end = 12 + int.from_bytes(data[8:12], "little")
+    content, sizes = json.loads(data[12:end])
+    head = json.dumps([content.replace('"m"', '"\ud800"'), sizes]).encode()
+    with pytest.raises(StateError, match="the file is damaged"):
+        MonitorState.from_bytes(data[:8] + len(head).to_bytes(4, "little") + head + data[end:])
 
 
 def few(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], object]:

@@ -150,11 +150,15 @@ def test_wakes_when_half_full() -> None:
 
 def test_wakes_when_half_full_of_bytes() -> None:
     woken: list[int] = []
-    bounds: dict[str, Any] = {"max_rows": 100, "max_bytes": 1000, "row_bytes": 100}
+    bounds: dict[str, int] = {"max_rows": 100, "max_bytes": 1000, "wake_bytes": 500}
     one = Tap([("x", 0, False)], [], **bounds, wake=lambda: woken.append(one.waiting))
-    for _ in range(8):
+    for _ in range(13):
         one.offer(1, [[b"x" * 100]], [], 0)
-    assert woken == [6, 7, 8]
+    assert woken == [6, 7, 8, 9, 10, 11]
+    assert one.dropped == 2
+    one.take(8)
+    one.offer(1, [[b"x" * 100]], [], 0)
+    assert len(woken) == 6
 
 
 def test_what_cannot_be_taken_stays() -> None:

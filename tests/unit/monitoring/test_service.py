@@ -211,6 +211,43 @@ def test_a_stalled_drain_drops_exactly_and_changes_no_answer(profile: Path) -> N
         rig.service.close()
 
 
+def test_a_mirror_begins_and_ends_with_the_table(profile: Path) -> None:
+    """What was answered before it began or ended and still waits is counted as it was answered."""
+    rig = Rig(None, timing=replace(QUICK, drain_s=3600.0))
+    stable, candidate = rig.load(Watch(profile, SETTINGS)), rig.load(Watch(profile, SETTINGS), version="2")
+    taps = taps_of(candidate)
+    assert taps is not None
+    mirror = Mirror("m", "2", "1", "candidate")
+    offered = 0
+    try:
+        rig.follow(stable, candidate)
+        for rows, mirrors in ((100, (mirror,)), (50, ()), (30, (mirror,))):
+            offered += rows
+            assert taps[0].offer(rows, [[normal(rows, rows).tobytes()]], [], offered)
+            rig.follow(stable, candidate, mirrors=mirrors)
+            rig.settled(offered, "2")
+        rig.counted("2", stable=180)
+        rig.counted("1", candidate=50)
+    finally:
+        for engine in (stable, candidate):
+            engine.close()
+        rig.service.close()
+
+
+def test_rows_of_another_shape_are_refused_by_all_accounts(rig: Rig, profile: Path) -> None:
+    engine = rig.load(Watch(profile, SETTINGS))
+    rig.follow(engine)
+    taps = taps_of(engine)
+    assert taps is not None
+    for rows in (1, 2, 3):
+        assert taps[0].offer(rows, [[normal(2, 2).tobytes()]], [], rows)
+    until(lambda: rig.row()["refused"] == 4)
+    assert (rig.row()["offered"], rig.row()["waiting"]) == (6, 0)
+    report = rig.service.report("m", "1")
+    assert (report["counted"], report["refused"]) == ({"stable": 2}, {"stable": 4})
+    engine.close()
+
+
 def test_a_ring_half_full_of_bytes_does_not_wait_for_its_round(profile: Path) -> None:
     rig = Rig(None, timing=replace(QUICK, drain_s=3600.0))
     engine = rig.load(Watch(profile, replace(SETTINGS, ring_bytes=10_000)))
