@@ -1,6 +1,6 @@
 """What the drift monitor adds to a served request: two servers, one with a profile and one without.
 
-    python -m loadtests.monitor_overhead [--seconds 200] [--starts 24] [--callers 8] [--rows 1] [--output FILE.json]
+    python -m loadtests.monitor_overhead [--seconds 240] [--starts 48] [--callers 8] [--rows 1] [--output FILE.json]
 
 Both serve the same model (30 floats in, 2 out) and are asked over gRPC by callers on other cores. What is compared is
 the processor time of the whole server process per request, as the operating system counts it: drain thread, looks,
@@ -187,8 +187,8 @@ def measure(folder: Path, options: argparse.Namespace) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=200.0, help="of asking, over all starts")
-    parser.add_argument("--starts", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=240.0, help="of asking, over all starts")
+    parser.add_argument("--starts", type=int, default=48)
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--output", type=Path)
