@@ -480,7 +480,8 @@ class Monitor(Section):
     """Drift of live traffic from a reference profile. Without a profile there is nothing to watch.
 
     ``profile``: a file for every version, or ``registry`` for the one that each version brings with it (a file of role
-    ``profile`` in the registry, ``profile.tgp`` in a version's folder). Left out, versions that bring one are watched.
+    ``profile`` in the registry, ``profile.tgp`` in a version's folder of a model repository; versions that ``versions``
+    names by path bring none). Left out, versions that bring one are watched.
     ``profiles`` names files by version and goes first. ``windows``: whole numbers are rows, durations are time.
     ``expected_run``: how long, in time or rows, until chance alone raises one alarm. ``persistence``: of how many
     looks how many must be over. ``calibration``: a file that says how much rows depend on each other. ``history``: how
