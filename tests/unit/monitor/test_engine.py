@@ -749,3 +749,19 @@ def test_a_mirror_leaves_out_what_a_shadow_was_given(monitors: MonitorSet) -> No
     assert own.report().counted == {"canary": 40, "shadow": 50}
     assert own.report().dropped == {"canary": 0, "shadow": 30}
     assert (onto.report().counted, onto.report().dropped) == ({"canary": 40}, {"canary": 0})
+
+
+def test_rows_that_fail_and_rows_of_another_shape_are_refused_together() -> None:
+    def tell(*_: object) -> None:
+        raise RuntimeError("nobody is there")
+
+    monitors = MonitorSet(on_alarm=tell)
+    quick = Settings(windows=(rows_window(200),), rules=AlarmRules(k=1, m=1, ert_rows=1_000_000))
+    monitors.attach("m", "1", profile(), quick)
+    tap = monitors.tap("m", "1", ["x"], ["score"])
+    assert tap is not None
+    offer(tap, normal(1, 400) + 3.0)
+    assert tap.offer(3, [[b"strange"]], [Output(b"")], 0, "canary")
+    with pytest.raises(ExceptionGroup):
+        monitors.drain(1)
+    assert monitors.gauges() == {"offered": 403, "taken": 0, "dropped": 0, "refused": 403, "waiting": 0}
